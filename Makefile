@@ -1,0 +1,34 @@
+.PHONY: help check format lint types layers test slow docs lock bench
+RUN = uv run --no-sync
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+check: format lint types layers test docs  ## Everything that CI runs
+
+format:  ## Formatting is as ruff wants it
+	$(RUN) ruff format --check
+
+lint:  ## Lint
+	$(RUN) ruff check
+
+types:  ## Types
+	$(RUN) pyright
+
+layers:  ## Imports only go down
+	$(RUN) lint-imports
+
+test:  ## Tests, without the slow ones
+	$(RUN) pytest -n 2 -m "not slow"
+
+slow:  ## The slow tests
+	$(RUN) pytest -m slow
+
+docs:  ## Documentation builds without warnings
+	$(RUN) mkdocs build --strict --quiet
+
+lock:  ## Resolve anew and write the versions into pyproject.toml
+	python3 tools/lock.py
+
+bench:  ## Refit and step times as ratios, in one process
+	$(RUN) python benchmarks/refit_cost.py

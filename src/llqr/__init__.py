@@ -1,0 +1,36 @@
+"""llqr: layerwise LQR, a learned second-order preconditioner around any optax optimizer.
+
+Example:
+  >>> import optax, llqr
+  >>> tx = llqr.llqr(optax.sgd(0.05, momentum=0.9), structure="e-kfac", metric="ngd")
+"""
+
+from llqr import metrics as metrics
+from llqr.diagnostics import Description, describe
+from llqr.learning import Refit, RefitInfo
+from llqr.metrics import Metric
+from llqr.objective import BoundObjective, Objective
+from llqr.quadratic import QuadraticModel, linearize
+from llqr.structures import STRUCTURES, Rule, Structure
+from llqr.transform import LLQRState, find, llqr, refresh, scale_by_llqr
+
+__all__ = [
+    "STRUCTURES",
+    "BoundObjective",
+    "Description",
+    "LLQRState",
+    "Metric",
+    "Objective",
+    "QuadraticModel",
+    "Refit",
+    "RefitInfo",
+    "Rule",
+    "Structure",
+    "describe",
+    "find",
+    "linearize",
+    "llqr",
+    "metrics",
+    "refresh",
+    "scale_by_llqr",
+]

@@ -1,0 +1,56 @@
+"""Pytrees of parameters: names of leaves and the inner product."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llqr._types import Array, Float, PyTree
+
+_WRAPPER_KEYS = {"value", "raw_value"}  # how Flax NNX variables spell "the array in me"
+
+
+def leaf_names(tree: PyTree) -> list[str]:
+    """Name every leaf by its path, "encoder/layers/0/kernel", in flattening order.
+
+    The attribute by which a Flax variable holds its array is left out, so that a tree
+    of variables and the same tree of plain arrays give the same names.
+    """
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [_name(path) for path, _ in paths]
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    if path and getattr(path[-1], "name", None) in _WRAPPER_KEYS:
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def check_inexact(params: PyTree) -> None:
+    """Raise TypeError, naming the leaf, if a leaf cannot be differentiated."""
+    for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"parameter {name!r} has dtype {dtype}: only real floating-point leaves can be "
+                "preconditioned. Leave other leaves out of `params` (pass them in the batch, or "
+                "partition the model first)."
+            )
+
+
+def vdot(a: PyTree, b: PyTree) -> Float[Array, ""]:
+    """Inner product of two trees of one structure.
+
+    Sums of products, not `optax.tree.vdot`: the latter raises on arrays sharded over
+    explicit mesh axes.
+    """
+    return sum(
+        (jnp.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)),
+        start=jnp.zeros(()),
+    )
+
+
+def all_finite(tree: PyTree) -> Array:
+    """Whether no entry of any leaf is NaN or infinite: bool[]."""
+    leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves)) if leaves else jnp.array(True)

@@ -1,0 +1,245 @@
+r"""Divergences: the metric in which a step is measured.
+
+A metric is a *potential on outputs*: a function of the outputs z and of their frozen
+value r at the current parameters, one number for each row, reduced over rows. Its
+curvature at z = r is pulled back to the parameters.
+
+  symbol   meaning                                                     shape
+  z, r     outputs, and outputs at the current parameters              [..., K]
+  a, b     log-softmax of r, of z                                      [..., K]
+  s        softmax of r                                                [..., K]
+  J        Jacobian of the outputs in the parameters                   [rows K, n]
+  F        diag(s) - s s^T, the Fisher matrix of one row's logits      [K, K]
+
+  name           potential of one row                     curvature C (reduction "sum")
+  ngd            -sum s b                                 sum_rows J^T F J
+  reverse_kl     sum exp(b) (b - a)                       sum_rows J^T F J
+  renyi          log sum exp(p a - (p-1) b) / (p-1)       p sum_rows J^T F J    (order p)
+  gaussian       |z - r|^2 / 2                            sum_rows J^T J
+  gauss_newton   the loss itself                          J^T (d2 loss/dz2) J
+  newton         the loss itself                          Hessian of the loss, indefinite
+  renyi_zero     -sum b                                   its full Hessian, indefinite
+  renyi_2        log sum w exp(a - b),  w = a / sum a     its full Hessian, indefinite
+
+`newton` and `gauss_newton` take the loss with its own reduction (usually a mean); the
+divergences are reduced over rows by `divergence_reduction`: "sum" (the papers' runs) or
+"mean". A sum against a mean gradient makes the step 1/rows as long: with "mean", damping
+and the refit's learning rate keep their meaning when the refit batch grows.
+`renyi_zero` and `renyi_2` are kept because the papers' code offers them; they are not
+metrics at the current point: their gradient does not vanish there.
+
+Sources: Layerwise LQR (arXiv 2605.04230); rows reduced one by one, unlike there.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from llqr._errors import unknown
+from llqr._types import Array, Float, PyTree
+
+Divergence: TypeAlias = Callable[[Array, Array], Array]
+"""(outputs [..., K], reference [..., K]) -> one value for each row [...]."""
+
+Reduction: TypeAlias = Literal["sum", "mean"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: whose curvature, and how much of it.
+
+    Args:
+      divergence: value of each row for given outputs and their frozen reference, applied
+        to every output array; None stands for the objective's loss.
+      full: True takes the whole Hessian in the parameters; False the generalised
+        Gauss-Newton part J^T Q J, equal to it when the potential's gradient vanishes.
+    """
+
+    divergence: Divergence | None
+    full: bool = False
+
+
+MetricLike: TypeAlias = str | Metric | Divergence | dict | tuple | list | None
+"""A name, a Metric, a divergence function, or a tree of them in the shape of the outputs."""
+
+
+def _ngd(z: Array, r: Array) -> Array:
+    return -jnp.sum(jax.nn.softmax(r) * jax.nn.log_softmax(z), axis=-1)
+
+
+def _reverse_kl(z: Array, r: Array) -> Array:
+    b = jax.nn.log_softmax(z)
+    return jnp.sum(jnp.exp(b) * (b - jax.nn.log_softmax(r)), axis=-1)
+
+
+def _renyi(z: Array, r: Array, *, order: float) -> Array:
+    a, b = jax.nn.log_softmax(r), jax.nn.log_softmax(z)
+    if order == 1.0:  # the limit: Kullback-Leibler
+        return jnp.sum(jnp.exp(a) * (a - b), axis=-1)
+    return jax.nn.logsumexp(order * a - (order - 1.0) * b, axis=-1) / (order - 1.0)
+
+
+def _renyi_zero(z: Array, r: Array) -> Array:
+    del r
+    return -jnp.sum(jax.nn.log_softmax(z), axis=-1)
+
+
+def _renyi_2(z: Array, r: Array) -> Array:
+    a, b = jax.nn.log_softmax(r), jax.nn.log_softmax(z)
+    weights = a / jnp.sum(a, axis=-1, keepdims=True)
+    return jnp.log(jnp.sum(weights * jnp.exp(a - b), axis=-1))
+
+
+def _gaussian(z: Array, r: Array) -> Array:
+    return 0.5 * jnp.sum((z - r) ** 2, axis=-1) if z.ndim > 1 else 0.5 * (z - r) ** 2
+
+
+def renyi(order: float) -> Metric:
+    """Return the Renyi divergence of the given order between categorical outputs.
+
+    Its curvature at the current point is `order` times the Fisher matrix.
+
+    Args:
+      order: any positive finite number; 1 is Kullback-Leibler.
+
+    Raises:
+      ValueError: for other orders. At 0 the divergence is constant, so that there is no
+        curvature; below it is concave; at infinity it has a kink at the current point.
+    """
+    if not (order > 0 and math.isfinite(order)):
+        raise ValueError(
+            f"renyi: order must be a positive finite number, got {order!r}: at 0 the divergence "
+            "is constant, below 0 concave, and at infinity it has a kink at the current point."
+        )
+    return Metric(partial(_renyi, order=float(order)))
+
+
+METRICS: dict[str, Metric] = {
+    "ngd": Metric(_ngd),
+    "newton": Metric(None, full=True),
+    "gauss_newton": Metric(None),
+    "reverse_kl": Metric(_reverse_kl),
+    "renyi": renyi(0.5),
+    "stable_renyi": renyi(0.5),
+    "renyi_half": renyi(0.5),
+    "renyi_zero": Metric(_renyi_zero, full=True),
+    "renyi_2": Metric(_renyi_2, full=True),
+    "gaussian": Metric(_gaussian),
+}
+
+
+def resolve(metric: MetricLike, order: float = 0.5) -> PyTree:
+    """Turn names and functions into `Metric`s.
+
+    Args:
+      metric: a name of the table above; a `Metric`; a function (outputs, reference) ->
+        value of each row; or a dict, tuple or list of these in the shape of the outputs,
+        None for an output without a metric.
+      order: the order used by "renyi" and "stable_renyi".
+
+    Raises:
+      ValueError: unknown name (the nearest is named), or a divergence that is undefined.
+      TypeError: neither a name, a Metric nor a function; or a metric of the whole loss
+        given for a single output.
+    """
+    if isinstance(metric, str):
+        if metric == "renyi_inf":
+            raise ValueError(
+                "renyi_inf is undefined: log max(e^a / e^b) has a kink where all ratios tie, "
+                "which is at the current point. Use 'renyi' with a large order."
+            )
+        if metric in ("renyi", "stable_renyi"):
+            return renyi(order)
+        if metric not in METRICS:
+            raise ValueError(unknown("divergence", metric, METRICS))
+        return METRICS[metric]
+    if isinstance(metric, Metric):
+        return metric
+    if isinstance(metric, dict | tuple | list):
+        return _resolve_tree(metric, order)
+    if callable(metric):
+        return Metric(metric)
+    raise TypeError(
+        f"metric must be a name, a Metric, a function (outputs, reference) -> rows, or a tree of "
+        f"them in the shape of the outputs; got {metric!r}."
+    )
+
+
+def _resolve_tree(metric: PyTree, order: float) -> PyTree:
+    def one(leaf: MetricLike) -> Metric | None:
+        if leaf is None:
+            return None
+        found = resolve(leaf, order)
+        if found.divergence is None or found.full:
+            raise TypeError(
+                f"metric {leaf!r} belongs to the whole model, not to one output; give one output "
+                "a divergence such as 'ngd' or 'gaussian'."
+            )
+        return found
+
+    leaves, treedef = jax.tree.flatten(metric, is_leaf=lambda x: x is None)
+    return treedef.unflatten([one(leaf) for leaf in leaves])
+
+
+def is_full(metric: PyTree) -> bool:
+    """Whether a resolved metric takes the whole Hessian."""
+    return isinstance(metric, Metric) and metric.full
+
+
+def uses_loss(metric: PyTree) -> bool:
+    """Whether a resolved metric is the loss itself."""
+    return isinstance(metric, Metric) and metric.divergence is None
+
+
+def potential(
+    metric: PyTree, outputs: PyTree, reference: PyTree, mask: PyTree | None, reduction: Reduction
+) -> Float[Array, ""]:
+    """Return the reduced divergence of `outputs` from the frozen `reference`.
+
+    Args:
+      metric: a resolved metric with a divergence, or a tree of them that is a prefix of
+        the outputs.
+      outputs: output arrays [..., K].
+      reference: the same at the current parameters.
+      mask: bool arrays [...] (a prefix of the outputs), or None. Rows that are False add
+        nothing, whatever they hold, and are not counted.
+      reduction: "sum" or "mean" over the rows that count.
+    """
+    is_none = lambda x: x is None  # noqa: E731
+    metrics = jax.tree.broadcast(metric, outputs, is_leaf=is_none)
+    masks = jax.tree.broadcast(mask, outputs, is_leaf=is_none)
+    total = jnp.zeros(())
+    for m, z, r, k in zip(
+        jax.tree.leaves(metrics, is_leaf=is_none),
+        jax.tree.leaves(outputs),
+        jax.tree.leaves(reference),
+        jax.tree.leaves(masks, is_leaf=is_none),
+        strict=True,
+    ):
+        if m is not None:
+            total = total + _reduce(m.divergence, z, r, k, reduction)
+    return total
+
+
+def _reduce(
+    divergence: Divergence, z: Array, r: Array, mask: Array | None, reduction: Reduction
+) -> Float[Array, ""]:
+    if mask is None:
+        rows = divergence(z, r)
+        return jnp.mean(rows) if reduction == "mean" else jnp.sum(rows)
+    # Masked rows are replaced before the divergence as well as after it: a NaN there would
+    # otherwise reach the derivative of the rows that count.
+    wide = mask.reshape(mask.shape + (1,) * (z.ndim - mask.ndim))
+    rows = divergence(jnp.where(wide, z, 0.0), jnp.where(wide, r, 0.0))
+    if rows.shape != mask.shape:
+        raise ValueError(
+            f"the mask has shape {mask.shape}, but the divergence gives rows of shape {rows.shape} "
+            f"for outputs of shape {z.shape}; they must agree."
+        )
+    total = jnp.sum(jnp.where(mask, rows, 0.0))
+    return total / jnp.maximum(jnp.sum(mask), 1) if reduction == "mean" else total

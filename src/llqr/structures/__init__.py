@@ -1,0 +1,15 @@
+"""Families of inverse preconditioners, built by composition."""
+
+from llqr.structures.catalogue import STRUCTURES
+from llqr.structures.plan import Block, Plan, Rule, make_plan, rule_table
+from llqr.structures.matrix import Structure
+
+__all__ = [
+    "STRUCTURES",
+    "Block",
+    "Plan",
+    "Rule",
+    "Structure",
+    "make_plan",
+    "rule_table",
+]

@@ -1,0 +1,292 @@
+"""The optax transformation: apply P at every step, refit it when due."""
+
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llqr import learning, metrics
+from llqr._tree import check_inexact
+from llqr._types import Array, Int, Number, Params, PyTree
+from llqr.learning import Hyper, Problem, Refit, RefitInfo, check_range
+from llqr.metrics import MetricLike, Reduction
+from llqr.objective import BoundObjective
+from llqr.structures import plan as plans
+from llqr.structures.plan import StructureLike
+
+_ONLY = "only"  # the value of `refresh` by which `refresh()` asks for a refit and nothing else
+
+
+class LLQRState(NamedTuple):
+    """State of `scale_by_llqr`: arrays only."""
+
+    count: Int[Array, ""]  # update calls so far
+    # slot -> tree shaped like params: an array of the slot's own shape, or None; a block
+    # over several leaves keeps its arrays at its first leaf
+    blocks: dict[str, PyTree]
+    refit: RefitInfo  # what the last refit did
+
+
+def scale_by_llqr(
+    *,
+    structure: StructureLike = "diagonal",
+    metric: MetricLike = "ngd",
+    damping: Number = 0.0,
+    divergence_reduction: Reduction = "sum",
+    identity_scaling: float = 1.0,
+    max_dim: int = 10_000,
+    refit: Refit | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply updates by a learned inverse preconditioner P.
+
+    P starts as the identity and is relearned when a refit is due, from the objective that
+    is passed to `update`. The direction is preconditioned, not scaled by a learning rate:
+    chain an optimizer behind it, or use `llqr.llqr`.
+
+    Args:
+      structure: a name of `llqr.STRUCTURES` (matrices get it, vectors a diagonal), a
+        `Structure`, or a rule table: pairs (match, structure) or `Rule`s, ending with the
+        catch-all ("*", structure).
+      metric: in what the step is measured; see `llqr.metrics`.
+      damping: lambda >= 0, added to the curvature.
+      divergence_reduction: "sum" or "mean" of the divergence over rows.
+      identity_scaling: sigma > 0; P is stored as sigma P. It changes how far a refit moves.
+      max_dim: a dense side longer than this becomes diagonal.
+      refit: when and how P is learned.
+
+    Returns:
+      A transformation whose `update` takes two more keywords. `objective`: a
+      `BoundObjective`, required unless refresh=False. `refresh`: None follows the schedule,
+      a Python bool decides at trace time, a bool array at run time. Unknown keywords are
+      ignored. Called inside `jit`, the refit runs inside it too; on CPU with convolutions,
+      pass refresh=False there and call `llqr.refresh` outside.
+
+    Raises:
+      ValueError: unknown name or value out of range.
+
+    References:
+      Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
+    """
+    refit = Refit() if refit is None else refit
+    table = plans.rule_table(structure)
+    frozen_metric = learning.freeze(metrics.resolve(metric))
+    slots = plans.slots(table)
+    check_range("damping", damping, low=0)
+    check_range("identity_scaling", identity_scaling, low=0, open_low=True)
+    check_range("max_dim", max_dim, low=1)
+    if divergence_reduction not in ("sum", "mean"):
+        raise ValueError(
+            f"divergence_reduction must be 'sum' or 'mean', got {divergence_reduction!r}."
+        )
+
+    def init(params: Params) -> LLQRState:
+        check_inexact(params)
+        plan = plans.make_plan(params, table, max_dim)
+        if (recorder := _recorder.get()) is not None:
+            recorder.append(plan)
+        blocks = plans.identity(plan, identity_scaling)
+        return LLQRState(
+            jnp.zeros((), jnp.int32), plans.pack(plan, blocks, params, slots), learning.no_refit()
+        )
+
+    def update(
+        updates: Params,
+        state: LLQRState,
+        params: Params | None = None,
+        *,
+        objective: BoundObjective | None = None,
+        refresh: bool | Array | str | None = None,
+        **extra: Any,
+    ) -> tuple[Params, LLQRState]:
+        del extra
+        plan = plans.make_plan(updates, table, max_dim)
+        blocks, info = plans.unpack(plan, state.blocks, updates), state.refit
+        if refresh is not False:
+            _check_refit_inputs(objective, params)
+            problem = Problem(plan, frozen_metric, divergence_reduction, identity_scaling, refit)
+
+            def run(blocks: learning.Blocks, info: RefitInfo) -> tuple[learning.Blocks, RefitInfo]:
+                hyper = _hyper(refit, state.count, damping, identity_scaling)
+                return learning.learn(problem, blocks, info, params, objective, hyper)
+
+            due = _due(refit, state.count) if refresh is None else refresh
+            blocks, info = _when(due, run, blocks, info)
+        packed = plans.pack(plan, blocks, updates, slots)
+        if isinstance(refresh, str):
+            return updates, LLQRState(state.count, packed, info)
+        updates = jax.tree.map(
+            lambda u: (u / identity_scaling).astype(u.dtype) if identity_scaling != 1 else u,
+            plans.multiply(plan, blocks, updates),
+        )
+        return updates, LLQRState(optax.safe_increment(state.count), packed, info)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class ChainState(NamedTuple):
+    """State of `llqr`."""
+
+    preconditioner: LLQRState
+    base: Any  # state of the base optimizer
+
+
+def llqr(
+    base: optax.GradientTransformation, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Wrap an optax optimizer: it sees P g in place of the gradient g.
+
+    Args:
+      base: any optax optimizer. In front of Adam, whose steps do not depend on the scale of
+        each gradient entry, a diagonal P has almost no effect.
+      **options: of `scale_by_llqr`.
+
+    Returns:
+      A transformation like `base` whose `update` also takes `objective` and `refresh`
+      (see `scale_by_llqr`). All other keywords, and none of these two, reach `base`: line
+      searches are strict about theirs.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, llqr
+      >>> objective = llqr.Objective(
+      ...     forward=lambda params, batch: batch["x"] @ params["w"],
+      ...     loss=lambda outputs, batch: jnp.mean((outputs - batch["y"]) ** 2))
+      >>> params = {"w": jnp.ones((3, 2))}
+      >>> batch = {"x": jnp.eye(3), "y": jnp.zeros((3, 2))}
+      >>> tx = llqr.llqr(optax.sgd(0.1), structure="kfac", metric="gauss_newton")
+      >>> state = tx.init(params)
+      >>> loss, grads = jax.value_and_grad(objective)(params, batch)
+      >>> updates, state = tx.update(grads, state, params, objective=objective.bind(batch))
+      >>> params = optax.apply_updates(params, updates)
+      >>> bool(objective(params, batch) < loss)
+      True
+
+    References:
+      Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
+    """
+    preconditioner = scale_by_llqr(**options)
+    base = optax.with_extra_args_support(base)
+
+    def init(params: Params) -> ChainState:
+        return ChainState(preconditioner.init(params), base.init(params))
+
+    def update(
+        updates: Params,
+        state: ChainState,
+        params: Params | None = None,
+        *,
+        objective: BoundObjective | None = None,
+        refresh: bool | Array | str | None = None,
+        **extra: Any,
+    ) -> tuple[Params, ChainState]:
+        updates, learned = preconditioner.update(
+            updates, state.preconditioner, params, objective=objective, refresh=refresh
+        )
+        if isinstance(refresh, str):
+            return updates, ChainState(learned, state.base)
+        updates, base_state = base.update(updates, state.base, params, **extra)
+        return updates, ChainState(learned, base_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def refresh(
+    tx: optax.GradientTransformation, state: Any, params: Params, objective: BoundObjective
+) -> Any:
+    """Refit P now, from outside the training step.
+
+    The way to refit on CPU, and wherever the refit's data differs from the training batch:
+    call the training step with refresh=False and this function when a refit is due. The
+    count and the state of every other transformation stay as they are.
+
+    Args:
+      tx: an optimizer with `llqr` or `scale_by_llqr` in it, however it is composed.
+      state: its state.
+      params: the current parameters.
+      objective: the curvature objective on the refit batch.
+
+    Returns:
+      The state with new blocks.
+
+    Raises:
+      ValueError: there is no LLQR state in `state`.
+    """
+    tx = optax.with_extra_args_support(tx)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    _, new = tx.update(zeros, state, params, objective=objective, refresh=_ONLY)
+    find(state)
+
+    def take(old: Any, new: Any) -> Any:
+        return new if isinstance(old, LLQRState) else old
+
+    return jax.tree.map(take, state, new, is_leaf=lambda x: isinstance(x, LLQRState))
+
+
+def find(state: Any) -> LLQRState:
+    """Return the (first) LLQR state inside an optimizer's state.
+
+    Raises:
+      ValueError: there is none.
+    """
+    is_ours = lambda x: isinstance(x, LLQRState)  # noqa: E731
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    if not found:
+        raise ValueError(
+            "no LLQR state found: the optimizer must contain llqr.llqr or llqr.scale_by_llqr."
+        )
+    return found[0]
+
+
+_recorder: ContextVar[list[plans.Plan] | None] = ContextVar("recorder", default=None)
+
+
+def plans_of(tx: optax.GradientTransformation, params: Params) -> list[plans.Plan]:
+    """Return the plan of every LLQR transformation inside `tx`, however it is composed.
+
+    A composed optax transformation does not show its parts; its `init` visits them all.
+    """
+    found: list[plans.Plan] = []
+    token = _recorder.set(found)
+    try:
+        jax.eval_shape(tx.init, params)
+    finally:
+        _recorder.reset(token)
+    return found
+
+
+def _check_refit_inputs(objective: Any, params: Any) -> None:
+    if objective is None:
+        raise ValueError(
+            "update() needs objective=objective.bind(batch) where a refit can happen. Pass it, "
+            "or pass refresh=False and refit with llqr.refresh(tx, state, params, objective)."
+        )
+    if not isinstance(objective, BoundObjective):
+        raise TypeError(
+            f"objective must be an llqr.Objective bound to a batch, objective.bind(batch); got "
+            f"{type(objective).__name__}."
+        )
+    if params is None:
+        raise ValueError("update() needs params where a refit can happen.")
+
+
+def _due(refit: Refit, count: Int[Array, ""]) -> Array:
+    """Whether a refit is due at `count`."""
+    every = refit.every(count) if callable(refit.every) else refit.every
+    offset = count - refit.start
+    due = (offset >= 0) & (offset % every == 0)
+    return due if refit.until is None else due & (count < refit.until)
+
+
+def _hyper(refit: Refit, count: Int[Array, ""], damping: Number, scale: float) -> Hyper:
+    def at(value: Any) -> Any:
+        return value(count) if callable(value) else value
+
+    return Hyper(at(refit.learning_rate), at(refit.ema_decay), damping, scale)
+
+
+def _when(due: bool | str | Array, run: Any, blocks: Any, info: RefitInfo) -> tuple[Any, RefitInfo]:
+    """Run a refit if due: decided now where the answer is known, by `cond` in a trace."""
+    if isinstance(due, jax.core.Tracer):
+        return jax.lax.cond(due, run, lambda blocks, info: (blocks, info), blocks, info)
+    return run(blocks, info) if bool(due) else (blocks, info)
