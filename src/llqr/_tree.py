@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from llqr._types import Array, Float, PyTree
 
@@ -54,3 +55,8 @@ def all_finite(tree: PyTree) -> Array:
     """Whether no entry of any leaf is NaN or infinite: bool[]."""
     leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(leaves)) if leaves else jnp.array(True)
+
+
+def is_traced() -> bool:
+    """Whether a caller is tracing us, even if all arguments are concrete (a cond's branch)."""
+    return isinstance(jnp.zeros(()) + 0, Tracer)

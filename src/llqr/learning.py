@@ -28,15 +28,15 @@ import optax
 
 from llqr import quadratic
 from llqr._errors import unknown
-from llqr._tree import all_finite, vdot
+from llqr._tree import all_finite, is_traced, vdot
 from llqr._types import Array, Float, Int, Number, Params, PyTree, Schedule
 from llqr.metrics import Reduction
 from llqr.objective import BoundObjective
 from llqr.quadratic import QuadraticModel
 from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
-from llqr.structures.plan import Plan
 from llqr.structures.matrix import Arrays
+from llqr.structures.plan import Plan
 
 SolverName: TypeAlias = Literal["momentum", "sgd", "adam"]
 
@@ -207,7 +207,7 @@ def learn(
       The arrays to install and the new record. Never anything that is not finite, unless
       the old arrays were not.
     """
-    if _inside_a_trace() or _device_platform(params) != "cpu":
+    if is_traced() or _device_platform(params) != "cpu":
         return _learn_scan(problem, blocks, info, params, objective, hyper)
     model, direction, carry = _prepare(problem, blocks, params, objective, hyper)
     before = None
@@ -370,11 +370,6 @@ def _clip_each(limit: float) -> optax.GradientTransformation:
         return x * jnp.minimum(1.0, limit / jnp.maximum(norm, jnp.finfo(x.dtype).tiny))
 
     return optax.stateless(lambda updates, _: jax.tree.map(clip, updates))
-
-
-def _inside_a_trace() -> bool:
-    """Whether a caller is tracing us, even if all of our arguments are concrete (a cond's branch)."""
-    return isinstance(jnp.zeros(()) + 0, jax.core.Tracer)
 
 
 def _device_platform(params: Params) -> str:

@@ -19,7 +19,7 @@ tangent sweep and one transpose sweep.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -34,59 +34,50 @@ from llqr.objective import BoundObjective
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuadraticModel:
-    """J(u) = g.u + 1/2 u.(C + lambda I) u at one point, on one batch.
+    """J(u) = g.u + 1/2 u.(J^T Q J + lambda I) u at one point, on one batch.
 
     Made by `linearize`. A pytree whose leaves are the residuals of the linearisation: it
-    crosses `jax.jit`, so a loop over controls can compile its step once.
+    crosses `jax.jit`, so a loop over controls can compile its step once. A full Hessian
+    has the same form with the parameters themselves as outputs: J the identity, Q the
+    Hessian, c the gradient.
 
     Attributes:
       loss: the loss at the current parameters.
       gradient: g.
-      cotangent: c for a metric on outputs, None for a full Hessian.
-      tangent: u -> J u, or u -> C u for a full Hessian.
-      curvature: v -> Q v on output tangents; None for a full Hessian.
+      cotangent: c.
+      tangent: u -> J u.
+      curvature: v -> Q v on output tangents.
       damping: lambda.
     """
 
     loss: Float[Array, ""]
     gradient: Params
-    cotangent: PyTree | None
+    cotangent: PyTree
     tangent: Callable[[Params], PyTree]
-    curvature: Callable[[PyTree], PyTree] | None
+    curvature: Callable[[PyTree], PyTree]
     damping: Number
-    full: bool = field(metadata={"static": True})
 
     def value(self, u: Params) -> Float[Array, ""]:
         """Return J(u)."""
-        if self.full:
-            return self._full(u)[0]
         v = self.tangent(u)
-        return self._output_value(v, self.curvature(v)) + 0.5 * self.damping * vdot(u, u)
+        return self._value(u, v, self.curvature(v))
 
     def value_and_gradient(self, u: Params) -> tuple[Float[Array, ""], Params]:
-        """Return J(u) and dJ/du = g + (C + lambda I) u, from one tangent sweep and one transpose."""
-        if self.full:
-            value, gradient = self._full(u)
-        else:
-            v = self.tangent(u)
-            q = self.curvature(v)
-            value = self._output_value(v, q) + 0.5 * self.damping * vdot(u, u)
-            gradient = self._pull_back(jax.tree.map(jnp.add, self.cotangent, q))
-        return value, jax.tree.map(lambda d, x: d + self.damping * x, gradient, u)
+        """Return J(u) and dJ/du = g + (C + lambda I) u from one tangent and one transpose sweep."""
+        v = self.tangent(u)
+        q = self.curvature(v)
+        gradient = self._pull_back(jax.tree.map(jnp.add, self.cotangent, q))
+        return self._value(u, v, q), self._damped(gradient, u)
 
     def product(self, u: Params) -> Params:
         """Return (C + lambda I) u."""
-        curved = self.tangent(u) if self.full else self._pull_back(self.curvature(self.tangent(u)))
-        return jax.tree.map(lambda d, x: d + self.damping * x, curved, u)
+        return self._damped(self._pull_back(self.curvature(self.tangent(u))), u)
 
-    def _output_value(self, v: PyTree, q: PyTree) -> Float[Array, ""]:
-        return vdot(self.cotangent, v) + 0.5 * vdot(v, q)
+    def _value(self, u: Params, v: PyTree, q: PyTree) -> Float[Array, ""]:
+        return vdot(self.cotangent, v) + 0.5 * vdot(v, q) + 0.5 * self.damping * vdot(u, u)
 
-    def _full(self, u: Params) -> tuple[Float[Array, ""], Params]:
-        curved = self.tangent(u)
-        value = vdot(self.gradient, u) + 0.5 * vdot(u, curved)
-        value = value + 0.5 * self.damping * vdot(u, u)
-        return value, jax.tree.map(jnp.add, self.gradient, curved)
+    def _damped(self, curved: Params, u: Params) -> Params:
+        return jax.tree.map(lambda d, x: (d + self.damping * x).astype(d.dtype), curved, u)
 
     def _pull_back(self, cotangent: PyTree) -> Params:
         return jax.linear_transpose(self.tangent, self.gradient)(cotangent)[0]
@@ -142,16 +133,16 @@ def _output_curvature(
 
     _, curvature = jax.linearize(jax.grad(potential), outputs)
     gradient = jax.linear_transpose(tangent, params)(cotangent)[0]
-    return QuadraticModel(loss, gradient, cotangent, tangent, curvature, damping, full=False)
+    return QuadraticModel(loss, gradient, cotangent, tangent, curvature, damping)
 
 
 def _full_hessian(
     objective: BoundObjective, params: Params, metric: PyTree, damping: Number, reduction: Reduction
 ) -> QuadraticModel:
-    """C = second derivative in the parameters of the loss, or of a divergence."""
+    """C = second derivative of the loss, or of a divergence, in the parameters."""
     if metrics.uses_loss(metric):
-        (loss, gradient), tangent = jax.linearize(jax.value_and_grad(objective), params)
-        second = _Second(tangent)
+        (loss, gradient), hessian = jax.linearize(jax.value_and_grad(objective), params)
+        hessian = _Second(hessian)
     else:
         loss, gradient = jax.value_and_grad(objective)(params)
         reference = jax.lax.stop_gradient(objective.outputs(params))
@@ -160,14 +151,19 @@ def _full_hessian(
             z = objective.outputs(p)
             return metrics.potential(metric, z, reference, objective.mask(), reduction)
 
-        _, second = jax.linearize(jax.grad(potential), params)
-    return QuadraticModel(loss, gradient, None, second, None, damping, full=True)
+        _, hessian = jax.linearize(jax.grad(potential), params)
+    identity = jax.tree_util.Partial(_identity)
+    return QuadraticModel(loss, gradient, gradient, identity, hessian, damping)
+
+
+def _identity(u: Params) -> Params:
+    return u
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Second:
-    """The gradient's half of a linearised (loss, gradient): u -> C u."""
+    """The gradient's half of a linearised (loss, gradient): u -> Hessian u."""
 
     tangent: Callable[[Params], tuple[Array, Params]]
 

@@ -34,9 +34,9 @@ import optax
 from llqr._errors import unknown
 
 _P = ParamSpec("_P")
-_Curve = Callable[[jax.Array], Any]  # float steps -> values
-
-SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {}  # every factory by name
+_Curve = Callable[[Any], Any]  # array of float steps -> array of values
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]  # an optax.Schedule that returns an array
+SCHEDULES: dict[str, Callable[..., Schedule]] = {}  # every factory by name
 
 # An argument's range is part of its type: lowest, highest, and the words of the error message.
 _NON_NEGATIVE = (0.0, math.inf, "a finite number >= 0")
@@ -50,16 +50,17 @@ _ONE_STEP = (1, math.inf, "at least 1")
 def _check(name: str, value: Any, legal: tuple[float, float, str]) -> None:
     """Raise ValueError unless `value` is a finite number in the range `legal`."""
     low, high, text = legal
-    if not (isinstance(value, numbers.Real) and math.isfinite(value) and low <= value <= high):
+    number = float(value) if isinstance(value, numbers.Real) else math.nan
+    if not (math.isfinite(number) and low <= number <= high):
         raise ValueError(f"{name} must be {text}, got {value!r}")
 
 
-def _factory(build: Callable[_P, _Curve]) -> Callable[_P, optax.Schedule]:
+def _factory(build: Callable[_P, _Curve]) -> Callable[_P, Schedule]:
     """Register a factory, check its numbers, and hand its schedules float steps."""
     signature = inspect.signature(build)
 
     @functools.wraps(build)
-    def checked(*args: _P.args, **kwargs: _P.kwargs) -> optax.Schedule:
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> Schedule:
         for name, value in signature.bind(*args, **kwargs).arguments.items():
             parameter = signature.parameters[name]
             for legal in getattr(parameter.annotation, "__metadata__", ()):
@@ -83,7 +84,7 @@ def _stairs(
     """Return `base` times the scales of the epochs reached, as a function of s - origin."""
     products: dict[int, float] = {}
     for epoch, scale in scales:
-        # First step at or past the epoch; rounded, as 0.1 + 0.2 epochs of 10 steps are 3, not 4.
+        # First step at or past the epoch; rounded, as 15 epochs of 50000 / 3 steps are 250000.
         step = math.ceil(round(steps_per_epoch * epoch, 6)) - origin
         products[step] = products.get(step, 1.0) * scale
     return optax.piecewise_constant_schedule(base, products)
@@ -174,7 +175,7 @@ def warmup_cosine_decay(
       eta_min: the value from t_max on.
 
     Returns:
-      s -> init_lr + (b - init_lr) * s / W                           if s < W
+      s -> init_lr + (b - init_lr) * s / W                                        if s < W
            eta_min + (b - eta_min) * (1 + cos(pi min((s - W) / (D - W), 1))) / 2  else
       with W = int(spe warmup_epochs), D = int(spe t_max)
 
@@ -247,7 +248,7 @@ def linear(
 
 @_factory
 def piecewise_constant(
-    base: NonNegative, steps_per_epoch: Positive, boundaries: Mapping[int, float] | None = None
+    base: NonNegative, steps_per_epoch: Positive, boundaries: Mapping[float, float] | None = None
 ) -> _Curve:
     """Multiply b by a scale at each boundary passed; meant for the refit cadence.
 
@@ -291,8 +292,8 @@ def warmup_piecewise_decay(
       init_lr: the value at step 0.
 
     Returns:
-      s -> init_lr + (b - init_lr) * s / W                          if s < W
-           b * scaling_factor ** (number of bounds <= s / spe)      else
+      s -> init_lr + (b - init_lr) * s / W                       if s < W
+           b * scaling_factor ** (number of bounds <= s / spe)   else
       with W = int(warmup_ratio * int(E spe))
 
     Raises:
@@ -324,9 +325,7 @@ def inverse_sqrt(
     Raises:
       ValueError: if an argument is negative, or `warmup_updates` zero.
     """
-
     rise = step_warmup(base, 1, warmup_updates, 1, warmup_init_lr)
-
     return lambda s: rise(s) * jnp.sqrt(warmup_updates / jnp.maximum(s, warmup_updates))
 
 
@@ -366,15 +365,14 @@ def cosine_ramp_step_increase(
 
     def curve(s: jax.Array) -> jax.Array:
         left = jnp.clip((ramp_end_step - s) / length, 0.0, 1.0)
-        # Half a step keeps whole steps off the quotient's jumps, where a rounding (compiled code
-        # may multiply by the reciprocal) would lose a stair.
-        stairs = jnp.floor((s - step_start_step + 0.5) / step_interval) + 1.0
+        # Floor division goes by the exact remainder; a rounded quotient could lose a stair.
+        stairs = (s - step_start_step) // step_interval + 1.0
         return _half_cosine(target, init_value, left) + step_delta * jnp.maximum(stairs, 0.0)
 
     return curve
 
 
-def make(name: str, base: float, **arguments: Any) -> optax.Schedule:
+def make(name: str, base: float, **arguments: Any) -> Schedule:
     """Build the schedule called `name`.
 
     Args:
@@ -389,13 +387,13 @@ def make(name: str, base: float, **arguments: Any) -> optax.Schedule:
       ValueError: for an unknown name or argument, naming the nearest, or a value out of range.
 
     Example:
-      >>> make("linaer", 0.1, steps_per_epoch=100)
+      >>> make("linaer", 0.1, steps_per_epoch=100)  # doctest: +ELLIPSIS
       Traceback (most recent call last):
       ValueError: unknown schedule 'linaer': did you mean 'linear'? Legal: ...
     """
     if name not in SCHEDULES:
         raise ValueError(unknown("schedule", name, SCHEDULES))
-    legal = [key for key in inspect.signature(SCHEDULES[name]).parameters if key != "base"]
+    legal = list(inspect.signature(SCHEDULES[name]).parameters)
     for argument in arguments:
         if argument not in legal:
             raise ValueError(unknown(f"argument of {name}", argument, legal))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from llqr import learning, metrics
 from llqr._tree import check_inexact
@@ -81,7 +82,7 @@ def scale_by_llqr(
             f"divergence_reduction must be 'sum' or 'mean', got {divergence_reduction!r}."
         )
 
-    def init(params: Params) -> LLQRState:
+    def init(params: Params) -> Any:
         check_inexact(params)
         plan = plans.make_plan(params, table, max_dim)
         if (recorder := _recorder.get()) is not None:
@@ -93,23 +94,23 @@ def scale_by_llqr(
 
     def update(
         updates: Params,
-        state: LLQRState,
+        state: Any,
         params: Params | None = None,
         *,
         objective: BoundObjective | None = None,
         refresh: bool | Array | str | None = None,
         **extra: Any,
-    ) -> tuple[Params, LLQRState]:
+    ) -> tuple[Params, Any]:
         del extra
         plan = plans.make_plan(updates, table, max_dim)
         blocks, info = plans.unpack(plan, state.blocks, updates), state.refit
         if refresh is not False:
-            _check_refit_inputs(objective, params)
+            bound = _check_refit_inputs(objective, params)
             problem = Problem(plan, frozen_metric, divergence_reduction, identity_scaling, refit)
 
             def run(blocks: learning.Blocks, info: RefitInfo) -> tuple[learning.Blocks, RefitInfo]:
                 hyper = _hyper(refit, state.count, damping, identity_scaling)
-                return learning.learn(problem, blocks, info, params, objective, hyper)
+                return learning.learn(problem, blocks, info, params, bound, hyper)
 
             due = _due(refit, state.count) if refresh is None else refresh
             blocks, info = _when(due, run, blocks, info)
@@ -120,7 +121,7 @@ def scale_by_llqr(
             lambda u: (u / identity_scaling).astype(u.dtype) if identity_scaling != 1 else u,
             plans.multiply(plan, blocks, updates),
         )
-        return updates, LLQRState(optax.safe_increment(state.count), packed, info)
+        return updates, LLQRState(_increment(state.count), packed, info)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -128,7 +129,7 @@ def scale_by_llqr(
 class ChainState(NamedTuple):
     """State of `llqr`."""
 
-    preconditioner: LLQRState
+    preconditioner: Any  # an LLQRState
     base: Any  # state of the base optimizer
 
 
@@ -168,18 +169,18 @@ def llqr(
     preconditioner = scale_by_llqr(**options)
     base = optax.with_extra_args_support(base)
 
-    def init(params: Params) -> ChainState:
+    def init(params: Params) -> Any:
         return ChainState(preconditioner.init(params), base.init(params))
 
     def update(
         updates: Params,
-        state: ChainState,
+        state: Any,
         params: Params | None = None,
         *,
         objective: BoundObjective | None = None,
         refresh: bool | Array | str | None = None,
         **extra: Any,
-    ) -> tuple[Params, ChainState]:
+    ) -> tuple[Params, Any]:
         updates, learned = preconditioner.update(
             updates, state.preconditioner, params, objective=objective, refresh=refresh
         )
@@ -249,13 +250,14 @@ def plans_of(tx: optax.GradientTransformation, params: Params) -> list[plans.Pla
     found: list[plans.Plan] = []
     token = _recorder.set(found)
     try:
-        jax.eval_shape(tx.init, params)
+        # A new function each time: eval_shape does not trace one that it knows again.
+        jax.eval_shape(lambda p: tx.init(p), params)
     finally:
         _recorder.reset(token)
     return found
 
 
-def _check_refit_inputs(objective: Any, params: Any) -> None:
+def _check_refit_inputs(objective: Any, params: Any) -> BoundObjective:
     if objective is None:
         raise ValueError(
             "update() needs objective=objective.bind(batch) where a refit can happen. Pass it, "
@@ -268,6 +270,7 @@ def _check_refit_inputs(objective: Any, params: Any) -> None:
         )
     if params is None:
         raise ValueError("update() needs params where a refit can happen.")
+    return objective
 
 
 def _due(refit: Refit, count: Int[Array, ""]) -> Array:
@@ -276,6 +279,10 @@ def _due(refit: Refit, count: Int[Array, ""]) -> Array:
     offset = count - refit.start
     due = (offset >= 0) & (offset % every == 0)
     return due if refit.until is None else due & (count < refit.until)
+
+
+def _increment(count: Int[Array, ""]) -> Int[Array, ""]:
+    return jnp.asarray(optax.safe_increment(count))
 
 
 def _hyper(refit: Refit, count: Int[Array, ""], damping: Number, scale: float) -> Hyper:
@@ -287,6 +294,6 @@ def _hyper(refit: Refit, count: Int[Array, ""], damping: Number, scale: float) -
 
 def _when(due: bool | str | Array, run: Any, blocks: Any, info: RefitInfo) -> tuple[Any, RefitInfo]:
     """Run a refit if due: decided now where the answer is known, by `cond` in a trace."""
-    if isinstance(due, jax.core.Tracer):
+    if isinstance(due, Tracer):
         return jax.lax.cond(due, run, lambda blocks, info: (blocks, info), blocks, info)
     return run(blocks, info) if bool(due) else (blocks, info)

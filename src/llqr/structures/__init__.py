@@ -1,8 +1,8 @@
 """Families of inverse preconditioners, built by composition."""
 
 from llqr.structures.catalogue import STRUCTURES
-from llqr.structures.plan import Block, Plan, Rule, make_plan, rule_table
 from llqr.structures.matrix import Structure
+from llqr.structures.plan import Block, Plan, Rule, make_plan, rule_table
 
 __all__ = [
     "STRUCTURES",

@@ -116,7 +116,7 @@ def init(structure: Structure, shape: tuple[int, ...], scale: float, dtype: jnp.
         # All of sigma sits in the sides, shared evenly.
         values = dict.fromkeys(sides, scale ** (1.0 / max(len(sides), 1)))
     else:
-        values = {"spectrum": scale, "left_spectrum": scale, **dict.fromkeys(sides, 1.0)}
+        values = {"spectrum": scale, "left_spectrum": scale}
     arrays = {}
     for slot, size in array_shapes(structure, shape).items():
         value = values.get(slot, 1.0)

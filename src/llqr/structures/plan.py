@@ -58,7 +58,7 @@ StructureLike: TypeAlias = str | Structure | Sequence[Rule | tuple[Match, str | 
 
 
 def matrix_like(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether a leaf is seen as a matrix: two sides of more than one entry, and no bias or scale."""
+    """Whether a leaf is seen as a matrix: two axes longer than 1, and not a bias or scale."""
     return sum(side > 1 for side in shape) >= 2 and not _VECTORS.search(path)
 
 

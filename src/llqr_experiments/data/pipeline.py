@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import grain
 import numpy as np
@@ -141,8 +141,12 @@ def refit_stream(
     training batches, because refits take none of them.
 
     Args:
+      source: as for `train_stream`.
+      batch_size: as for `train_stream`; the two may differ.
       seed: the seed of the run, the one its `train_stream` has.
-      source, batch_size, transform, num_threads, prefetch: as for `train_stream`.
+      transform: as for `train_stream`.
+      num_threads: as for `train_stream`.
+      prefetch: as for `train_stream`.
 
     Returns:
       As `train_stream`.

@@ -182,22 +182,22 @@ def _load_digits(dataset_dir: str | Path | None) -> Dataset:
     # Imported here because scikit-learn takes a second to import.
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    images = np.asarray(bunch["images"]).astype(np.uint8)[..., None]
-    labels = np.asarray(bunch["target"]).astype(np.int32)
+    pixels, target = load_digits(return_X_y=True)
+    images = np.asarray(pixels).astype(np.uint8).reshape(-1, 8, 8, 1)
+    labels = np.asarray(target).astype(np.int32)
     rng = np.random.RandomState(0)
     held_out = np.zeros(len(labels), bool)
     for label in range(10):
         members = rng.permutation(np.flatnonzero(labels == label))
         held_out[members[: round(0.2 * len(members))]] = True
-    pixels = images[~held_out] / 16.0
+    scaled = images[~held_out] / 16.0
     return Dataset(
         name="digits",
         train=Split(images[~held_out], labels[~held_out]),
         test=Split(images[held_out], labels[held_out]),
         num_classes=10,
-        mean=float(pixels.mean()),
-        std=float(pixels.std()),
+        mean=float(scaled.mean()),
+        std=float(scaled.std()),
         scale=16.0,
         origin="scikit-learn",
     )
@@ -312,9 +312,9 @@ def validate(dataset: Dataset) -> None:
     """Check that a dataset can be trained on.
 
     Raises:
-      DataError: a split is empty, has the wrong number of dimensions or labels that are no integers,
-        has more images than labels or fewer, holds a pixel that is NaN or infinite, or a label that is no class; or
-        the constants cannot normalise.
+      DataError: the constants cannot normalise; or a split is empty, has arrays of the wrong
+        number of dimensions, labels that are no integers, not as many images as labels, a pixel
+        that is NaN or infinite, or a label that is no class.
     """
     divisors = np.concatenate([np.ravel(dataset.std), np.ravel(dataset.scale)])
     constants = np.concatenate([np.ravel(dataset.mean), divisors])

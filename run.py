@@ -1,0 +1,25 @@
+"""Train a model: `uv run python run.py experiment=quick-local-test`; see --help."""
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from llqr_experiments import cli
+from llqr_experiments.spec import Config
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="config")
+def main(config: DictConfig) -> None:
+    """Run the composed experiment in Hydra's output folder."""
+    cli.execute(config, Path(HydraConfig.get().runtime.output_dir))
+
+
+if __name__ == "__main__":
+    cli.check_arguments(sys.argv[1:])
+    main()

@@ -1,0 +1,148 @@
+"""From the config to schedules, optimizer and preconditioner."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import llqr
+from llqr import schedules
+from llqr._types import Number, Schedule
+from llqr.structures import catalogue
+from llqr_experiments.spec import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How long a run is.
+
+    Attributes:
+      steps_per_epoch: training examples / batch size, not rounded.
+      total_epochs: passes over the training set.
+    """
+
+    steps_per_epoch: float
+    total_epochs: float
+
+    @property
+    def total_steps(self) -> int:
+        """Loop indices; the last one evaluates only, so that one fewer updates are made."""
+        return int(self.steps_per_epoch * self.total_epochs) + 1
+
+
+def schedule(config: Config, group: str, base: float, horizon: Horizon) -> Number | Schedule:
+    """Return the schedule of a config group around its base value; a constant is a number."""
+    arguments = dict(getattr(config, group))
+    name = arguments.pop("name")
+    if name == "constant":
+        return base
+    legal = inspect.signature(schedules.SCHEDULES.get(name, schedules.make)).parameters
+    for known in ("steps_per_epoch", "total_epochs"):
+        if known in legal:
+            arguments.setdefault(known, getattr(horizon, known))
+    try:
+        return schedules.make(name, base, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{group}: {error}") from error
+
+
+def base_optimizer(config: Config, horizon: Horizon) -> optax.GradientTransformation:
+    """Return the main optimizer with its weight decay.
+
+    Decay is decoupled for the adamw family; for the others wd * parameters joins the
+    (preconditioned) gradient before momentum.
+    """
+    rate = schedule(config, "lr_scheduler", config.learning_rate, horizon)
+    name, (b1, b2) = config.main_optimizer, config.adam_betas
+    mask = _decay_mask(config.wd_mask or [])
+    if name.startswith("adamw"):
+        if name != "adamw":  # the name carries the second beta; mask and betas do not enter
+            return optax.adamw(rate, 0.9, float(f"0.{name[-2:]}"), weight_decay=config.weight_decay)
+        return optax.adamw(rate, b1, b2, weight_decay=config.weight_decay, mask=mask)
+    made = {
+        "sgd": lambda: optax.sgd(rate),
+        "polyak": lambda: optax.sgd(rate, momentum=config.momentum),
+        "adam": lambda: optax.adam(rate, b1, b2),
+    }[name]()
+    if config.weight_decay:
+        return optax.chain(optax.add_decayed_weights(config.weight_decay, mask), made)
+    return made
+
+
+def _decay_mask(parts: list[str]) -> Any:
+    """A function from parameters to which of them decay."""
+
+    def mask(params: Any) -> Any:
+        def decays(path: tuple[Any, ...], _: Any) -> bool:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return not any(part in name for part in parts)
+
+        return jax.tree_util.tree_map_with_path(decays, params)
+
+    return mask
+
+
+def optimizer(config: Config, horizon: Horizon) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer of a run: the main one alone, or wrapped by LLQR.
+
+    Raises:
+      ConfigError: unknown structure or divergence (the nearest is named), or an illegal value.
+    """
+    base = optax.with_extra_args_support(base_optimizer(config, horizon))
+    if not config.use_preconditioner:
+        return base
+    try:
+        return llqr.llqr(
+            base,
+            structure=catalogue.get(config.block_structure),
+            metric=llqr.metrics.resolve(config.divergence, config.divergence_order_param),
+            damping=config.damping,
+            divergence_reduction=config.divergence_reduction,
+            identity_scaling=config.precond_identity_scaling,
+            max_dim=config.precond_max_dim,
+            refit=refit_options(config, horizon),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def refit_options(config: Config, horizon: Horizon) -> llqr.Refit:
+    """Return when and how P is learned."""
+    every = schedule(
+        config, "precond_update_scheduler", config.update_preconditioner_every, horizon
+    )
+    return llqr.Refit(
+        every=every,
+        start=config.precond_start_step,
+        until=config.update_preconditioner_until or None,
+        steps=config.precond_steps,
+        learning_rate=schedule(config, "precond_lr_scheduler", config.precond_lr, horizon),
+        solver=config.precond_solver,
+        momentum=config.momentum,
+        clip_norm=config.precond_clip_norm or None,
+        clip_value=config.precond_clip_element_wise or None,
+        warm_start=config.warm_start_precond,
+        ema_decay=schedule(config, "ema_scheduler", config.ema_decay, horizon),
+        normalize_gradient=config.normalize_grad_for_lqr,
+        allow_grad_inversion=config.allow_grad_inversion,
+    )
+
+
+def refit_steps(config: Config, horizon: Horizon) -> frozenset[int]:
+    """Return the steps before which P is refitted, all at once: the loop never asks a device."""
+    if not config.use_preconditioner:
+        return frozenset()
+    refit = refit_options(config, horizon)
+    steps = np.arange(horizon.total_steps - 1)
+    every = refit.every
+    if callable(every):
+        every = np.asarray(jax.vmap(every)(jnp.asarray(steps))).round().astype(int)
+    offset = steps - refit.start
+    due = (offset >= 0) & (offset % np.maximum(every, 1) == 0)
+    if refit.until is not None:
+        due &= steps < refit.until
+    return frozenset(steps[due].tolist())

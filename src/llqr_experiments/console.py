@@ -1,0 +1,103 @@
+"""What a person sees of a run: a progress bar, refit lines, a closing table."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+import llqr
+
+
+class Display:
+    """A live bar on a terminal; lines every `report_freq` steps elsewhere.
+
+    Args:
+      total: steps of the run.
+      report_freq: steps between lines where there is no terminal.
+    """
+
+    def __init__(self, total: int, report_freq: int):
+        self.console = Console(highlight=False)
+        self._total, self._report_freq = total, report_freq
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total, metrics="")
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, soft_wrap=True)
+
+    def progress(self, step: int, loss: float, accuracy: float) -> None:
+        """Show training metrics measured at `step`."""
+        metrics = f"loss {loss:.4f}  accuracy {accuracy:5.1f} %"
+        self._bar.update(self._task, completed=step, metrics=metrics)
+        if not self.console.is_terminal and step % self._report_freq == 0:
+            self.say(f"step {step:>6} of {self._total}   {metrics}")
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def evaluation(self, step: int, loss: float, accuracy: float) -> None:
+        """Print the result on the test set."""
+        self.say(f"step {step:>6}   test loss {loss:.4f}   test accuracy [bold]{accuracy:.2f} %[/]")
+
+    def refit(self, step: int, info: llqr.RefitInfo, blocks: int, seconds: float) -> None:
+        """Print what a refit did."""
+        before, after = float(info.objective_before), float(info.objective_after)
+        guarded = int(info.guarded)
+        line = (
+            f"step {step:>6}   refit {int(info.refits)}: objective {before:.4g} -> {after:.4g}, "
+            f"{seconds:.2f} s, {guarded} of {blocks} blocks guarded"
+        )
+        if guarded:
+            reasons = {
+                "not finite": int(info.nonfinite),
+                "sign of the gradient turned": int(info.inverted),
+                "objective not lower": int(info.rejected),
+            }
+            line += " [yellow](" + ", ".join(f"{k}: {v}" for k, v in reasons.items() if v) + ")[/]"
+        self.say(line)
+
+    def closing(
+        self, results: dict[str, str], seconds: Counter[str], total: float, files: Iterable[Path]
+    ) -> None:
+        """Print the closing table."""
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(style="bold")
+        table.add_column()
+        for name, value in results.items():
+            table.add_row(name, value)
+        split = "   ".join(f"{name} {value:.1f} s" for name, value in seconds.most_common())
+        other = total - sum(seconds.values())
+        table.add_row("time", f"{total:.1f} s:   {split}   other {max(other, 0):.1f} s")
+        for i, path in enumerate(files):
+            table.add_row("files" if i == 0 else "", str(path))
+        self.console.print()
+        self.console.print(table, soft_wrap=True)

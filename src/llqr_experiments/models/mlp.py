@@ -1,0 +1,41 @@
+"""The multilayer perceptron of the papers."""
+
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+from llqr import _types as t
+
+
+class MLP(nnx.Module):
+    """Flatten, then dense layers with ReLU between them, then log-softmax.
+
+    Parameter groups are `layers_0`, `layers_2`, ...: every stage has a number, and the
+    activations between the dense layers count.
+
+    Args:
+      features: size of a flattened input.
+      hidden: widths of the hidden layers.
+      classes: number of outputs.
+      rngs: random streams; kernels are LeCun-normal, biases zero.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> model = MLP(64, (100, 300), 10, rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((2, 8, 8, 1))).shape
+      (2, 10)
+    """
+
+    def __init__(self, features: int, hidden: Sequence[int], classes: int, *, rngs: nnx.Rngs):
+        widths = [features, *hidden, classes]
+        self.dense = len(widths) - 1
+        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+            setattr(self, f"layers_{2 * i}", nnx.Linear(fan_in, fan_out, rngs=rngs))
+
+    def __call__(self, x: t.Float[t.Array, "batch ..."]) -> t.Float[t.Array, "batch classes"]:
+        """Return log-probabilities."""
+        x = x.reshape(x.shape[0], -1)
+        for i in range(self.dense):
+            x = getattr(self, f"layers_{2 * i}")(x if i == 0 else nnx.relu(x))
+        return jax.nn.log_softmax(x)

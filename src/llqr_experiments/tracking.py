@@ -1,0 +1,108 @@
+"""Where metrics go: metrics.jsonl always, Aim when it is there. A tracker never ends a run."""
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from llqr_experiments.spec import Config
+
+
+class Tracker(Protocol):
+    """A place for numbers."""
+
+    def log(self, step: int, values: dict[str, float], seconds: float) -> None:
+        """Record values at a step, `seconds` after the start."""
+        ...
+
+    def close(self) -> None:
+        """Flush."""
+        ...
+
+
+class Jsonl:
+    """One JSON object a line, flushed line by line, so that a killed run keeps its record."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, values: dict[str, float], seconds: float) -> None:
+        """Append a line; numbers that JSON does not have become null."""
+        row = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **row, "seconds": round(seconds, 3)}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Aim:
+    """A run in an Aim repository."""
+
+    def __init__(self, repo: str | None, experiment: str, config: Config):
+        import aim
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._run = aim.Run(
+                repo=repo,
+                experiment=experiment,
+                system_tracking_interval=None,
+                log_system_params=False,
+                capture_terminal_logs=False,
+            )
+        self._run["config"] = asdict(config)
+
+    def log(self, step: int, values: dict[str, float], seconds: float) -> None:
+        """Track every value, and again over time: name|t, with 100 x seconds as its axis."""
+        for name, value in values.items():
+            self._run.track(value, name=name, step=step)
+            self._run.track(value, name=f"{name}|t", step=int(100 * seconds))
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.close()
+
+
+class Trackers:
+    """All trackers of a run; one that fails is reported once and dropped.
+
+    Args:
+      say: prints a line for the user.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+        self._live: list[Tracker] = []
+
+    def add(self, name: str, make: Callable[[], Tracker]) -> bool:
+        """Add a tracker; say why in one line, and go on, if it cannot be made."""
+        try:
+            self._live.append(make())
+        except ModuleNotFoundError:
+            self._say(f"{name} is not installed: metrics go to metrics.jsonl only.")
+        except Exception as error:
+            self._say(f"{name} cannot be used ({error}): metrics go to metrics.jsonl only.")
+        else:
+            return True
+        return False
+
+    def log(self, step: int, values: dict[str, float], seconds: float) -> None:
+        """Send values to every tracker."""
+        self._each(lambda tracker: tracker.log(step, values, seconds))
+
+    def close(self) -> None:
+        """Close every tracker."""
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, act: Callable[[Any], None]) -> None:
+        for tracker in list(self._live):
+            try:
+                act(tracker)
+            except Exception as error:
+                self._live.remove(tracker)
+                self._say(f"{type(tracker).__name__} failed and is dropped: {error}")

@@ -1,0 +1,293 @@
+"""A run, from config to plots: a loop of named phases."""
+
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from omegaconf import OmegaConf
+
+import llqr
+from llqr._types import Array, Params
+from llqr_experiments import build, data, plots, tasks
+from llqr_experiments.clock import Clock
+from llqr_experiments.console import Display
+from llqr_experiments.evaluate import evaluate
+from llqr_experiments.spec import Config
+from llqr_experiments.tracking import Aim, Jsonl, Trackers
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on."""
+
+
+class TrainState(NamedTuple):
+    """What a training step changes."""
+
+    params: Params
+    opt_state: Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same during a run."""
+
+    config: Config
+    task: tasks.Task
+    tx: optax.GradientTransformationExtraArgs
+    total_steps: int
+    refit_steps: frozenset[int]
+    train: data.Source
+    test: data.Source
+
+
+def run(config: Config, out_dir: Path, command: str = "") -> dict[str, float]:
+    """Train, evaluate, and write everything into `out_dir`.
+
+    Args:
+      config: validated options.
+      out_dir: the run's folder; made if missing.
+      command: as typed, for meta.json.
+
+    Returns:
+      The final test metrics.
+
+    Raises:
+      ConfigError: an illegal option; nothing was written.
+      DataError: the data cannot be used.
+      TrainingError: the loss is no longer finite.
+    """
+    with ExitStack() as stack:
+        clock = stack.enter_context(Clock())
+        with clock.phase("setup"):
+            job = _prepare(config)
+            _write_meta(job, out_dir, command)
+            display = Display(job.total_steps - 1, config.report_freq)
+            trackers = _trackers(job, out_dir, display)
+            stack.callback(trackers.close)
+        _announce(job, display)
+        stack.enter_context(display)
+        final = _loop(job, display, trackers, clock)
+    plots.curves(out_dir / "metrics.jsonl", _title(config), out_dir / "curves.png")
+    results = {
+        "test accuracy": f"{final['test accuracy']:.2f} %",
+        "test loss": f"{final['test loss']:.4f}",
+    }
+    files = [out_dir / n for n in ("metrics.jsonl", "curves.png", "config.yaml", "meta.json")]
+    display.closing(results, clock.seconds, clock.elapsed(), map(_shorten, files))
+    return final
+
+
+def _prepare(config: Config) -> Run:
+    # Options are checked before the data is read: a schedule or a structure that does not
+    # exist costs nothing to find.
+    build.optimizer(config, build.Horizon(1.0, config.total_epochs))
+    task = tasks.build(config)
+    train, test = (data.Source.of(task.dataset, split) for split in ("train", "test"))
+    horizon = build.Horizon(data.epoch_length(train, config.batch_size), config.total_epochs)
+    tx = build.optimizer(config, horizon)
+    refits = build.refit_steps(config, horizon)
+    return Run(config, task, tx, horizon.total_steps, refits, train, test)
+
+
+def _trackers(job: Run, out_dir: Path, display: Display) -> Trackers:
+    trackers = Trackers(display.say)
+    trackers.add("metrics.jsonl", lambda: Jsonl(out_dir / "metrics.jsonl"))
+    if job.config.logging.aim:
+        repo = job.config.logging.aim_repo
+        trackers.add("Aim", lambda: Aim(repo, job.task.name, job.config))
+    return trackers
+
+
+@partial(jax.jit, static_argnames=("objective", "tx"), donate_argnames="state")
+def train_step(
+    objective: llqr.Objective,
+    tx: optax.GradientTransformationExtraArgs,
+    state: TrainState,
+    batch: dict[str, Array],
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update; also sums over the batch (before the update), see `tasks.measure`."""
+
+    def loss(params: Params) -> tuple[Array, Array]:
+        outputs = objective.forward(params, batch)
+        return objective.loss(outputs, batch), outputs
+
+    (_, outputs), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, refresh=False)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, opt_state), tasks.measure(outputs, batch)
+
+
+def _loop(job: Run, display: Display, trackers: Trackers, clock: Clock) -> dict[str, float]:
+    """Steps 0 .. total - 1; the last index only evaluates."""
+    config, last = job.config, job.total_steps - 1
+    stream = data.train_stream(job.train, batch_size=config.batch_size, seed=config.rng_seed)
+    refits = data.refit_stream(
+        job.train, batch_size=config.precond_batch_size, seed=config.rng_seed, num_threads=0
+    )
+    state = TrainState(job.task.params, job.tx.init(job.task.params))
+    state = jax.tree.map(jax.numpy.array, state)  # steps donate their state: own the buffers
+    log = partial(_log, trackers, clock)
+    final: dict[str, float] = {}
+    for step in range(job.total_steps):
+        if step == last or (step and step % config.test_eval_freq == 0):
+            with clock.phase("evaluation"):
+                final = _evaluate(job, state.params)
+            display.evaluation(step, final["test loss"], final["test accuracy"])
+            log(step, final)
+        if step == last:
+            break
+        if step in job.refit_steps:
+            state = _refit(job, state, next(refits), step, display, log, clock)
+        with clock.phase("training"):
+            state, sums = train_step(job.task.objective, job.tx, state, next(stream))
+            if (step + 1) % config.logging_freq == 0 or step == 0:
+                _report(step + 1, _means(sums), display, log)
+    return final
+
+
+def _refit(
+    job: Run,
+    state: TrainState,
+    batch: dict[str, Any],
+    step: int,
+    display: Display,
+    log: Callable[[int, dict[str, float]], None],
+    clock: Clock,
+) -> TrainState:
+    """Relearn P before the update of `step`, and say what it did."""
+    before = clock.seconds["refit"]
+    jax.block_until_ready(state)  # earlier training steps are not the refit's time
+    with clock.phase("refit"):
+        objective = job.task.objective.bind(batch)
+        opt_state = llqr.refresh(job.tx, state.opt_state, state.params, objective)
+        info = jax.device_get(llqr.find(opt_state).refit)
+    seconds = clock.seconds["refit"] - before
+    blocks = len(llqr.describe(job.tx, state.params).rows)
+    display.refit(step, info, blocks, seconds)
+    log(
+        step,
+        {
+            "refit objective before": float(info.objective_before),
+            "refit objective after": float(info.objective_after),
+            "refit guarded blocks": float(info.guarded),
+        },
+    )
+    return state._replace(opt_state=opt_state)
+
+
+def _evaluate(job: Run, params: Params) -> dict[str, float]:
+    size = job.config.eval_batch_size or job.config.batch_size
+    found = evaluate(job.task.objective, params, job.test, size)
+    return {f"test {name}": value for name, value in found.items()}
+
+
+def _means(sums: dict[str, Array]) -> dict[str, float]:
+    host = jax.device_get(sums)
+    rows = float(host["rows"])
+    return {
+        "train loss": float(host["loss"]) / rows,
+        "train accuracy": 100.0 * float(host["correct"]) / rows,
+    }
+
+
+def _report(
+    step: int,
+    values: dict[str, float],
+    display: Display,
+    log: Callable[[int, dict[str, float]], None],
+) -> None:
+    log(step, values)
+    display.progress(step, values["train loss"], values["train accuracy"])
+    if not math.isfinite(values["train loss"]):
+        raise TrainingError(
+            f"the training loss is {values['train loss']} at step {step}. Lower learning_rate, or "
+            "refit more cautiously (damping, precond_lr, ema_decay)."
+        )
+
+
+def _log(trackers: Trackers, clock: Clock, step: int, values: dict[str, float]) -> None:
+    trackers.log(step, values, clock.elapsed())
+
+
+def _announce(job: Run, display: Display) -> None:
+    """Say what is about to happen."""
+    config, size = job.config, sum(x.size for x in jax.tree.leaves(job.task.params))
+    display.say(
+        f"[bold]{job.task.name}[/]   {size:,} parameters   {len(job.train):,} training and "
+        f"{len(job.test):,} test examples   {job.total_steps - 1:,} steps of {config.batch_size}   "
+        f"{jax.devices()[0].platform.upper()}"
+    )
+    if config.use_preconditioner:
+        display.say(
+            f"LLQR on {config.main_optimizer}: {config.block_structure}, {config.divergence}, "
+            f"{len(job.refit_steps)} refits of {config.precond_steps} inner steps on "
+            f"{config.precond_batch_size} examples\n{llqr.describe(job.tx, job.task.params)}\n"
+        )
+    else:
+        display.say(f"{config.main_optimizer} without a preconditioner\n")
+
+
+def _title(config: Config) -> str:
+    name = f"{config.dataset.name}, {config.architecture.name}: {config.main_optimizer}"
+    name += f" {config.learning_rate:g}"
+    return name + (f" + LLQR {config.block_structure}" if config.use_preconditioner else "")
+
+
+def _write_meta(job: Run, out_dir: Path, command: str) -> None:
+    """Write config.yaml and meta.json: enough to run it again."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if (out_dir / "metrics.jsonl").exists():
+        raise TrainingError(f"{out_dir} already holds a run; give another folder.")
+    (out_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(job.config)))
+    meta = {
+        "command": command,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "seeds": {"init_key": job.config.init_key, "rng_seed": job.config.rng_seed},
+        "devices": [str(device) for device in jax.devices()],
+        "platform": platform.platform(),
+        "python": sys.version.split()[0],
+        "versions": {name: _version(name) for name in ("llqr", "jax", "optax", "flax", "grain")},
+        "steps": job.total_steps - 1,
+        "refits": len(job.refit_steps),
+    }
+    (out_dir / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    """Commit of the checkout, with "+" if it has changes; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        git = partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
+        head = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+        dirty = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if dirty else "")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _shorten(path: Path) -> Path:
+    """The path from here, if it lies below."""
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path

@@ -1,0 +1,32 @@
+"""Every test: float64 and strict promotion where numbers are checked; two CPU devices."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before jax is imported anywhere: two devices, so that sharded paths run on any machine.
+_FLAG = "--xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+_HERE = Path(__file__).parent
+sys.path.insert(0, str(_HERE.parent))  # `from tests import cases` in importlib mode
+
+_FLOAT32 = ("experiments", "frontends")
+"""Folders whose tests run at JAX's own defaults: what users run is float32."""
+
+
+@pytest.fixture(autouse=True)
+def _precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a test in float64 with strict dtype promotion.
+
+    A context, not the global flag: doctests of src run in the same process and show float32.
+    """
+    if request.path.relative_to(_HERE).parts[0] in _FLOAT32:
+        yield
+        return
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        yield
