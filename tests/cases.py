@@ -220,7 +220,10 @@ def _attention_make(rng: np.random.Generator) -> tuple[Any, Any]:
         "norm": {"scale": 1 + 0.2 * rng.normal(size=4)},
         "temperature": np.array(1.3),
     }
-    batch = {"x": np.array([[1, 4, 2, 3], [3, 3, 1, PAD]]), "y": np.array([[4, 2, 3, 1], [1, 2, 4, 0]])}
+    batch = {
+        "x": np.array([[1, 4, 2, 3], [3, 3, 1, PAD]]),
+        "y": np.array([[4, 2, 3, 1], [1, 2, 4, 0]]),
+    }
     return params, batch
 
 
@@ -260,7 +263,11 @@ ATTENTION = Case(
 
 
 def _heads_params(rng: np.random.Generator, regression: int) -> dict[str, Any]:
-    return {"trunk": _dense(rng, 5, 4), "class": _dense(rng, 4, 3), "value": _dense(rng, 4, regression)}
+    return {
+        "trunk": _dense(rng, 5, 4),
+        "class": _dense(rng, 4, 3),
+        "value": _dense(rng, 4, regression),
+    }
 
 
 def _heads_make(rng: np.random.Generator) -> tuple[Any, Any]:

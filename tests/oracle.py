@@ -154,7 +154,6 @@ def _full_divergence(case: Case, name: str) -> np.ndarray:
     return np.asarray(jax.jit(jax.hessian(total))(theta))
 
 
-
 def curvature(case: Case, name: Any, reduction: str = "sum") -> np.ndarray:
     """Return the dense C, without damping, for a metric's name or a tree of them."""
     keys = sorted(name) if isinstance(name, dict) else None

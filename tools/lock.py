@@ -38,6 +38,7 @@ def splice(text: str, lines: list[str]) -> str:
 
 
 def main() -> None:
+    """Resolve without constraints, write them, and check that they resolve."""
     pyproject = ROOT / "pyproject.toml"
     original = pyproject.read_text()
     lock = ROOT / "uv.lock"

@@ -4,8 +4,14 @@ import difflib
 from collections.abc import Iterable
 
 
-def unknown(kind: str, value: object, legal: Iterable[str]) -> str:
+def unknown(kind: str, value: object, legal: Iterable[str], *, see: str | None = None) -> str:
     """Return the message for a name that is not one of `legal`.
+
+    Args:
+      kind: what the name should have been.
+      value: the name.
+      legal: the names that exist.
+      see: where they are listed; None lists them here.
 
     Example:
       >>> unknown("structure", "e-kfca", ["diagonal", "e-kfac"])
@@ -14,4 +20,4 @@ def unknown(kind: str, value: object, legal: Iterable[str]) -> str:
     names = sorted(legal)
     near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     hint = f": did you mean {near[0]!r}?" if near else "."
-    return f"unknown {kind} {value!r}{hint} Legal: {', '.join(names)}"
+    return f"unknown {kind} {value!r}{hint} {see or 'Legal: ' + ', '.join(names)}"

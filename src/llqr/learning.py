@@ -70,12 +70,12 @@ class Refit:
       ValueError: a value outside its range.
     """
 
-    every: int | Schedule = 1000
+    every: Number | Schedule = 1000
     start: int = 0
     until: int | None = None
     steps: int = 50
     learning_rate: Number | Schedule = 1e-3
-    solver: SolverName | optax.GradientTransformation = "momentum"
+    solver: SolverName | str | optax.GradientTransformation = "momentum"
     momentum: float = 0.9
     clip_norm: float | None = 5.0
     clip_value: float | None = None
@@ -269,7 +269,7 @@ def _step(
     updates, solver = _solver(problem.refit).update(gradient, carry.solver, carry.blocks)
     if isinstance(problem.refit.solver, str):
         updates = jax.tree.map(lambda u: -hyper.learning_rate * u, updates)
-    blocks = optax.apply_updates(carry.blocks, updates)
+    blocks = jax.tree.map(lambda b, u: (b + u).astype(b.dtype), carry.blocks, updates)
     return _Carry(blocks, solver), value
 
 

@@ -13,7 +13,8 @@ import llqr
 from llqr import schedules
 from llqr._types import Number, Schedule
 from llqr.structures import catalogue
-from llqr_experiments.spec import Config, ConfigError
+from llqr_experiments.errors import ConfigError
+from llqr_experiments.spec import Config
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,19 @@ def base_optimizer(config: Config, horizon: Horizon) -> optax.GradientTransforma
     """
     rate = schedule(config, "lr_scheduler", config.learning_rate, horizon)
     name, (b1, b2) = config.main_optimizer, config.adam_betas
+    decay = config.weight_decay or 0.0
     mask = _decay_mask(config.wd_mask or [])
     if name.startswith("adamw"):
         if name != "adamw":  # the name carries the second beta; mask and betas do not enter
-            return optax.adamw(rate, 0.9, float(f"0.{name[-2:]}"), weight_decay=config.weight_decay)
-        return optax.adamw(rate, b1, b2, weight_decay=config.weight_decay, mask=mask)
+            return optax.adamw(rate, 0.9, float(f"0.{name[-2:]}"), weight_decay=decay)
+        return optax.adamw(rate, b1, b2, weight_decay=decay, mask=mask)
     made = {
         "sgd": lambda: optax.sgd(rate),
         "polyak": lambda: optax.sgd(rate, momentum=config.momentum),
         "adam": lambda: optax.adam(rate, b1, b2),
     }[name]()
-    if config.weight_decay:
-        return optax.chain(optax.add_decayed_weights(config.weight_decay, mask), made)
+    if decay:
+        return optax.chain(optax.add_decayed_weights(decay, mask), made)
     return made
 
 

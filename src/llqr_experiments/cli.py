@@ -2,9 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING
+from dataclasses import MISSING, Field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -13,24 +13,27 @@ from rich.console import Console
 from rich.table import Table
 
 from llqr._errors import unknown
-from llqr_experiments.spec import SCHEDULERS, Config, ConfigError, options
+from llqr_experiments.errors import ConfigError, RunError
+from llqr_experiments.spec import SCHEDULERS, Config, options
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GROUPS = ("experiment", "dataset", "architecture", "logging", *SCHEDULERS)
-BAD_INPUT, FAILED = 2, 1
 
-_EXAMPLES = """\
-Train a model with LLQR; every option is key=value, every group is group=preset.
+EXAMPLES = """\
+Train a model with LLQR. Every option is key=value, every group is group=preset.
 
   uv run python run.py experiment=quick-local-test
   uv run python run.py experiment=quick-local-test use_preconditioner=false
-  uv run python run.py experiment=quick-local-test block_structure=diagonal learning_rate=0.3
-  uv run python run.py experiment=quick-local-test dataset=fashion_mnist total_epochs=3
-  uv run python run.py -m experiment=quick-local-test init_key=0,1,2      (a sweep)
+  uv run python run.py experiment=quick-local-test block_structure=diagonal
+  uv run python run.py experiment=quick-local-test dataset=fashion_mnist
+  uv run python run.py -m experiment=quick-local-test init_key=0,1,2
+
+Hydra's own flags: -m sweeps over comma-separated values, --cfg job prints the
+composed config, --info says where it comes from.
 """
 
 
-def choices(group: str) -> list[str]:
+def presets(group: str) -> list[str]:
     """Names of the presets in a config group."""
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
@@ -44,70 +47,82 @@ def check_arguments(arguments: Sequence[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
         print_help()
         sys.exit(0)
-    legal = [name for name, _, _ in options(Config)]
-    for argument in arguments:
-        if argument.startswith("-") or argument.startswith("hydra"):
-            continue
-        try:
-            override = OverridesParser.create().parse_override(argument)
-        except HydraException as error:
-            stop(f"cannot read {argument!r}: write options as key=value.\n{error}")
-        key = override.key_or_group
-        if key in GROUPS:
-            value = override.value()
-            if isinstance(value, str) and value not in choices(key):
-                stop(unknown(key, value, choices(key)))
-        elif key.partition(".")[0] not in SCHEDULERS and key not in legal:
-            stop(unknown("option", key, [*legal, *GROUPS]))
+    try:
+        for argument in arguments:
+            if not argument.startswith(("-", "hydra.", "hydra/")):
+                _check_argument(argument)
+    except ConfigError as error:
+        stop(error)
 
 
-def read(config: DictConfig) -> Config:
-    """Turn Hydra's composed config into a validated `Config`."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), config))  # type: ignore[return-value]
+def _check_argument(argument: str) -> None:
+    try:
+        override = OverridesParser.create().parse_override(argument)
+        value = override.value()
+    except HydraException as error:
+        raise ConfigError(f"cannot read {argument!r}: write key=value.\n{error}") from error
+    key = override.key_or_group
+    group, _, rest = key.partition(".")
+    if key in GROUPS:
+        if isinstance(value, str) and value not in presets(key):
+            raise ConfigError(unknown(key, value, presets(key)))
+    elif group in SCHEDULERS:
+        known = {name for preset in presets(group) for name in _keys(group, preset)}
+        if rest.partition(".")[0] not in known:
+            raise ConfigError(unknown(f"option of {group}", rest, known))
+    else:
+        names = {name for name, _, _ in options(Config)}
+        if key not in names:
+            message = unknown("option", key, names | set(GROUPS), see="`run.py --help` lists all.")
+            raise ConfigError(message)
+
+
+def _keys(group: str, preset: str) -> list[str]:
+    return [str(key) for key in OmegaConf.load(CONFIGS / group / f"{preset}.yaml")]
 
 
 def execute(config: DictConfig, out_dir: Path) -> None:
-    """Run one experiment; bad input ends in one message, not in a traceback."""
+    """Run one experiment; a `RunError` ends in one message, not in a traceback."""
     try:
-        settings = read(config)
-        from llqr_experiments import train  # JAX starts here, after the options are known to be good
+        settings: Any = OmegaConf.to_object(config)
+        from llqr_experiments import train  # JAX starts here: the options are good
 
         train.run(settings, out_dir, command=" ".join(["run.py", *sys.argv[1:]]))
-    except (ConfigError, *_user_errors()) as error:
-        stop(str(error))
+    except RunError as error:
+        stop(error)
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    from llqr_experiments.data import DataError
-
-    return (DataError,)
-
-
-def stop(message: str, code: int = BAD_INPUT) -> NoReturn:
-    """Print an error and leave."""
-    Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {message}", soft_wrap=True)
-    sys.exit(code)
+def stop(error: RunError) -> NoReturn:
+    """Print an error and leave with its code."""
+    console = Console(stderr=True, highlight=False)
+    console.print("Error:", style="bold red", end=" ")
+    console.print(str(error), markup=False, soft_wrap=True)
+    sys.exit(error.code)
 
 
 def print_help() -> None:
     """Print examples, groups and options with their defaults and meanings."""
     console = Console(highlight=False)
-    console.print(_EXAMPLES)
+    console.print(EXAMPLES)
     groups = Table("group", "presets", title="Groups", title_justify="left", box=None)
     for group in GROUPS:
-        groups.add_row(group, ", ".join(choices(group)))
+        groups.add_row(group, ", ".join(presets(group)))
     console.print(groups)
     table = Table("option", "default", "meaning", title="\nOptions", title_justify="left", box=None)
     for name, option, _ in options(Config):
-        if name in SCHEDULERS:
-            continue
-        default = option.default if option.default is not MISSING else option.default_factory()
-        shown = {None: "null", True: "true", False: "false"}.get(default, default) \
-            if not isinstance(default, list) else default
-        meaning = option.metadata["meaning"]
-        if legal := option.metadata.get("choices"):
-            meaning += f" ({', '.join(legal)})"
-        table.add_row(name, str(shown), meaning)
+        if name not in SCHEDULERS:
+            table.add_row(name, _default(option), _meaning(option))
     console.print(table)
-    console.print("\nHydra's own flags: -m sweeps over comma-separated values, --cfg job prints "
-                  "the composed config, --resolve, --info.")
+
+
+def _default(option: Field[Any]) -> str:
+    value: Any = option.default
+    if option.default_factory is not MISSING:
+        value = option.default_factory()
+    spelling = {"None": "null", "True": "true", "False": "false"}
+    return spelling.get(str(value), str(value))
+
+
+def _meaning(option: Field[Any]) -> str:
+    legal = option.metadata.get("choices")
+    return option.metadata["meaning"] + (f" ({', '.join(legal)})" if legal else "")

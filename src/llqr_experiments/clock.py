@@ -1,7 +1,7 @@
 """Where the time of a run goes: compilation, training, refits, evaluation."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,7 +24,7 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._start = time.perf_counter()
         self._compiled: list[tuple[float, float]] = []  # disjoint (start, end), oldest first
 
@@ -53,11 +53,11 @@ class Clock:
     def _compile_time(self) -> float:
         return sum(end - start for start, end in self._compiled)
 
-    def _listen(self, event: str, duration: float, **_: object) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event not in _EVENTS:
             return
         end = time.perf_counter()
-        start = end - duration
+        start = end - duration_secs
         # Tracing a function traces those that it calls: an inner event ends before the outer.
         while self._compiled and self._compiled[-1][0] >= start:
             self._compiled.pop()

@@ -1,7 +1,6 @@
 """What a person sees of a run: a progress bar, refit lines, a closing table."""
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -86,7 +85,11 @@ class Display:
         self.say(line)
 
     def closing(
-        self, results: dict[str, str], seconds: Counter[str], total: float, files: Iterable[Path]
+        self,
+        results: dict[str, str],
+        seconds: Mapping[str, float],
+        total: float,
+        files: Iterable[Path],
     ) -> None:
         """Print the closing table."""
         table = Table(box=None, show_header=False, pad_edge=False)
@@ -94,10 +97,14 @@ class Display:
         table.add_column()
         for name, value in results.items():
             table.add_row(name, value)
-        split = "   ".join(f"{name} {value:.1f} s" for name, value in seconds.most_common())
+        split = "   ".join(f"{name} {value:.1f} s" for name, value in _largest_first(seconds))
         other = total - sum(seconds.values())
         table.add_row("time", f"{total:.1f} s:   {split}   other {max(other, 0):.1f} s")
         for i, path in enumerate(files):
             table.add_row("files" if i == 0 else "", str(path))
         self.console.print()
         self.console.print(table, soft_wrap=True)
+
+
+def _largest_first(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(seconds.items(), key=lambda item: -item[1])

@@ -10,12 +10,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from llqr._errors import unknown
+from llqr_experiments.errors import ConfigError
 
 T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """An option with a value that is not legal, or two that contradict each other."""
 
 
 def _option(default: T, meaning: str, **rules: Any) -> T:
@@ -110,9 +107,7 @@ class Config:
     precond_batch_size: int = _option(64, "examples in a refit", low=1)
     precond_steps: int = _option(50, "inner steps of a refit", low=1)
     precond_lr: float = _option(1e-3, "of the inner solver", above=0)
-    precond_solver: str = _option(
-        "momentum", "inner solver", choices=("momentum", "sgd", "adam")
-    )
+    precond_solver: str = _option("momentum", "inner solver", choices=("momentum", "sgd", "adam"))
     precond_clip_norm: float | None = _option(
         5.0, "largest L2 norm of the gradient of each stored array; null or 0: off", low=0
     )
@@ -136,7 +131,7 @@ class Config:
             )
         if self.main_optimizer.startswith("adamw") and self.weight_decay is None:
             raise ConfigError(
-                f"main_optimizer={self.main_optimizer} needs weight_decay; give a number (0 for none)."
+                f"main_optimizer={self.main_optimizer} needs weight_decay: give a number, 0 for none."
             )
 
 
@@ -167,7 +162,7 @@ def _check(name: str, rules: Any, value: Any) -> None:
         ("high", lambda v, b: v <= b, "<="),
         ("above", lambda v, b: v > b, ">"),
     ]
-    for rule, holds, sign in bounds:
+    for rule, holds, _ in bounds:
         if rule in rules and not holds(value, rules[rule]):
             legal = " and ".join(f"{s} {rules[r]}" for r, _, s in bounds if r in rules)
             raise ConfigError(f"{name}={value}: must be {legal}.")

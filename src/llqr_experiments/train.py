@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -23,13 +23,10 @@ from llqr._types import Array, Params
 from llqr_experiments import build, data, plots, tasks
 from llqr_experiments.clock import Clock
 from llqr_experiments.console import Display
+from llqr_experiments.errors import ConfigError, TrainingError
 from llqr_experiments.evaluate import evaluate
 from llqr_experiments.spec import Config
 from llqr_experiments.tracking import Aim, Jsonl, Trackers
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on."""
 
 
 class TrainState(NamedTuple):
@@ -249,7 +246,9 @@ def _write_meta(job: Run, out_dir: Path, command: str) -> None:
     """Write config.yaml and meta.json: enough to run it again."""
     out_dir.mkdir(parents=True, exist_ok=True)
     if (out_dir / "metrics.jsonl").exists():
-        raise TrainingError(f"{out_dir} already holds a run; give another folder.")
+        raise ConfigError(
+            f"{out_dir} already holds a run; give another folder (hydra.run.dir=...)."
+        )
     (out_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(job.config)))
     meta = {
         "command": command,

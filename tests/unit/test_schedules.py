@@ -138,8 +138,15 @@ def case(request: pytest.FixtureRequest) -> tuple[Callable[[Any], Any], np.ndarr
     return make(name, 0.3, **arguments), np.array([formula(int(s)) for s in STEPS])
 
 
+@pytest.fixture(autouse=True)
+def float32() -> Iterator[None]:
+    """Run in the width of training, whatever the suite is set to; `x64` overrides it."""
+    with jax.enable_x64(False):
+        yield
+
+
 @pytest.fixture(params=[False, True], ids=["float32", "float64"])
-def x64(request: pytest.FixtureRequest) -> Iterator[bool]:
+def x64(request: pytest.FixtureRequest, float32: None) -> Iterator[bool]:
     """Run a test in both widths."""
     with jax.enable_x64(request.param):
         yield request.param

@@ -112,9 +112,11 @@ def init(structure: Structure, shape: tuple[int, ...], scale: float, dtype: jnp.
       dtype: of the arrays.
     """
     sides = [slot for slot in structure.slots if slot in ("left", "right")]
+    values: dict[str, float]
     if structure.spectrum == "none":
         # All of sigma sits in the sides, shared evenly.
-        values = dict.fromkeys(sides, scale ** (1.0 / max(len(sides), 1)))
+        share = scale ** (1.0 / max(len(sides), 1))
+        values = {side: share for side in sides}  # noqa: C420 (fromkeys loses the type)
     else:
         values = {"spectrum": scale, "left_spectrum": scale}
     arrays = {}

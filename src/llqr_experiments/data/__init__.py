@@ -4,7 +4,6 @@
 `evaluation_batches` turn a `Source` (one split of it) into normalised batches.
 """
 
-from llqr_experiments.data.errors import DataError
 from llqr_experiments.data.idx import read_idx
 from llqr_experiments.data.pipeline import (
     Batch,
@@ -17,6 +16,7 @@ from llqr_experiments.data.pipeline import (
     train_stream,
 )
 from llqr_experiments.data.sources import Dataset, Split, load, names, validate
+from llqr_experiments.errors import DataError
 
 __all__ = [
     "Batch",

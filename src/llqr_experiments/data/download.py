@@ -8,7 +8,7 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-from llqr_experiments.data.errors import DataError
+from llqr_experiments.errors import DataError
 
 _log = logging.getLogger(__name__)
 _TIMEOUT_SECONDS = 10.0

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llqr_experiments.data.errors import DataError
+from llqr_experiments.errors import DataError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _DTYPES = {

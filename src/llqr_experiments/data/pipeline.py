@@ -18,8 +18,8 @@ from typing import Literal
 import grain
 import numpy as np
 
-from llqr_experiments.data.errors import DataError
 from llqr_experiments.data.sources import Dataset
+from llqr_experiments.errors import DataError
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Batch, np.random.Generator], Batch]

@@ -18,8 +18,8 @@ import numpy as np
 
 from llqr._errors import unknown
 from llqr_experiments.data.download import fetch
-from llqr_experiments.data.errors import DataError
 from llqr_experiments.data.idx import REMEDY, read_idx
+from llqr_experiments.errors import DataError
 
 _log = logging.getLogger(__name__)
 

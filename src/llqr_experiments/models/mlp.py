@@ -1,6 +1,7 @@
 """The multilayer perceptron of the papers."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import jax
 from flax import nnx
@@ -30,7 +31,7 @@ class MLP(nnx.Module):
     def __init__(self, features: int, hidden: Sequence[int], classes: int, *, rngs: nnx.Rngs):
         widths = [features, *hidden, classes]
         self.dense = len(widths) - 1
-        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
             setattr(self, f"layers_{2 * i}", nnx.Linear(fan_in, fan_out, rngs=rngs))
 
     def __call__(self, x: t.Float[t.Array, "batch ..."]) -> t.Float[t.Array, "batch classes"]:
