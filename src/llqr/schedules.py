@@ -365,7 +365,7 @@ def cosine_ramp_step_increase(
 
     def curve(s: jax.Array) -> jax.Array:
         left = jnp.clip((ramp_end_step - s) / length, 0.0, 1.0)
-        # Floor division goes by the exact remainder; a rounded quotient could lose a stair.
+        # Floor division is exact; compiled, floor(x / k) is of x * (1 / k) and loses a stair.
         stairs = (s - step_start_step) // step_interval + 1.0
         return _half_cosine(target, init_value, left) + step_delta * jnp.maximum(stairs, 0.0)
 

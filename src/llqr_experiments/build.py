@@ -41,6 +41,8 @@ def schedule(config: Config, group: str, base: float, horizon: Horizon) -> Numbe
     name = arguments.pop("name")
     if name == "constant":
         return base
+    if name == "piecewise_constant":  # pairs: Hydra replaces a list whole, and merges a mapping
+        arguments["boundaries"] = dict(arguments.get("boundaries", ()))
     legal = inspect.signature(schedules.SCHEDULES.get(name, schedules.make)).parameters
     for known in ("steps_per_epoch", "total_epochs"):
         if known in legal:

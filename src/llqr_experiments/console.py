@@ -1,6 +1,6 @@
 """What a person sees of a run: a progress bar, refit lines, a closing table."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -89,21 +89,21 @@ class Display:
         results: dict[str, str],
         seconds: Mapping[str, float],
         total: float,
-        files: Iterable[Path],
+        folder: Path,
     ) -> None:
         """Print the closing table."""
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(style="bold")
-        table.add_column()
+        table.add_column(overflow="fold")
         for name, value in results.items():
             table.add_row(name, value)
         split = "   ".join(f"{name} {value:.1f} s" for name, value in _largest_first(seconds))
         other = total - sum(seconds.values())
         table.add_row("time", f"{total:.1f} s:   {split}   other {max(other, 0):.1f} s")
-        for i, path in enumerate(files):
-            table.add_row("files" if i == 0 else "", str(path))
+        table.add_row("files", ", ".join(path.name for path in sorted(folder.iterdir())))
         self.console.print()
-        self.console.print(table, soft_wrap=True)
+        self.console.print(table)
+        self.console.print(f"[bold]in[/]     {folder}", soft_wrap=True)
 
 
 def _largest_first(seconds: Mapping[str, float]) -> list[tuple[str, float]]:

@@ -130,9 +130,8 @@ class Config:
                 f"architecture.hidden={self.architecture.hidden}: give at least one width >= 1."
             )
         if self.main_optimizer.startswith("adamw") and self.weight_decay is None:
-            raise ConfigError(
-                f"main_optimizer={self.main_optimizer} needs weight_decay: give a number, 0 for none."
-            )
+            name = self.main_optimizer
+            raise ConfigError(f"main_optimizer={name} needs weight_decay: a number, 0 for none.")
 
 
 SCHEDULERS = ("lr_scheduler", "precond_lr_scheduler", "ema_scheduler", "precond_update_scheduler")

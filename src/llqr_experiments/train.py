@@ -38,13 +38,25 @@ class TrainState(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same during a run."""
+    """What stays the same during a run.
+
+    Attributes:
+      config: validated options.
+      task: data, initial parameters, objective.
+      tx: the optimizer.
+      total_steps: loop indices, see `build.Horizon`.
+      refit_steps: steps before which P is refitted.
+      blocks: of the preconditioner; None without one.
+      train: normalised training split.
+      test: normalised test split.
+    """
 
     config: Config
     task: tasks.Task
     tx: optax.GradientTransformationExtraArgs
     total_steps: int
     refit_steps: frozenset[int]
+    blocks: llqr.Description | None
     train: data.Source
     test: data.Source
 
@@ -81,8 +93,7 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, float]:
         "test accuracy": f"{final['test accuracy']:.2f} %",
         "test loss": f"{final['test loss']:.4f}",
     }
-    files = [out_dir / n for n in ("metrics.jsonl", "curves.png", "config.yaml", "meta.json")]
-    display.closing(results, clock.seconds, clock.elapsed(), map(_shorten, files))
+    display.closing(results, clock.seconds, clock.elapsed(), _shorten(out_dir))
     return final
 
 
@@ -95,7 +106,8 @@ def _prepare(config: Config) -> Run:
     horizon = build.Horizon(data.epoch_length(train, config.batch_size), config.total_epochs)
     tx = build.optimizer(config, horizon)
     refits = build.refit_steps(config, horizon)
-    return Run(config, task, tx, horizon.total_steps, refits, train, test)
+    blocks = llqr.describe(tx, task.params) if config.use_preconditioner else None
+    return Run(config, task, tx, horizon.total_steps, refits, blocks, train, test)
 
 
 def _trackers(job: Run, out_dir: Path, display: Display) -> Trackers:
@@ -171,8 +183,8 @@ def _refit(
         opt_state = llqr.refresh(job.tx, state.opt_state, state.params, objective)
         info = jax.device_get(llqr.find(opt_state).refit)
     seconds = clock.seconds["refit"] - before
-    blocks = len(llqr.describe(job.tx, state.params).rows)
-    display.refit(step, info, blocks, seconds)
+    assert job.blocks is not None
+    display.refit(step, info, len(job.blocks.rows), seconds)
     log(
         step,
         {
@@ -230,7 +242,7 @@ def _announce(job: Run, display: Display) -> None:
         display.say(
             f"LLQR on {config.main_optimizer}: {config.block_structure}, {config.divergence}, "
             f"{len(job.refit_steps)} refits of {config.precond_steps} inner steps on "
-            f"{config.precond_batch_size} examples\n{llqr.describe(job.tx, job.task.params)}\n"
+            f"{config.precond_batch_size} examples\n{job.blocks}\n"
         )
     else:
         display.say(f"{config.main_optimizer} without a preconditioner\n")

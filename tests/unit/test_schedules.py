@@ -66,13 +66,7 @@ ORACLES: list[tuple[str, dict[str, Any], Callable[[int], float]]] = [
     ),
     (
         "warmup_cosine_decay",
-        {
-            "steps_per_epoch": 7.5,
-            "init_lr": 0.02,
-            "warmup_epochs": 2,
-            "t_max": 9,
-            "eta_min": 0.02,
-        },
+        {"steps_per_epoch": 7.5, "init_lr": 0.02, "warmup_epochs": 2, "t_max": 9, "eta_min": 0.02},
         oracle_warmup_cosine,
     ),
     (
@@ -203,14 +197,9 @@ def test_values_have_one_type_and_the_shape_of_the_step(case: Any, x64: bool) ->
 def test_one_trace_serves_every_step(case: Any) -> None:
     schedule, _ = case
     traces = []
-
-    @jax.jit
-    def value(step: jax.Array) -> jax.Array:
-        traces.append(step)
-        return schedule(step)
-
+    compiled = jax.jit(lambda step: (traces.append(step), schedule(step))[1])
     for step in range(3):
-        value(jnp.int32(step))
+        compiled(jnp.int32(step))
     assert len(traces) == 1
 
 
@@ -240,24 +229,21 @@ def test_a_base_of_zero_still_rises() -> None:
 
 
 def test_warmups_end_on_their_last_step() -> None:
-    # (schedule, W): the base is reached at W, not a step before.
-    cases = [
-        (schedules.warmup_cosine_decay(1.0, 10.9, warmup_epochs=1, t_max=20), 10),
-        (schedules.step_warmup(1.0, 10, 10, warmup_ratio=0.1), 10),
-        (schedules.warmup_piecewise_decay(1.0, 10.98, 20, warmup_ratio=0.05), 10),
-        (schedules.inverse_sqrt(1.0, warmup_updates=10), 10),
-    ]
-    for schedule, end in cases:
-        assert float(schedule(end)) == pytest.approx(1.0, rel=1e-6)
-        assert float(schedule(end - 1)) == pytest.approx(0.9, rel=1e-4)
+    for schedule in (  # W = 10
+        schedules.warmup_cosine_decay(1.0, 10.9, warmup_epochs=1, t_max=20),
+        schedules.step_warmup(1.0, 10, 10, warmup_ratio=0.1),
+        schedules.warmup_piecewise_decay(1.0, 10.98, 20, warmup_ratio=0.05),
+        schedules.inverse_sqrt(1.0, warmup_updates=10),
+    ):
+        assert float(schedule(10)) == pytest.approx(1.0, rel=1e-6)
+        assert float(schedule(9)) == pytest.approx(0.9, rel=1e-4)
     without = schedules.warmup_cosine_decay(1.0, 10, warmup_epochs=0, t_max=4)
     assert float(without(0)) == 1.0
 
 
 def test_a_boundary_is_the_first_step_at_or_past_its_epoch() -> None:
     fractional = schedules.piecewise_constant(100, 390.625, {15: 10, 30: 0.5})
-    values = [float(fractional(s)) for s in (5859, 5860, 11718, 11719)]
-    assert values == [100.0, 1000.0, 1000.0, 500.0]
+    assert [float(fractional(s)) for s in (5859, 5860, 11718, 11719)] == [100, 1000, 1000, 500]
     whole = schedules.piecewise_constant(100, 100, {15: 10})
     assert [float(whole(s)) for s in (1499, 1500)] == [100.0, 1000.0]
     # 15 epochs of 50000 / 3 steps are 250000 steps, and a last bit more in floating point.
@@ -280,9 +266,10 @@ def test_a_decay_inside_the_warmup_applies_at_its_end() -> None:
     assert float(schedule(50)) == 0.5
 
 
-@pytest.mark.parametrize("interval", [7, 49, 50_000])
+@pytest.mark.parametrize("interval", [41, 61, 50_000])
 def test_no_stair_is_lost_to_rounding(interval: int) -> None:
-    # A compiled division by a constant may be a product with its reciprocal, and 49 * (1 / 49) < 1.
+    # XLA compiles a division by a constant to a product with its reciprocal, and float32 has
+    # 41 * (1 / 41) < 1.
     schedule = schedules.cosine_ramp_step_increase(
         1.0, 0.0, None, 0, 1, step_start_step=10, step_interval=interval, step_delta=1.0
     )

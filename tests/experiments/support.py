@@ -1,0 +1,38 @@
+"""Runs for tests: composed by Hydra as on the command line, executed in this process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from llqr_experiments import cli, train
+from llqr_experiments.spec import Config
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def config(*overrides: str) -> Config:
+    """Compose and validate, as run.py does."""
+    with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
+        composed = compose("config", overrides=list(overrides))
+    return OmegaConf.to_object(composed)  # type: ignore[return-value]
+
+
+def run(out: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Train the quick preset with overrides; return the rows of metrics.jsonl."""
+    quick = ("experiment=quick-local-test", "logging.aim=false", *overrides)
+    train.run(config(*quick), out, command="test")
+    return rows(out)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """Rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without the time, which no two runs share."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in metrics]

@@ -1,0 +1,114 @@
+"""The command line: help, messages, exit codes, presets."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llqr_experiments import build, cli
+from llqr_experiments.errors import ConfigError
+from tests.experiments import support
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("lerning_rate=0.1", r"unknown option 'lerning_rate': did you mean 'learning_rate'\?"),
+        ("dataset.dataset_dri=x", r"did you mean 'dataset.dataset_dir'\?"),
+        ("experiment=quick-locl-test", r"unknown experiment .* did you mean 'quick-local-test'\?"),
+        ("dataset=fashon_mnist", r"did you mean 'fashion_mnist'\?"),
+        ("lr_scheduler.tmax=3", r"unknown option of lr_scheduler 'tmax': did you mean 't_max'\?"),
+        ("experiment", r"cannot read 'experiment': write key=value"),
+    ],
+)
+def test_a_misspelt_argument_names_the_nearest(argument, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.check_arguments(["batch_size=3", argument])
+    assert stopped.value.code == 2
+    import re
+
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_good_arguments_pass():
+    cli.check_arguments(["-m", "experiment=quick-local-test", "init_key=0,1,2", "hydra.run.dir=x"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ema_decay=1.5"], r"ema_decay=1.5: must be >= 0 and <= 1"),
+        (["ema_decay=-0.1"], r"ema_decay=-0.1: must be >= 0 and <= 1"),
+        (["batch_size=0"], r"batch_size=0: must be >= 1"),
+        (["learning_rate=0"], r"learning_rate=0.0: must be > 0"),
+        (["precond_solver=momentm"], r"precond_solver: .* did you mean 'momentum'\?"),
+        (["divergence_reduction=avg"], r"divergence_reduction: .* Legal: mean, sum"),
+        (["main_optimizer=adamw"], r"main_optimizer=adamw needs weight_decay"),
+        (["adam_betas=[0.9]"], r"adam_betas=\[0.9\]: give two numbers"),
+        (["architecture.hidden=[]"], r"architecture.hidden=\[\]: give at least one width"),
+    ],
+)
+def test_an_illegal_value_says_what_is_legal(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        support.config(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("block_structure=e-kfca", r"unknown structure 'e-kfca': did you mean 'e-kfac'\?"),
+        ("divergence=ngdd", r"unknown divergence 'ngdd': did you mean 'ngd'\?"),
+        ("divergence=renyi_inf", r"renyi_inf is undefined"),
+    ],
+)
+def test_a_name_of_the_library_that_does_not_exist(override, message):
+    with pytest.raises(ConfigError, match=message):
+        build.optimizer(support.config(override), build.Horizon(1.0, 1.0))
+
+
+def test_a_schedule_that_cannot_be_built():
+    config = support.config("lr_scheduler=cosine_annealing", "lr_scheduler.t_max=-1")
+    with pytest.raises(ConfigError, match=r"lr_scheduler: .*t_max.*-1"):
+        build.optimizer(config, build.Horizon(1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("group", "preset"), [(group, preset) for group in cli.GROUPS for preset in cli.presets(group)]
+)
+def test_every_preset_composes_and_builds(group, preset):
+    config = support.config(f"{group}={preset}")
+    build.optimizer(config, build.Horizon(100.0, 250.0))
+
+
+def test_help_lists_every_option_with_its_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit) as stopped:
+        cli.check_arguments(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in text.splitlines() if line.split()}
+    assert "0.001" in lines["precond_lr"]
+    assert "false" not in lines["label_smoothing"]
+    assert "true" in lines["use_preconditioner"]
+    assert "quick-local-test" in lines["experiment"]
+
+
+def test_run_py_trains_from_the_command_line(tmp_path):
+    """As a user types it, in another process; then the same with bad input."""
+    command = [sys.executable, str(ROOT / "run.py"), "experiment=quick-local-test"]
+    folder = f"hydra.run.dir={tmp_path / 'run'}"
+    done = subprocess.run(
+        [*command, "total_epochs=3", "logging=files_only", folder],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "test accuracy" in done.stdout
+    assert support.rows(tmp_path / "run")[-1]["step"] == 33
+    bad = subprocess.run(
+        [*command, "ema_decay=2", folder], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("Error: ema_decay=2.0: must be >= 0 and <= 1")
+    assert "Traceback" not in bad.stderr

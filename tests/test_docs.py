@@ -1,0 +1,30 @@
+"""Every Python block of the README and the documentation runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page, capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), namespace)
+    if page.name == "README.md":
+        assert len(blocks) == 2
+        assert float(namespace["value"]) < 1.0  # the example trains
+        assert "objective" in capsys.readouterr().out
+
+
+def test_readme_commands_exist():
+    text = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    for preset in re.findall(r"experiment=([\w-]+)", text):
+        assert (ROOT / "configs" / "experiment" / f"{preset}.yaml").exists()
