@@ -39,7 +39,7 @@ class Display:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=total, metrics="")
+        self._task = self._bar.add_task("", total=total, metrics="compiling")
 
     def __enter__(self) -> "Display":
         self._bar.start()
@@ -59,12 +59,9 @@ class Display:
         if not self.console.is_terminal and step % self._report_freq == 0:
             self.say(f"step {step:>6} of {self._total}   {metrics}")
 
-    def advance(self, step: int) -> None:
-        """Move the bar."""
-        self._bar.update(self._task, completed=step)
-
     def evaluation(self, step: int, loss: float, accuracy: float) -> None:
         """Print the result on the test set."""
+        self._bar.update(self._task, completed=step)
         self.say(f"step {step:>6}   test loss {loss:.4f}   test accuracy [bold]{accuracy:.2f} %[/]")
 
     def refit(self, step: int, info: llqr.RefitInfo, blocks: int, seconds: float) -> None:
