@@ -24,9 +24,14 @@ def _precision(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run a test in float64 with strict dtype promotion.
 
     A context, not the global flag: doctests of src run in the same process and show float32.
+    XLA's optimisation passes are off: most of these tests' time would go into them.
     """
     if request.path.relative_to(_HERE).parts[0] in _FLOAT32:
         yield
         return
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)

@@ -21,6 +21,20 @@ from jax.flatten_util import ravel_pytree
 
 from tests.cases import Case
 
+RTOL = 1e-12
+
+
+def close(actual: Any, expected: Any, scale: float | None = None, rtol: float = RTOL) -> None:
+    """Assert that the largest error is below `rtol` times `scale`: the largest entry, by default.
+
+    Entry by entry would ask for more than rounding allows where large terms cancel.
+    """
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    scale = np.abs(expected).max(initial=0.0) if scale is None else scale
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * float(scale))
+
+
 # --- flat views -----------------------------------------------------------------------------
 
 
@@ -41,21 +55,28 @@ def _flat_functions(case: Case) -> tuple[Callable, Callable, Any]:
 @cache
 def gradient(case: Case) -> np.ndarray:
     """Return g, in forward mode."""
-    loss, _, theta = _flat_functions(case)
-    return np.asarray(jax.jit(jax.jacfwd(loss))(theta))
+    value, _, theta = _flat_functions(case)
+    return np.asarray(jax.jit(jax.jacfwd(value))(theta))
+
+
+@cache
+def loss(case: Case) -> np.ndarray:
+    """Return the loss."""
+    value, _, theta = _flat_functions(case)
+    return np.asarray(jax.jit(value)(theta))
 
 
 @cache
 def hessian(case: Case) -> np.ndarray:
     """Return the Hessian of the loss."""
-    loss, _, theta = _flat_functions(case)
-    return np.asarray(jax.jit(jax.hessian(loss))(theta))
+    value, _, theta = _flat_functions(case)
+    return np.asarray(jax.jit(jax.hessian(value))(theta))
 
 
 def hessian_by_differences(case: Case, step: float = 1e-4) -> np.ndarray:
     """Return the Hessian of the loss from values alone: five-point differences of `jacfwd`."""
-    loss, _, theta = _flat_functions(case)
-    g = jax.jit(jax.jacfwd(loss))
+    value, _, theta = _flat_functions(case)
+    g = jax.jit(jax.jacfwd(value))
     columns = []
     for e in np.eye(theta.size):
         d = lambda t, e=e: np.asarray(g(theta + t * step * e))  # noqa: E731
@@ -67,7 +88,7 @@ def hessian_by_differences(case: Case, step: float = 1e-4) -> np.ndarray:
 def _rows(case: Case) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each output: z [rows, K] and dz [rows, K, n] of the rows that count."""
     _, outputs, theta = _flat_functions(case)
-    values, jacobians = outputs(theta), jax.jit(jax.jacfwd(outputs))(theta)
+    values, jacobians = jax.jit(lambda v: (outputs(v), jax.jacfwd(outputs)(v)))(theta)
     masks = None if case.objective.mask is None else case.objective.mask(case.batch)
     zs, dzs = jax.tree.leaves(values), jax.tree.leaves(jacobians)
     ms = jax.tree.leaves(masks) or [None] * len(zs)
@@ -134,7 +155,7 @@ def _output_metric(name: Any, z: np.ndarray, dz: np.ndarray) -> np.ndarray:
 def _loss_metric(case: Case) -> np.ndarray:
     """Return J^T (d2 loss / dz2) J over all outputs at once, masked ones included."""
     _, outputs, theta = _flat_functions(case)
-    z, unravel = ravel_pytree(outputs(theta))
+    z, unravel = ravel_pytree(jax.jit(outputs)(theta))
     q = jax.jit(jax.hessian(lambda v: case.objective.loss(unravel(v), case.batch)))(z)
     j = jax.jit(jax.jacfwd(lambda v: ravel_pytree(outputs(v))[0]))(theta)
     return np.asarray(j.T @ q @ j)
@@ -149,7 +170,7 @@ def _full_divergence(case: Case, name: str) -> np.ndarray:
     def total(v: Any) -> Any:
         z = outputs(v)
         z = z.reshape(-1, z.shape[-1]) if mask is None else z[np.nonzero(mask)]
-        return sum(divergence(name, a, jnp.asarray(b)) for a, b in zip(z, frozen, strict=True))
+        return jnp.sum(jax.vmap(lambda a, b: divergence(name, a, b))(z, jnp.asarray(frozen)))
 
     return np.asarray(jax.jit(jax.hessian(total))(theta))
 

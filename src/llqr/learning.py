@@ -29,7 +29,7 @@ import optax
 from llqr import quadratic
 from llqr._errors import unknown
 from llqr._tree import all_finite, is_traced, vdot
-from llqr._types import Array, Float, Int, Number, Params, PyTree, Schedule
+from llqr._types import Array, Bool, Float, Int, Number, Params, PyTree, Schedule
 from llqr.metrics import Reduction
 from llqr.objective import BoundObjective
 from llqr.quadratic import QuadraticModel
@@ -74,13 +74,13 @@ class Refit:
     start: int = 0
     until: int | None = None
     steps: int = 50
-    learning_rate: Number | Schedule = 1e-3
+    learning_rate: float | Schedule = 1e-3
     solver: SolverName | str | optax.GradientTransformation = "momentum"
     momentum: float = 0.9
     clip_norm: float | None = 5.0
     clip_value: float | None = None
     warm_start: bool = True
-    ema_decay: Number | Schedule = 0.0
+    ema_decay: float | Schedule = 0.0
     normalize_gradient: bool = False
     allow_grad_inversion: bool = False
 
@@ -97,6 +97,13 @@ class Refit:
         check_range("Refit: clip_norm", self.clip_norm, low=0, open_low=True)
         check_range("Refit: clip_value", self.clip_value, low=0, open_low=True)
         check_range("Refit: ema_decay", self.ema_decay, low=0, high=1)
+
+    def is_due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
+        """Return whether a refit is due before update call number `count`, counted from 0."""
+        every = jnp.round(self.every(count)) if callable(self.every) else self.every
+        offset = count - self.start
+        due = (offset >= 0) & (offset % every == 0)
+        return due if self.until is None else due & (count < self.until)
 
 
 def check_range(
@@ -139,7 +146,6 @@ class Hyper(NamedTuple):
     learning_rate: Number
     ema_decay: Number
     damping: Number
-    scale: Number  # sigma
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,17 @@ def freeze(tree: PyTree) -> Frozen:
     return Frozen(tuple(leaves), treedef)
 
 
+class _Inner(NamedTuple):
+    """What stays the same over the inner steps of one refit."""
+
+    model: QuadraticModel
+    direction: Params  # h
+    hyper: Hyper
+
+
 class _Carry(NamedTuple):
+    """What an inner step changes."""
+
     blocks: Blocks
     solver: Any
 
@@ -209,12 +225,11 @@ def learn(
     """
     if is_traced() or _device_platform(params) != "cpu":
         return _learn_scan(problem, blocks, info, params, objective, hyper)
-    model, direction, carry = _prepare(problem, blocks, params, objective, hyper)
-    before = None
-    for _ in range(problem.refit.steps):
-        carry, value = _step(problem, carry, model, direction, hyper)
-        before = value if before is None else before
-    return _finish(problem, blocks, carry.blocks, before, info, model, direction, hyper)
+    inner, carry = _prepare(problem, blocks, params, objective, hyper)
+    carry, before = _step(problem, carry, inner)
+    for _ in range(problem.refit.steps - 1):
+        carry, _ = _step(problem, carry, inner)
+    return _finish(problem, blocks, carry.blocks, before, info, inner)
 
 
 @partial(jax.jit, static_argnames="problem")
@@ -226,19 +241,17 @@ def _learn_scan(
     objective: BoundObjective,
     hyper: Hyper,
 ) -> tuple[Blocks, RefitInfo]:
-    model, direction, carry = _prepare(problem, blocks, params, objective, hyper)
+    inner, carry = _prepare(problem, blocks, params, objective, hyper)
     carry, values = jax.lax.scan(
-        lambda carry, _: _step(problem, carry, model, direction, hyper),
-        carry,
-        length=problem.refit.steps,
+        lambda carry, _: _step(problem, carry, inner), carry, length=problem.refit.steps
     )
-    return _finish(problem, blocks, carry.blocks, values[0], info, model, direction, hyper)
+    return _finish(problem, blocks, carry.blocks, values[0], info, inner)
 
 
 @partial(jax.jit, static_argnames="problem")
 def _prepare(
     problem: Problem, blocks: Blocks, params: Params, objective: BoundObjective, hyper: Hyper
-) -> tuple[QuadraticModel, Params, _Carry]:
+) -> tuple[_Inner, _Carry]:
     """Linearise once; choose the base direction and the start."""
     model = quadratic.linearize(
         objective,
@@ -253,22 +266,20 @@ def _prepare(
     direction = jax.tree.map(lambda g: -g / length.astype(g.dtype), model.gradient)
     warm = problem.refit.warm_start
     start = blocks if warm else plans.identity(problem.plan, problem.scale)
-    return model, direction, _Carry(start, _solver(problem.refit).init(start))
+    return _Inner(model, direction, hyper), _Carry(start, _solver(problem.refit).init(start))
 
 
 @partial(jax.jit, static_argnames="problem")
-def _step(
-    problem: Problem, carry: _Carry, model: QuadraticModel, direction: Params, hyper: Hyper
-) -> tuple[_Carry, Float[Array, ""]]:
+def _step(problem: Problem, carry: _Carry, inner: _Inner) -> tuple[_Carry, Float[Array, ""]]:
     """One inner step; also returns Phi where the step started."""
     control, pull_back = jax.vjp(
-        lambda blocks: plans.multiply(problem.plan, blocks, direction), carry.blocks
+        lambda blocks: plans.multiply(problem.plan, blocks, inner.direction), carry.blocks
     )
-    value, cotangent = model.value_and_gradient(control)
+    value, cotangent = inner.model.value_and_gradient(control)
     gradient = pull_back(cotangent)[0]
     updates, solver = _solver(problem.refit).update(gradient, carry.solver, carry.blocks)
     if isinstance(problem.refit.solver, str):
-        updates = jax.tree.map(lambda u: -hyper.learning_rate * u, updates)
+        updates = jax.tree.map(lambda u: -inner.hyper.learning_rate * u, updates)
     blocks = jax.tree.map(lambda b, u: (b + u).astype(b.dtype), carry.blocks, updates)
     return _Carry(blocks, solver), value
 
@@ -280,15 +291,13 @@ def _finish(
     new: Blocks,
     before: Float[Array, ""],
     info: RefitInfo,
-    model: QuadraticModel,
-    direction: Params,
-    hyper: Hyper,
+    inner: _Inner,
 ) -> tuple[Blocks, RefitInfo]:
     """EMA, projection, guards."""
     refit, plan = problem.refit, problem.plan
     # A number 0 costs nothing; a schedule or an injected value is data.
     if not (isinstance(refit.ema_decay, float | int) and refit.ema_decay == 0):
-        decay = hyper.ema_decay
+        decay = inner.hyper.ema_decay
         new = jax.tree.map(lambda o, n: (decay * o + (1 - decay) * n).astype(o.dtype), old, new)
     new = tuple(
         mx.project(block.structure, arrays, allow_inversion=refit.allow_grad_inversion)
@@ -297,10 +306,10 @@ def _finish(
     finite = [all_finite(arrays) for arrays in new]
     upright = [jnp.array(True)] * len(plan)
     if not refit.allow_grad_inversion:
-        upright = _upright(problem, new, model.gradient)
+        upright = _upright(problem, new, inner.model.gradient)
     keep = [f & u for f, u in zip(finite, upright, strict=True)]
     proposed = _choose(keep, new, old)
-    after = model.value(plans.multiply(plan, proposed, direction))
+    after = inner.model.value(plans.multiply(plan, proposed, inner.direction))
     decreased = after < before  # False for NaN too
     installed = _choose([decreased] * len(plan), proposed, old)
 
@@ -327,14 +336,9 @@ def _upright(problem: Problem, blocks: Blocks, gradient: Params) -> list[Array]:
     flags = []
     for block in problem.plan:
         share = vdot([leaves[i] for i in block.leaves], [scaled[i] for i in block.leaves])
-        idle = all_zero([leaves[i] for i in block.leaves])
+        idle = jnp.all(jnp.stack([jnp.all(leaves[i] == 0) for i in block.leaves]))
         flags.append((share > 0) | idle)
     return flags
-
-
-def all_zero(leaves: list[Array]) -> Array:
-    """Whether every entry is zero: bool[]."""
-    return jnp.all(jnp.stack([jnp.all(x == 0) for x in leaves]))
 
 
 def _choose(flags: list[Array], new: Blocks, old: Blocks) -> Blocks:

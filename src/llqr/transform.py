@@ -109,10 +109,10 @@ def scale_by_llqr(
             problem = Problem(plan, frozen_metric, divergence_reduction, identity_scaling, refit)
 
             def run(blocks: learning.Blocks, info: RefitInfo) -> tuple[learning.Blocks, RefitInfo]:
-                hyper = _hyper(refit, state.count, damping, identity_scaling)
+                hyper = _hyper(refit, state.count, damping)
                 return learning.learn(problem, blocks, info, params, bound, hyper)
 
-            due = _due(refit, state.count) if refresh is None else refresh
+            due = refit.is_due(state.count) if refresh is None else refresh
             blocks, info = _when(due, run, blocks, info)
         packed = plans.pack(plan, blocks, updates, slots)
         if isinstance(refresh, str):
@@ -273,23 +273,15 @@ def _check_refit_inputs(objective: Any, params: Any) -> BoundObjective:
     return objective
 
 
-def _due(refit: Refit, count: Int[Array, ""]) -> Array:
-    """Whether a refit is due at `count`."""
-    every = refit.every(count) if callable(refit.every) else refit.every
-    offset = count - refit.start
-    due = (offset >= 0) & (offset % every == 0)
-    return due if refit.until is None else due & (count < refit.until)
-
-
 def _increment(count: Int[Array, ""]) -> Int[Array, ""]:
     return jnp.asarray(optax.safe_increment(count))
 
 
-def _hyper(refit: Refit, count: Int[Array, ""], damping: Number, scale: float) -> Hyper:
+def _hyper(refit: Refit, count: Int[Array, ""], damping: Number) -> Hyper:
     def at(value: Any) -> Any:
         return value(count) if callable(value) else value
 
-    return Hyper(at(refit.learning_rate), at(refit.ema_decay), damping, scale)
+    return Hyper(at(refit.learning_rate), at(refit.ema_decay), damping)
 
 
 def _when(due: bool | str | Array, run: Any, blocks: Any, info: RefitInfo) -> tuple[Any, RefitInfo]:

@@ -11,7 +11,7 @@ import optax
 
 import llqr
 from llqr import schedules
-from llqr._types import Number, Schedule
+from llqr._types import Schedule
 from llqr.structures import catalogue
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.spec import Config
@@ -35,7 +35,7 @@ class Horizon:
         return int(self.steps_per_epoch * self.total_epochs) + 1
 
 
-def schedule(config: Config, group: str, base: float, horizon: Horizon) -> Number | Schedule:
+def schedule(config: Config, group: str, base: float, horizon: Horizon) -> float | Schedule:
     """Return the schedule of a config group around its base value; a constant is a number."""
     arguments = dict(getattr(config, group))
     name = arguments.pop("name")
@@ -140,13 +140,6 @@ def refit_steps(config: Config, horizon: Horizon) -> frozenset[int]:
     """Return the steps before which P is refitted, all at once: the loop never asks a device."""
     if not config.use_preconditioner:
         return frozenset()
-    refit = refit_options(config, horizon)
     steps = np.arange(horizon.total_steps - 1)
-    every = refit.every
-    if callable(every):
-        every = np.asarray(jax.vmap(every)(jnp.asarray(steps))).round().astype(int)
-    offset = steps - refit.start
-    due = (offset >= 0) & (offset % np.maximum(every, 1) == 0)
-    if refit.until is not None:
-        due &= steps < refit.until
-    return frozenset(steps[due].tolist())
+    due = jax.vmap(refit_options(config, horizon).is_due)(jnp.asarray(steps))
+    return frozenset(steps[np.asarray(due)].tolist())
