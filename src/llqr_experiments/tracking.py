@@ -1,5 +1,6 @@
 """Where metrics go: metrics.jsonl always, Aim when it is there. A tracker never ends a run."""
 
+import atexit
 import json
 import math
 import warnings
@@ -65,7 +66,12 @@ class Aim:
 
     def close(self) -> None:
         """Finish the run."""
+        from aim.ext.cleanup import AutoClean
+
         self._run.close()
+        # Aim cleans up again at exit, in a new thread, which Python 3.12 forbids there: now.
+        atexit.unregister(AutoClean.cleanup)
+        AutoClean.cleanup()
 
 
 class Trackers:

@@ -241,7 +241,7 @@ def _announce(job: Run, display: Display) -> None:
     if config.use_preconditioner:
         display.say(
             f"LLQR on {config.main_optimizer}: {config.block_structure}, {config.divergence}, "
-            f"{len(job.refit_steps)} refits of {config.precond_steps} inner steps on "
+            f"refits: {len(job.refit_steps)}, of {config.precond_steps} inner steps on "
             f"{config.precond_batch_size} examples\n{job.blocks}\n"
         )
     else:
