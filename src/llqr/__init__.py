@@ -5,6 +5,7 @@ Example:
   >>> tx = llqr.llqr(optax.sgd(0.05, momentum=0.9), structure="e-kfac", metric="ngd")
 """
 
+from llqr import lqr as lqr
 from llqr import metrics as metrics
 from llqr.diagnostics import Description, describe
 from llqr.learning import Refit, RefitInfo
@@ -30,6 +31,7 @@ __all__ = [
     "find",
     "linearize",
     "llqr",
+    "lqr",
     "metrics",
     "refresh",
     "scale_by_llqr",

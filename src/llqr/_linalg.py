@@ -1,0 +1,73 @@
+"""Linear algebra on pytrees."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llqr._tree import vdot
+from llqr._types import Array, PyTree
+
+
+class CGInfo(NamedTuple):
+    """How conjugate gradients ended."""
+
+    steps: Array  # int32[]
+    residual: Array  # relative, float[]
+    convex: Array  # bool[]: no direction of non-positive curvature was met
+
+
+class _CG(NamedTuple):
+    x: PyTree
+    r: PyTree
+    p: PyTree
+    rr: Array
+    steps: Array
+    convex: Array
+
+
+def conjugate_gradients(
+    product: Callable[[PyTree], PyTree],
+    b: PyTree,
+    *,
+    tolerance: float = 1e-10,
+    max_steps: int | None = None,
+) -> tuple[PyTree, CGInfo]:
+    """Solve product(x) = b for a symmetric positive definite product.
+
+    Not `jax.scipy.sparse.linalg.cg`, which goes on in silence where the curvature along a
+    search direction is not positive, and returns a saddle.
+
+    Args:
+      product: x -> A x.
+      b: right side.
+      tolerance: relative residual at which to stop.
+      max_steps: None: ten times the number of entries of b.
+
+    Returns:
+      x, and how it ended; if the product is not convex, the last x before it showed.
+    """
+    size = sum(leaf.size for leaf in jax.tree.leaves(b))
+    limit = 10 * size if max_steps is None else max_steps
+    bb = vdot(b, b)
+
+    def unfinished(s: _CG) -> Array:
+        return (s.rr > tolerance**2 * bb) & (s.steps < limit) & s.convex
+
+    def step(s: _CG) -> _CG:
+        q = product(s.p)
+        curvature = vdot(s.p, q)
+        convex = curvature > 0
+        alpha = jnp.where(convex, s.rr / jnp.where(convex, curvature, 1.0), 0.0)
+        x = jax.tree.map(lambda x, p: x + alpha * p, s.x, s.p)
+        r = jax.tree.map(lambda r, q: r - alpha * q, s.r, q)
+        rr = vdot(r, r)
+        p = jax.tree.map(lambda r, p: r + rr / s.rr * p, r, s.p)
+        return _CG(x, r, p, rr, s.steps + 1, convex)
+
+    zeros = jax.tree.map(jnp.zeros_like, b)
+    start = _CG(zeros, b, b, bb, jnp.zeros((), jnp.int32), jnp.array(True))
+    end = jax.lax.while_loop(unfinished, step, start)
+    residual = jnp.sqrt(end.rr / jnp.where(bb > 0, bb, 1.0))
+    return end.x, CGInfo(end.steps, residual, end.convex)

@@ -1,0 +1,27 @@
+"""The exact layerwise LQR: the reference against which every fast path is proven."""
+
+from llqr.lqr.cost import cost, cost_and_gradient, gradient
+from llqr.lqr.linearization import linearize
+from llqr.lqr.problem import LQRProblem, Operator, Stage
+from llqr.lqr.riccati import Feedback, NonConvexError, Solution, riccati, solve, solve_cg
+from llqr.lqr.stages import Segment, StagedForward, StagedModel, stages_from_functions
+
+__all__ = [
+    "Feedback",
+    "LQRProblem",
+    "NonConvexError",
+    "Operator",
+    "Segment",
+    "Solution",
+    "Stage",
+    "StagedForward",
+    "StagedModel",
+    "cost",
+    "cost_and_gradient",
+    "gradient",
+    "linearize",
+    "riccati",
+    "solve",
+    "solve_cg",
+    "stages_from_functions",
+]

@@ -1,0 +1,88 @@
+"""Rollout cost of an LQR problem and its gradient by the adjoint sweep."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llqr._tree import vdot
+from llqr._types import Array, Float
+from llqr.lqr.problem import Control, LQRProblem, Stage, Tangent
+
+
+def cost(problem: LQRProblem, controls: Control) -> Float[Array, ""]:
+    """Return J(u): one rollout of the linearised dynamics.
+
+    Args:
+      problem: the regulator.
+      controls: u, shaped like the parameters.
+
+    Raises:
+      ValueError: `controls` is not shaped like the parameters.
+    """
+    total, _ = _rollout(problem, problem.split(controls))
+    return total
+
+
+def cost_and_gradient(problem: LQRProblem, controls: Control) -> tuple[Float[Array, ""], Control]:
+    """Return J(u) and dJ/du: a rollout, then the adjoint sweep.
+
+    nu_N = c + W_N delta_N; then for i = N-1 .. 0
+    dJ/du_i = (R_i + lambda) u_i + M_i delta_i + B_i^T nu_{i+1},
+    nu_i = Q_i delta_i + M_i^T u_i + A_i^T nu_{i+1} + W_i delta_i.
+    """
+    us = problem.split(controls)
+    total, deltas = _rollout(problem, us)
+    gradient: Control = {}
+    nu: Any = problem.cotangent
+    for i in reversed(range(len(problem.stages))):
+        stage, following = problem.stages[i], deltas[i + 1]
+        if stage.metric is not None and following is not None:
+            nu = jax.tree.map(jnp.add, nu, stage.metric(following))
+        nu, control = _adjoint(stage, deltas[i], us[i], nu)
+        gradient |= jax.tree.map(lambda d, u: d + problem.damping * u, control, us[i])
+        if nu is None:
+            break
+    return total, {name: gradient[name] for name in problem.params}
+
+
+def gradient(problem: LQRProblem) -> Control:
+    """Return g, the gradient of the loss, by the adjoint sweep at u = 0."""
+    zeros = jax.tree.map(jnp.zeros_like, problem.params)
+    return cost_and_gradient(problem, zeros)[1]
+
+
+def _rollout(problem: LQRProblem, us: list[Control]) -> tuple[Array, list[Tangent | None]]:
+    """Return J and delta_0 .. delta_N."""
+    total = jnp.zeros(())
+    deltas: list[Tangent | None] = [None]
+    for stage, u in zip(problem.stages, us, strict=True):
+        delta = deltas[-1]
+        if stage.state is None and stage.passive:
+            deltas.append(None)
+            continue
+        total = total + 0.5 * problem.damping * vdot(u, u)
+        if stage.curvature is not None:
+            on_state, on_control = stage.curvature(delta, u)
+            total = total + 0.5 * vdot(u, on_control)
+            if delta is not None:
+                total = total + 0.5 * vdot(delta, on_state)
+        following = stage.dynamics(delta, u)
+        if stage.metric is not None:
+            total = total + 0.5 * vdot(following, stage.metric(following))
+        deltas.append(following)
+    assert deltas[-1] is not None
+    return total + vdot(problem.cotangent, deltas[-1]), deltas
+
+
+def _adjoint(
+    stage: Stage, delta: Tangent | None, u: Control, nu: Tangent
+) -> tuple[Tangent | None, Control]:
+    """One step back: (nu_i without W_i, dJ/du_i without damping)."""
+    back, control = jax.linear_transpose(stage.dynamics, stage.state, stage.control)(nu)
+    if stage.curvature is not None:
+        on_state, on_control = stage.curvature(delta, u)
+        control = jax.tree.map(jnp.add, control, on_control)
+        if delta is not None:
+            back = jax.tree.map(jnp.add, back, on_state)
+    return (None if stage.state is None else back), control

@@ -1,0 +1,208 @@
+"""The exact solution of an LQR problem: dense Riccati recursion, and conjugate gradients.
+
+Reference code: it trades speed for being easy to check, and nothing that trains imports it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.flatten_util import ravel_pytree
+
+from llqr._linalg import conjugate_gradients
+from llqr._types import Array
+from llqr.lqr.cost import cost_and_gradient
+from llqr.lqr.problem import Control, LQRProblem, Stage
+
+MAX_SIZE = 4096
+"""Largest state or control, flattened, that the recursion accepts by default."""
+
+
+class NonConvexError(ValueError):
+    """The regulator has no minimum: some R_i + lambda + B_i^T V_{i+1} B_i is not positive."""
+
+
+class Feedback(NamedTuple):
+    """The optimal law of one stage: u_i = -(gain delta_i + offset)."""
+
+    gain: Array | None  # K_i = S_i^-1 G_i, [control, state]; None where delta_i = 0
+    offset: Array  # k_i = S_i^-1 B_i^T v_{i+1}, [control]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What the Riccati recursion finds.
+
+    Attributes:
+      controls: the minimiser u of J, shaped like the parameters: the step to *add*.
+      feedback: by stage with a control.
+      values: V_i and v_i, i = 1 .. N: J from stage i on is 1/2 d.V_i d + v_i.d + constant;
+        None while no control has acted.
+      objective: J(u).
+    """
+
+    controls: Control
+    feedback: dict[str, Feedback]
+    values: list[tuple[Array, Array] | None]
+    objective: Array
+
+
+def solve(
+    problem: LQRProblem, *, gradient: Control | None = None, max_size: int = MAX_SIZE
+) -> Control:
+    """Return the controls that minimise J: -(C + lambda I)^-1 g; see `riccati`.
+
+    Raises:
+      ValueError: a state or control is larger than `max_size`.
+      NonConvexError: J has no minimum.
+    """
+    return riccati(problem, gradient=gradient, max_size=max_size).controls
+
+
+def riccati(
+    problem: LQRProblem, *, gradient: Control | None = None, max_size: int = MAX_SIZE
+) -> Solution:
+    """Solve by the Riccati recursion (arXiv 2605.04230).
+
+    V_N = W_N, v_N = c, and for i = N-1 .. 0
+
+      S_i = R_i + lambda I + B_i^T V_{i+1} B_i        G_i = B_i^T V_{i+1} A_i + M_i
+      v_i = A_i^T v_{i+1} - G_i^T S_i^-1 B_i^T v_{i+1}
+      V_i = W_i + Q_i + A_i^T V_{i+1} A_i - G_i^T S_i^-1 G_i
+
+    then forward, u_i = -S_i^-1 (G_i delta_i + B_i^T v_{i+1}).
+
+    Args:
+      problem: the regulator.
+      gradient: a linear term on the controls, shaped like the parameters, in place of the
+        loss's: the result is -(C + lambda I)^-1 of it. It adds to B_i^T v_{i+1} above.
+      max_size: bound on the number of entries of any state (batch included) or control.
+
+    Raises:
+      ValueError: a size above the bound; the message says which, and what to do instead.
+      NonConvexError: some S_i is not positive definite; names the stage and the eigenvalue.
+        Inside `jit`, where nothing can be raised, the controls are NaN instead.
+    """
+    _check_size(problem, max_size)
+    v = ravel_pytree(problem.cotangent)[0]
+    linear = [None] * len(problem.stages)
+    if gradient is not None:
+        v, linear = jnp.zeros_like(v), problem.split(gradient)
+    V = jnp.zeros((v.size, v.size), v.dtype)
+    laws: dict[str, Feedback] = {}
+    values: list[tuple[Array, Array] | None] = []
+    constant = jnp.zeros((), v.dtype)
+    for stage, r in zip(reversed(problem.stages), reversed(linear), strict=True):
+        if stage.metric is not None:
+            V = V + stage.W.as_matrix()
+        values.insert(0, (V, v))
+        if stage.state is None and stage.passive:
+            values[0] = None
+            break
+        V, v, law, gained = _backward(stage, V, v, r, problem.damping)
+        constant = constant + gained
+        if law is not None:
+            laws[stage.name] = law
+        if stage.state is None:
+            break
+    values = [None] * (len(problem.stages) - len(values)) + values
+    return Solution(_forward(problem, laws), laws, values, constant)
+
+
+def _backward(
+    stage: Stage, V: Array, v: Array, r: Control | None, damping: Array | float
+) -> tuple[Array, Array, Feedback | None, Array]:
+    """One step of the recursion: (V_i without W_i, v_i, law, change of the constant)."""
+    zero = jnp.zeros((), v.dtype)
+    if stage.passive:
+        A, Q = stage.A.as_matrix(), stage.Q.as_matrix()
+        return Q + A.T @ V @ A, A.T @ v, None, zero
+    B = stage.B.as_matrix()
+    S = stage.R.as_matrix() + damping * jnp.eye(B.shape[1]) + B.T @ V @ B
+    factor = _cholesky(stage.name, S)
+    b = B.T @ v if r is None else B.T @ v + ravel_pytree(r)[0]
+    offset = jax.scipy.linalg.cho_solve(factor, b)
+    gained = -0.5 * b @ offset
+    if stage.state is None:
+        return V, v, Feedback(None, offset), gained
+    A = stage.A.as_matrix()
+    G = B.T @ V @ A + stage.M.as_matrix()
+    gain = jax.scipy.linalg.cho_solve(factor, G)
+    V = stage.Q.as_matrix() + A.T @ V @ A - G.T @ gain
+    return 0.5 * (V + V.T), A.T @ v - G.T @ offset, Feedback(gain, offset), gained
+
+
+def _forward(problem: LQRProblem, laws: dict[str, Feedback]) -> Control:
+    controls: Control = {}
+    delta = None
+    for stage in problem.stages:
+        if stage.name in laws:
+            law = laws[stage.name]
+            u = (
+                -law.offset
+                if law.gain is None
+                else -(law.gain @ ravel_pytree(delta)[0] + law.offset)
+            )
+            control = ravel_pytree(stage.control)[1](u)
+        else:
+            control = {}
+        controls |= control
+        if stage.state is not None or control:
+            delta = stage.dynamics(delta, control)
+    return {name: controls[name] for name in problem.params}
+
+
+def solve_cg(
+    problem: LQRProblem, *, tolerance: float = 1e-10, max_steps: int | None = None
+) -> Control:
+    """Return the same controls by conjugate gradients on layerwise products: no matrices.
+
+    Args:
+      problem: the regulator.
+      tolerance: relative residual at which to stop.
+      max_steps: bound on the number of steps; None: ten times the number of parameters.
+
+    Raises:
+      NonConvexError: a direction of non-positive curvature was met.
+    """
+    zeros = jax.tree.map(jnp.zeros_like, problem.params)
+    _, g = cost_and_gradient(problem, zeros)
+
+    def product(u: Control) -> Control:
+        return jax.tree.map(jnp.subtract, cost_and_gradient(problem, u)[1], g)
+
+    solution, info = conjugate_gradients(product, g, tolerance=tolerance, max_steps=max_steps)
+    if not isinstance(info.convex, Tracer) and not info.convex:
+        raise NonConvexError(
+            "the curvature is not positive along a search direction: J has no minimum. Use "
+            "a positive semi-definite metric (ngd, gauss_newton) or a larger damping."
+        )
+    return jax.tree.map(jnp.negative, solution)
+
+
+def _check_size(problem: LQRProblem, limit: int) -> None:
+    for stage in problem.stages:
+        for kind, tree in (("state", stage.output), ("control", stage.control)):
+            size = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(tree))
+            if size > limit:
+                what = "batch x features" if kind == "state" else "parameters"
+                raise ValueError(
+                    f"stage {stage.name!r} has a {kind} of {size:,} entries ({what}). The Riccati "
+                    f"recursion stores its square and stops at max_size={limit:,}: use fewer "
+                    "examples, llqr.lqr.solve_cg, which needs no matrices, or raise max_size."
+                )
+
+
+def _cholesky(name: str, S: Array) -> tuple[Array, bool]:
+    factor = jax.scipy.linalg.cho_factor(S, lower=True)
+    if not isinstance(S, Tracer) and not jnp.all(jnp.isfinite(factor[0])):
+        lowest = jnp.linalg.eigvalsh(S)[0]
+        raise NonConvexError(
+            f"stage {name!r}: R + damping + B^T V B has the eigenvalue {lowest:.3g}, so that the "
+            "step has no minimum. Use a larger damping, or a positive semi-definite metric "
+            "(ngd, gauss_newton) with some damping."
+        )
+    return factor
