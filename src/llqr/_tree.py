@@ -45,10 +45,8 @@ def vdot(a: PyTree, b: PyTree) -> Float[Array, ""]:
     Sums of products, not `optax.tree.vdot`: the latter raises on arrays sharded over
     explicit mesh axes.
     """
-    return sum(
-        (jnp.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)),
-        start=jnp.zeros(()),
-    )
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return jnp.asarray(sum(jnp.sum(x * y) for x, y in pairs))
 
 
 def all_finite(tree: PyTree) -> Array:

@@ -260,10 +260,10 @@ def _prepare(
         damping=hyper.damping,
         divergence_reduction=problem.reduction,
     )
-    length = jnp.ones(())
+    direction = jax.tree.map(jnp.negative, model.gradient)
     if problem.refit.normalize_gradient:
-        length = jnp.maximum(jnp.sqrt(vdot(model.gradient, model.gradient)), 1e-9)
-    direction = jax.tree.map(lambda g: -g / length.astype(g.dtype), model.gradient)
+        length = jnp.maximum(jnp.sqrt(vdot(direction, direction)), 1e-9)
+        direction = jax.tree.map(lambda h: h / length.astype(h.dtype), direction)
     warm = problem.refit.warm_start
     start = blocks if warm else plans.identity(problem.plan, problem.scale)
     return _Inner(model, direction, hyper), _Carry(start, _solver(problem.refit).init(start))

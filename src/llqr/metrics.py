@@ -213,7 +213,7 @@ def potential(
     is_none = lambda x: x is None  # noqa: E731
     metrics = jax.tree.broadcast(metric, outputs, is_leaf=is_none)
     masks = jax.tree.broadcast(mask, outputs, is_leaf=is_none)
-    total = jnp.zeros(())
+    total = 0.0
     for m, z, r, k in zip(
         jax.tree.leaves(metrics, is_leaf=is_none),
         jax.tree.leaves(outputs),
@@ -223,7 +223,7 @@ def potential(
     ):
         if m is not None:
             total = total + _reduce(m.divergence, z, r, k, reduction)
-    return total
+    return jnp.asarray(total)
 
 
 def _reduce(

@@ -54,7 +54,7 @@ def gradient(problem: LQRProblem) -> Control:
 
 def _rollout(problem: LQRProblem, us: list[Control]) -> tuple[Array, list[Tangent | None]]:
     """Return J and delta_0 .. delta_N."""
-    total = jnp.zeros(())
+    total = 0.0
     deltas: list[Tangent | None] = [None]
     for stage, u in zip(problem.stages, us, strict=True):
         delta = deltas[-1]
@@ -72,7 +72,7 @@ def _rollout(problem: LQRProblem, us: list[Control]) -> tuple[Array, list[Tangen
             total = total + 0.5 * vdot(following, stage.metric(following))
         deltas.append(following)
     assert deltas[-1] is not None
-    return total + vdot(problem.cotangent, deltas[-1]), deltas
+    return jnp.asarray(total) + vdot(problem.cotangent, deltas[-1]), deltas
 
 
 def _adjoint(

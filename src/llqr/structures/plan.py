@@ -177,7 +177,9 @@ def _block(
         shape = matrix_view(names[0], shapes[0], rule.rows)
     if not chosen.elementwise:
         chosen = _limit(chosen, shape, max_dim)
-    dtype = jnp.promote_types(jnp.result_type(leaves[0]), jnp.float32)
+    dtype = jnp.result_type(leaves[0])
+    if jnp.finfo(dtype).bits < 32:
+        dtype = jnp.dtype(jnp.float32)
     return Block(tuple(members), tuple(names), shapes, dtype.name, chosen, shape)
 
 

@@ -1,0 +1,372 @@
+"""The inner problem against the formulas of the papers, written again in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import llqr
+from llqr import learning, metrics
+from llqr.structures import plan as plans
+
+M, H, K, ROWS = 4, 5, 3, 7
+
+
+def forward(params, batch):
+    return jnp.tanh(batch["x"] @ params["w0"] + params["b0"]) @ params["w1"]
+
+
+def loss(outputs, batch):
+    targets = jax.nn.one_hot(batch["y"], K, dtype=outputs.dtype)
+    return optax.softmax_cross_entropy(outputs, targets).mean()
+
+
+OBJECTIVE = llqr.Objective(forward, loss)
+
+
+def problem(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 5)
+    params = {
+        "b0": 0.3 * jax.random.normal(keys[0], (H,)),
+        "w0": jax.random.normal(keys[1], (M, H)),
+        "w1": jax.random.normal(keys[2], (H, K)),
+    }
+    batch = {"x": jax.random.normal(keys[3], (ROWS, M)), "y": jnp.arange(ROWS) % K}
+    return params, OBJECTIVE.bind(batch)
+
+
+def dense_model(params, bound, metric, damping):
+    """g and C + lambda I in numpy, from jax.hessian and the sum of per-row Fisher matrices."""
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    g = jax.grad(lambda v: bound(unravel(v)))(flat)
+    if metric == "newton":
+        c = jax.hessian(lambda v: bound(unravel(v)))(flat)
+    else:
+        rows = jax.jacobian(lambda v: bound.outputs(unravel(v)))(flat)
+        s = np.asarray(jax.nn.softmax(bound.outputs(params)))
+        fisher = np.stack([np.diag(p) - np.outer(p, p) for p in s])
+        c = np.einsum("rkn,rkl,rlm->nm", rows, fisher, rows)
+    return np.asarray(g), np.asarray(c) + damping * np.eye(flat.size)
+
+
+# Leaves in flattening order: b0, w0, w1. Structures in numpy: P x and its pull-back.
+
+
+def np_product(kind, arrays, x):
+    if kind == "diagonal":
+        return arrays[0] * x
+    if kind == "kfac":
+        a, b = arrays
+        return a @ x @ b.T
+    u, w, d = arrays
+    return u @ (d * (u.T @ x @ w)) @ w.T
+
+
+def np_pull_back(kind, arrays, x, gamma):
+    if kind == "diagonal":
+        return [gamma * x]
+    if kind == "kfac":
+        a, b = arrays
+        return [gamma @ b @ x.T, gamma.T @ a @ x]
+    u, w, d = arrays
+    xh, gh = u.T @ x @ w, u.T @ gamma @ w
+    z, e = d * xh, d * gh
+    return [gamma @ w @ z.T + x @ w @ e.T, gamma.T @ u @ z + x.T @ u @ e, gh * xh]
+
+
+def np_identity(kind, shape):
+    if kind == "diagonal":
+        return [np.ones(shape)]
+    sides = [np.eye(shape[0]), np.eye(shape[1])]
+    return sides if kind == "kfac" else [*sides, np.ones(shape)]
+
+
+def np_refit(kinds, start, old, g, c, *, steps, rate, mu, clip, ema):
+    """`steps` heavy-ball steps with per-array clipping, EMA, clamp of elementwise blocks."""
+    shapes = [(H,), (M, H), (H, K)]
+    ends = np.cumsum([0] + [int(np.prod(s)) for s in shapes])
+    split = lambda v: [v[a:b].reshape(s) for a, b, s in zip(ends, ends[1:], shapes, strict=False)]  # noqa: E731
+    hs = split(-g)
+    blocks = [[a.copy() for a in arrays] for arrays in start]
+    traces = [[np.zeros_like(a) for a in arrays] for arrays in start]
+    values, bound = [], False
+    for _ in range(steps):
+        u = np.concatenate(
+            [np_product(k, b, h).ravel() for k, b, h in zip(kinds, blocks, hs, strict=True)]
+        )
+        values.append(g @ u + 0.5 * u @ c @ u)
+        gammas = split(g + c @ u)
+        for kind, arrays, trace, h, gamma in zip(kinds, blocks, traces, hs, gammas, strict=True):
+            for i, grad in enumerate(np_pull_back(kind, arrays, h, gamma)):
+                norm = np.sqrt((grad**2).sum())
+                if clip is not None and norm > clip:
+                    grad, bound = grad * (clip / norm), True
+                trace[i] = mu * trace[i] + grad
+                arrays[i] = arrays[i] - rate * trace[i]
+    for kind, arrays, before in zip(kinds, blocks, old, strict=True):
+        for i in range(len(arrays)):
+            arrays[i] = ema * before[i] + (1 - ema) * arrays[i]
+            if kind == "diagonal":
+                arrays[i] = np.maximum(arrays[i], 1e-8)
+    u = np.concatenate(
+        [np_product(k, b, h).ravel() for k, b, h in zip(kinds, blocks, hs, strict=True)]
+    )
+    return blocks, values[0], g @ u + 0.5 * u @ c @ u, bound
+
+
+def setup(structure, metric="ngd", seed=0, **options):
+    params, bound = problem(seed)
+    plan = plans.make_plan(params, plans.rule_table(structure), 10_000)
+    refit = llqr.Refit(**options)
+    static = learning.Problem(plan, learning.freeze(metrics.resolve(metric)), "sum", 1.0, refit)
+    return params, bound, plan, static
+
+
+def hyper(refit, damping=0.0):
+    return learning.Hyper(refit.learning_rate, refit.ema_decay, damping)
+
+
+def ordered(arrays):
+    """Our dict of slots in numpy's order: left, right, spectrum."""
+    return [np.asarray(arrays[s]) for s in ("left", "right", "spectrum") if s in arrays]
+
+
+@pytest.mark.parametrize("steps", [1, 5, 50])
+@pytest.mark.parametrize("metric", ["ngd", "newton"])
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "e-kfac"])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_two_refits_equal_numpy(structure, metric, steps, clip):
+    options = {"steps": steps, "learning_rate": 5e-4, "momentum": 0.8, "clip_norm": clip}
+    params, bound, plan, static = setup(structure, metric, ema_decay=0.3, **options)
+    kinds = ["diagonal", structure, structure]
+    damping = 0.2
+    blocks, info = plans.identity(plan, 1.0), learning.no_refit()
+    expected = [np_identity(k, s) for k, s in zip(kinds, [(H,), (M, H), (H, K)], strict=True)]
+    for count in (1, 2):
+        g, c = dense_model(params, bound, metric, damping)
+        blocks, info = learning.learn(
+            static, blocks, info, params, bound, hyper(static.refit, damping)
+        )
+        expected, before, after, clipped = np_refit(
+            kinds, expected, expected, g, c, steps=steps, rate=5e-4, mu=0.8, clip=clip, ema=0.3
+        )
+        assert clipped == (clip is not None), "the case does not test what it says"
+        for mine, theirs in zip(blocks, expected, strict=True):
+            for a, b in zip(ordered(mine), theirs, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+        assert int(info.refits) == count
+        assert int(info.guarded) == 0
+        np.testing.assert_allclose(info.objective_before, before, rtol=1e-6)  # kept in float32
+        np.testing.assert_allclose(info.objective_after, after, rtol=1e-6)
+        params = jax.tree.map(lambda p: 1.1 * p, params)
+
+
+@pytest.mark.parametrize("structure", ["scalar", "dense", "e-kfac"])
+def test_scan_and_python_loop_agree(structure):
+    params, bound, plan, static = setup(structure, steps=20)
+    args = (plans.identity(plan, 1.0), learning.no_refit(), params, bound, hyper(static.refit))
+    python = learning.learn(static, *args)
+    traced = jax.jit(lambda *a: learning.learn(static, *a))(*args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), python, traced)
+
+
+@pytest.mark.parametrize(
+    ("structure", "metric"),
+    [(name, "ngd") for name in sorted(llqr.STRUCTURES)]
+    + [("e-kfac", m) for m in ("newton", "gauss_newton", "reverse_kl", "renyi", "gaussian")],
+)
+def test_a_refit_lowers_the_objective(structure, metric):
+    params, bound, plan, static = setup(structure, metric)
+    start = plans.identity(plan, 1.0)
+    blocks, info = learning.learn(
+        static, start, learning.no_refit(), params, bound, hyper(static.refit)
+    )
+    model = llqr.linearize(bound, params, metric)
+    h = jax.tree.map(jnp.negative, model.gradient)
+    before, after = (model.value(plans.multiply(plan, b, h)) for b in (start, blocks))
+    assert after < before
+    np.testing.assert_allclose(info.objective_before, before, rtol=1e-6)
+    np.testing.assert_allclose(info.objective_after, after, rtol=1e-6)
+
+
+def test_identity_scaling_moves_the_refit_but_not_its_start():
+    params, bound, *_ = setup("kfac")
+    grads = jax.grad(bound)(params)
+    moved = {}
+    for scale in (1.0, 4.0):
+        tx = llqr.scale_by_llqr(structure="kfac", identity_scaling=scale)
+        state = tx.init(params)
+        same, _ = tx.update(grads, state, params, refresh=False)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-14), same, grads)
+        state = llqr.refresh(tx, state, params, bound)
+        moved[scale], _ = tx.update(grads, state, params, refresh=False)
+    assert not np.allclose(moved[1.0]["w0"], moved[4.0]["w0"], rtol=1e-3)
+
+
+def test_cold_start_forgets_the_current_blocks():
+    params, bound, plan, static = setup("diagonal", warm_start=False, steps=3)
+    info = learning.no_refit()
+    wild = jax.tree.map(lambda a: 7.0 * a, plans.identity(plan, 1.0))
+    cold = learning.learn(static, wild, info, params, bound, hyper(static.refit))[0]
+    fresh = learning.learn(
+        static, plans.identity(plan, 1.0), info, params, bound, hyper(static.refit)
+    )[0]
+    jax.tree.map(np.testing.assert_array_equal, cold, fresh)
+
+
+def test_normalized_direction_is_the_unit_gradient():
+    params, bound, plan, static = setup("scalar", normalize_gradient=True, steps=1)
+    info = learning.learn(
+        static, plans.identity(plan, 1.0), learning.no_refit(), params, bound, hyper(static.refit)
+    )[1]
+    g, c = dense_model(params, bound, "ngd", 0.0)
+    h = -g / np.linalg.norm(g)
+    np.testing.assert_allclose(info.objective_before, g @ h + 0.5 * h @ c @ h, rtol=1e-6)
+
+
+def test_elementwise_clipping():
+    params, bound, plan, static = setup(
+        "diagonal", steps=1, solver="sgd", clip_norm=None, clip_value=1e-3, learning_rate=1.0
+    )
+    start = plans.identity(plan, 1.0)
+    blocks = learning.learn(static, start, learning.no_refit(), params, bound, hyper(static.refit))[
+        0
+    ]
+    moves = np.concatenate([np.ravel(1 - b["spectrum"]) for b in blocks])
+    assert np.abs(moves).max() == pytest.approx(1e-3)
+
+
+def test_an_optax_transformation_as_solver_is_used_as_it_is():
+    solver = optax.sgd(1e-3, momentum=0.5, nesterov=True)
+    params, bound, plan, static = setup("diagonal", steps=4, solver=solver, learning_rate=123.0,
+                                        clip_norm=None)  # fmt: skip
+    start = plans.identity(plan, 1.0)
+    blocks = learning.learn(static, start, learning.no_refit(), params, bound, hyper(static.refit))[
+        0
+    ]
+    g, c = dense_model(params, bound, "ngd", 0.0)
+    d, state = jnp.ones(g.size), None
+    for _ in range(4):
+        grad = -g * (g + c @ (d * -g))
+        state = solver.init(d) if state is None else state
+        updates, state = solver.update(grad, state)
+        d = d + updates
+    mine = np.concatenate([np.ravel(b["spectrum"]) for b in blocks])
+    np.testing.assert_allclose(mine, d, rtol=1e-10)
+
+
+class TestGuards:
+    """The old block stays, and is counted, where the new one is worse than none."""
+
+    def learn(self, structure="diagonal", start=None, hyper_=None, **options):
+        params, bound, plan, static = setup(structure, **options)
+        old = plans.identity(plan, 1.0) if start is None else start(plan)
+        hyper_ = hyper(static.refit) if hyper_ is None else hyper_
+        return old, *learning.learn(static, old, learning.no_refit(), params, bound, hyper_)
+
+    def test_nothing_that_is_not_finite_is_installed(self):
+        old, new, info = self.learn("kfac", learning_rate=1e200, clip_norm=None, steps=3)
+        jax.tree.map(np.testing.assert_array_equal, old, new)
+        assert int(info.nonfinite) == 3
+        assert int(info.guarded) == 3
+
+    def test_a_block_that_turns_the_gradient(self):
+        """One huge step makes the scalar of w1's module negative; inversion is not allowed."""
+        old, new, info = self.learn(
+            [("w1", "kfac"), ("*", "diagonal")], learning_rate=0.0 + 1e-12, steps=1,
+            start=lambda plan: ({"spectrum": jnp.ones(H)}, {"spectrum": jnp.ones((M, H))},
+                                {"left": -jnp.eye(H), "right": jnp.eye(K)}),
+        )  # fmt: skip
+        assert int(info.inverted) == 1
+        np.testing.assert_array_equal(new[2]["left"], old[2]["left"])
+
+    def test_allow_grad_inversion_lifts_clamp_and_guard(self):
+        start = lambda plan: jax.tree.map(lambda a: -0.01 * a, plans.identity(plan, 1.0))  # noqa: E731
+        _, clamped, _ = self.learn(start=start, learning_rate=1e-9, steps=1)
+        assert min(float(b["spectrum"].min()) for b in clamped) == 1e-8
+        _, free, info = self.learn(
+            start=start, learning_rate=1e-9, steps=1, allow_grad_inversion=True
+        )
+        assert max(float(b["spectrum"].max()) for b in free) < 0
+        assert int(info.inverted) == 0
+
+    def test_an_objective_that_did_not_decrease(self):
+        old, new, info = self.learn(learning_rate=1e3, clip_norm=None, steps=1, solver="sgd",
+                                    allow_grad_inversion=True)  # fmt: skip
+        assert info.objective_after > info.objective_before
+        assert int(info.rejected) == 3
+        jax.tree.map(np.testing.assert_array_equal, old, new)
+
+    def test_a_zero_gradient_installs_nothing_and_breaks_nothing(self):
+        params, _, plan, static = setup("e-kfac")
+        flat = llqr.Objective(lambda p, b: 0.0 * forward(p, b), loss).bind(problem()[1].batch)
+        old = plans.identity(plan, 1.0)
+        new, info = learning.learn(
+            static, old, learning.no_refit(), params, flat, hyper(static.refit)
+        )
+        jax.tree.map(np.testing.assert_array_equal, old, new)
+        assert int(info.inverted) == 0
+
+    def test_nan_in_the_batch_keeps_every_block(self):
+        params, bound, plan, static = setup("kfac")
+        batch = {**bound.batch, "x": bound.batch["x"].at[0, 0].set(jnp.nan)}
+        old = plans.identity(plan, 1.0)
+        new, info = learning.learn(
+            static, old, learning.no_refit(), params, OBJECTIVE.bind(batch), hyper(static.refit)
+        )
+        jax.tree.map(np.testing.assert_array_equal, old, new)
+        assert int(info.nonfinite) == 3
+
+
+def test_refits_compile_once():
+    traces = []
+
+    def counted(params, batch):
+        traces.append(None)
+        return forward(params, batch)
+
+    objective = llqr.Objective(counted, loss)
+    params, bound = problem()
+    tx = llqr.llqr(optax.sgd(0.1), structure="e-kfac")
+    state = llqr.refresh(tx, tx.init(params), params, objective.bind(bound.batch))
+    first = len(traces)
+    for seed in (1, 2):
+        params, bound = problem(seed)
+        state = llqr.refresh(tx, state, params, objective.bind(bound.batch))
+    assert first > 0
+    assert len(traces) == first
+    assert int(llqr.find(state).refit.refits) == 3
+
+
+def test_schedules_of_the_count():
+    """Rate and decay follow schedules: the same as numbers equal to their values then."""
+    params, bound = problem()
+    scheduled = llqr.scale_by_llqr(refit=llqr.Refit(
+        learning_rate=lambda t: 1e-3 * (1.0 + t.astype(float)),
+        ema_decay=lambda t: 0.1 * t.astype(float),
+    ))  # fmt: skip
+    fixed = llqr.scale_by_llqr(refit=llqr.Refit(learning_rate=3e-3, ema_decay=0.2))
+    states = []
+    for tx in (scheduled, fixed):
+        state = tx.init(params)._replace(count=jnp.asarray(2, jnp.int32))
+        states.append(llqr.refresh(tx, state, params, bound))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *states)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, r"steps must be a Python int >= 1, got 0"),
+        ({"ema_decay": 1.5}, r"ema_decay must lie in \[0, 1\], got 1.5"),
+        ({"ema_decay": -0.1}, r"ema_decay must lie in \[0, 1\], got -0.1"),
+        ({"learning_rate": 0.0}, r"learning_rate must lie in \(0, inf\), got 0.0"),
+        ({"every": 0}, r"every must lie in \[1, inf\), got 0"),
+        ({"momentum": 2.0}, r"momentum must lie in \[0, 1\], got 2.0"),
+        ({"clip_norm": -1.0}, r"clip_norm must lie in \(0, inf\), got -1.0"),
+        ({"solver": "momentm"}, r"unknown solver 'momentm': did you mean 'momentum'"),
+    ],
+)
+def test_bad_options_say_what_is_legal(options, message):
+    with pytest.raises(ValueError, match=message):
+        llqr.Refit(**options)
