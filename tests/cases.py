@@ -129,7 +129,7 @@ MLP_RELU = Case(
         lambda z, batch: cross_entropy(z, batch["y"], smoothing=0.1),
     ),
     _mlp_make,
-    CATEGORICAL,
+    ("newton", "gauss_newton", "ngd", "reverse_kl", "renyi(0.3)", "renyi_2"),
 )
 
 # --- masked rows ----------------------------------------------------------------------------
@@ -194,7 +194,7 @@ CNN = Case(
     "cnn",
     llqr.Objective(_cnn, lambda z, batch: cross_entropy(z, batch["y"], smoothing=0.1)),
     _cnn_make,
-    CATEGORICAL,
+    ("newton", "gauss_newton", "ngd", "renyi(2)", "renyi_zero"),
 )
 
 # --- attention, tied embedding, padding -----------------------------------------------------
@@ -256,7 +256,7 @@ ATTENTION = Case(
         lambda batch: batch["x"] != PAD,
     ),
     _attention_make,
-    CATEGORICAL,
+    ("newton", "ngd", "reverse_kl", "renyi_2"),
 )
 
 # --- several outputs ------------------------------------------------------------------------

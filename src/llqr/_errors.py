@@ -1,7 +1,10 @@
-"""Error messages that name the nearest legal choice."""
+"""Checks of options: messages give the value, what is legal, and the nearest name."""
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
+
+import jax
 
 
 def unknown(kind: str, value: object, legal: Iterable[str], *, see: str | None = None) -> str:
@@ -21,3 +24,22 @@ def unknown(kind: str, value: object, legal: Iterable[str], *, see: str | None =
     near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     hint = f": did you mean {near[0]!r}?" if near else "."
     return f"unknown {kind} {value!r}{hint} {see or 'Legal: ' + ', '.join(names)}"
+
+
+def check_choice(name: str, value: object, legal: Iterable[str]) -> None:
+    """Raise ValueError if `value` is not one of the names."""
+    names = list(legal)
+    if value not in names:
+        raise ValueError(unknown(name, value, names))
+
+
+def check_range(
+    name: str, value: Any, *, low: float, high: float = float("inf"), open_low: bool = False
+) -> None:
+    """Raise ValueError if a number is out of range; schedules, arrays and None pass."""
+    if value is None or callable(value) or isinstance(value, jax.Array):
+        return
+    if not (low <= value <= high) or (open_low and value == low):
+        left = "(" if open_low else "["
+        right = ")" if high == float("inf") else "]"
+        raise ValueError(f"{name} must lie in {left}{low:g}, {high:g}{right}, got {value!r}.")

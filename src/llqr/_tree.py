@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.sharding import AxisType, PartitionSpec
 
 from llqr._types import Array, Float, PyTree
 
@@ -55,6 +56,24 @@ def all_finite(tree: PyTree) -> Array:
     return jnp.all(jnp.stack(leaves)) if leaves else jnp.array(True)
 
 
-def is_traced() -> bool:
-    """Whether a caller is tracing us, even if all arguments are concrete (a cond's branch)."""
-    return isinstance(jnp.zeros(()) + 0, Tracer)
+def is_traced(tree: PyTree) -> bool:
+    """Whether a caller is tracing us: by these leaves, or around us (the branch of a cond)."""
+    return any(isinstance(x, Tracer) for x in [jnp.zeros(()) + 0, *jax.tree.leaves(tree)])
+
+
+def replicate(x: Array) -> Array:
+    """Gather an array that is sharded over explicit mesh axes; others stay as they are.
+
+    Over explicit axes, JAX refuses operations whose result's sharding it cannot tell, such
+    as reshapes that merge a sharded axis; over automatic axes the compiler sees to it.
+    """
+    return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim)) if _is_explicit(x) else x
+
+
+def shard_like(x: Array, like: Array) -> Array:
+    """Give `x` the sharding of `like` if that is over explicit mesh axes."""
+    return jax.sharding.reshard(x, jax.typeof(like).sharding.spec) if _is_explicit(like) else x
+
+
+def _is_explicit(x: Array) -> bool:
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from llqr import quadratic
-from llqr._errors import unknown
+from llqr._errors import check_choice, check_range
 from llqr._tree import all_finite, is_traced, vdot
 from llqr._types import Array, Bool, Float, Int, Number, Params, PyTree, Schedule
 from llqr.metrics import Reduction
@@ -87,8 +87,8 @@ class Refit:
     def __post_init__(self) -> None:
         if isinstance(self.steps, jax.Array) or int(self.steps) != self.steps or self.steps < 1:
             raise ValueError(f"Refit: steps must be a Python int >= 1, got {self.steps!r}.")
-        if isinstance(self.solver, str) and self.solver not in get_args(SolverName):
-            raise ValueError(unknown("solver", self.solver, get_args(SolverName)))
+        if isinstance(self.solver, str):
+            check_choice("solver", self.solver, get_args(SolverName))
         check_range("Refit: every", self.every, low=1)
         check_range("Refit: start", self.start, low=0)
         check_range("Refit: until", self.until, low=0)
@@ -100,22 +100,12 @@ class Refit:
 
     def is_due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
         """Return whether a refit is due before update call number `count`, counted from 0."""
-        every = jnp.round(self.every(count)) if callable(self.every) else self.every
+        every = self.every
+        if callable(every):  # a schedule gives floats
+            every = jnp.maximum(jnp.round(every(count)), 1).astype(count.dtype)
         offset = count - self.start
         due = (offset >= 0) & (offset % every == 0)
         return due if self.until is None else due & (count < self.until)
-
-
-def check_range(
-    name: str, value: Any, *, low: float, high: float = float("inf"), open_low: bool = False
-) -> None:
-    """Raise ValueError if a number is out of range; schedules, arrays and None pass."""
-    if value is None or callable(value) or isinstance(value, jax.Array):
-        return
-    if not (low <= value <= high) or (open_low and value == low):
-        left = "(" if open_low else "["
-        right = ")" if high == float("inf") else "]"
-        raise ValueError(f"{name} must lie in {left}{low:g}, {high:g}{right}, got {value!r}.")
 
 
 class RefitInfo(NamedTuple):
@@ -136,8 +126,10 @@ class RefitInfo(NamedTuple):
 
 def no_refit() -> RefitInfo:
     """Return the record before the first refit."""
-    zero, nan = jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, jnp.float32)
-    return RefitInfo(zero, nan, nan, zero, zero, zero)
+    # An array of its own for each field: a state that repeats a buffer cannot be donated.
+    zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
+    nan = lambda: jnp.full((), jnp.nan, jnp.float32)  # noqa: E731
+    return RefitInfo(zero(), nan(), nan(), zero(), zero(), zero())
 
 
 class Hyper(NamedTuple):
@@ -223,7 +215,7 @@ def learn(
       The arrays to install and the new record. Never anything that is not finite, unless
       the old arrays were not.
     """
-    if is_traced() or _device_platform(params) != "cpu":
+    if is_traced(params) or _platform(params) != "cpu":
         return _learn_scan(problem, blocks, info, params, objective, hyper)
     inner, carry = _prepare(problem, blocks, params, objective, hyper)
     carry, before = _step(problem, carry, inner)
@@ -253,6 +245,8 @@ def _prepare(
     problem: Problem, blocks: Blocks, params: Params, objective: BoundObjective, hyper: Hyper
 ) -> tuple[_Inner, _Carry]:
     """Linearise once; choose the base direction and the start."""
+    # Curvature in float32 at least: in bfloat16, P h rounds away what a refit changes.
+    params = jax.tree.map(lambda p: p.astype(plans.at_least_float32(p.dtype)), params)
     model = quadratic.linearize(
         objective,
         params,
@@ -376,8 +370,8 @@ def _clip_each(limit: float) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map(clip, updates))
 
 
-def _device_platform(params: Params) -> str:
-    leaves = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
-    if not leaves:
-        return jax.default_backend()
-    return next(iter(leaves[0].devices())).platform
+def _platform(params: Params) -> str:
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array):
+            return next(iter(leaf.devices())).platform
+    return jax.default_backend()

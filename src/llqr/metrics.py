@@ -242,4 +242,6 @@ def _reduce(
             f"for outputs of shape {z.shape}; they must agree."
         )
     total = jnp.sum(jnp.where(mask, rows, 0.0))
-    return total / jnp.maximum(jnp.sum(mask), 1) if reduction == "mean" else total
+    if reduction == "sum":
+        return total
+    return total / jnp.maximum(jnp.sum(mask), 1).astype(total.dtype)

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from llqr import metrics
+from llqr._errors import check_choice, check_range
 from llqr._tree import check_inexact, vdot
 from llqr._types import Array, Float, Number, Params, PyTree
 from llqr.metrics import Reduction
@@ -103,7 +104,7 @@ def linearize(
 
     Raises:
       TypeError: a parameter that is not floating-point.
-      ValueError: unknown metric, or a mask whose shape does not fit the outputs' rows.
+      ValueError: unknown metric, a value out of range, or a mask that does not fit the rows.
 
     Example:
       >>> import jax.numpy as jnp, llqr
@@ -114,6 +115,8 @@ def linearize(
       [[1.0], [1.0]]
     """
     check_inexact(params)
+    check_range("damping", damping, low=0)
+    check_choice("divergence_reduction", divergence_reduction, ("sum", "mean"))
     metric = metrics.resolve(metric)
     build = _full_hessian if metrics.is_full(metric) else _output_curvature
     return build(objective, params, metric, damping, divergence_reduction)

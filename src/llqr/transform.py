@@ -1,7 +1,8 @@
 """The optax transformation: apply P at every step, refit it when due."""
 
+import enum
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +10,23 @@ import optax
 from jax.core import Tracer
 
 from llqr import learning, metrics
+from llqr._errors import check_choice, check_range
 from llqr._tree import check_inexact
 from llqr._types import Array, Int, Number, Params, PyTree
-from llqr.learning import Hyper, Problem, Refit, RefitInfo, check_range
+from llqr.learning import Hyper, Problem, Refit, RefitInfo
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
 from llqr.structures import plan as plans
 from llqr.structures.plan import StructureLike
 
-_ONLY = "only"  # the value of `refresh` by which `refresh()` asks for a refit and nothing else
+
+class _Only(enum.Enum):
+    """The value of `refresh` by which `llqr.refresh` asks for a refit and nothing else."""
+
+    REFIT = enum.auto()
+
+
+Refresh: TypeAlias = bool | Array | _Only | None
 
 
 class LLQRState(NamedTuple):
@@ -71,16 +80,10 @@ def scale_by_llqr(
       Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
     """
     refit = Refit() if refit is None else refit
+    _check_options(damping, divergence_reduction, identity_scaling, max_dim, refit)
     table = plans.rule_table(structure)
     frozen_metric = learning.freeze(metrics.resolve(metric))
     slots = plans.slots(table)
-    check_range("damping", damping, low=0)
-    check_range("identity_scaling", identity_scaling, low=0, open_low=True)
-    check_range("max_dim", max_dim, low=1)
-    if divergence_reduction not in ("sum", "mean"):
-        raise ValueError(
-            f"divergence_reduction must be 'sum' or 'mean', got {divergence_reduction!r}."
-        )
 
     def init(params: Params) -> Any:
         check_inexact(params)
@@ -98,14 +101,14 @@ def scale_by_llqr(
         params: Params | None = None,
         *,
         objective: BoundObjective | None = None,
-        refresh: bool | Array | str | None = None,
+        refresh: Refresh = None,
         **extra: Any,
     ) -> tuple[Params, Any]:
         del extra
         plan = plans.make_plan(updates, table, max_dim)
         blocks, info = plans.unpack(plan, state.blocks, updates), state.refit
         if refresh is not False:
-            bound = _check_refit_inputs(objective, params)
+            bound = _check_refit_inputs(objective, params, refresh)
             problem = Problem(plan, frozen_metric, divergence_reduction, identity_scaling, refit)
 
             def run(blocks: learning.Blocks, info: RefitInfo) -> tuple[learning.Blocks, RefitInfo]:
@@ -115,7 +118,7 @@ def scale_by_llqr(
             due = refit.is_due(state.count) if refresh is None else refresh
             blocks, info = _when(due, run, blocks, info)
         packed = plans.pack(plan, blocks, updates, slots)
-        if isinstance(refresh, str):
+        if refresh is _Only.REFIT:
             return updates, LLQRState(state.count, packed, info)
         updates = jax.tree.map(
             lambda u: (u / identity_scaling).astype(u.dtype) if identity_scaling != 1 else u,
@@ -134,14 +137,28 @@ class ChainState(NamedTuple):
 
 
 def llqr(
-    base: optax.GradientTransformation, **options: Any
+    base: optax.GradientTransformation,
+    *,
+    structure: StructureLike = "diagonal",
+    metric: MetricLike = "ngd",
+    damping: Number = 0.0,
+    divergence_reduction: Reduction = "sum",
+    identity_scaling: float = 1.0,
+    max_dim: int = 10_000,
+    refit: Refit | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optax optimizer: it sees P g in place of the gradient g.
 
     Args:
       base: any optax optimizer. In front of Adam, whose steps do not depend on the scale of
         each gradient entry, a diagonal P has almost no effect.
-      **options: of `scale_by_llqr`.
+      structure: see `scale_by_llqr`, as for all that follow.
+      metric: in what the step is measured.
+      damping: added to the curvature.
+      divergence_reduction: "sum" or "mean" of the divergence over rows.
+      identity_scaling: sigma.
+      max_dim: a dense side longer than this becomes diagonal.
+      refit: when and how P is learned.
 
     Returns:
       A transformation like `base` whose `update` also takes `objective` and `refresh`
@@ -166,7 +183,15 @@ def llqr(
     References:
       Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
     """
-    preconditioner = scale_by_llqr(**options)
+    preconditioner = scale_by_llqr(
+        structure=structure,
+        metric=metric,
+        damping=damping,
+        divergence_reduction=divergence_reduction,
+        identity_scaling=identity_scaling,
+        max_dim=max_dim,
+        refit=refit,
+    )
     base = optax.with_extra_args_support(base)
 
     def init(params: Params) -> Any:
@@ -178,13 +203,13 @@ def llqr(
         params: Params | None = None,
         *,
         objective: BoundObjective | None = None,
-        refresh: bool | Array | str | None = None,
+        refresh: Refresh = None,
         **extra: Any,
     ) -> tuple[Params, Any]:
         updates, learned = preconditioner.update(
             updates, state.preconditioner, params, objective=objective, refresh=refresh
         )
-        if isinstance(refresh, str):
+        if refresh is _Only.REFIT:
             return updates, ChainState(learned, state.base)
         updates, base_state = base.update(updates, state.base, params, **extra)
         return updates, ChainState(learned, base_state)
@@ -215,8 +240,8 @@ def refresh(
     """
     tx = optax.with_extra_args_support(tx)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    _, new = tx.update(zeros, state, params, objective=objective, refresh=_ONLY)
     find(state)
+    _, new = tx.update(zeros, state, params, objective=objective, refresh=_Only.REFIT)
 
     def take(old: Any, new: Any) -> Any:
         return new if isinstance(old, LLQRState) else old
@@ -257,7 +282,31 @@ def plans_of(tx: optax.GradientTransformation, params: Params) -> list[plans.Pla
     return found
 
 
-def _check_refit_inputs(objective: Any, params: Any) -> BoundObjective:
+def _check_options(
+    damping: Any, divergence_reduction: Any, identity_scaling: Any, max_dim: Any, refit: Any
+) -> None:
+    if not isinstance(refit, Refit):
+        raise TypeError(f"refit must be an llqr.Refit, got {refit!r}.")
+    if callable(damping):
+        raise TypeError(
+            "damping must be a number or an array, not a function; for a schedule wrap the "
+            "transformation: optax.inject_hyperparams(llqr.scale_by_llqr, static_args=...)."
+        )
+    for name, value in (("identity_scaling", identity_scaling), ("max_dim", max_dim)):
+        if isinstance(value, jax.Array):
+            raise TypeError(
+                f"{name} must be a Python number: it decides what is compiled. Under "
+                f"optax.inject_hyperparams, name it in static_args."
+            )
+    check_range("damping", damping, low=0)
+    check_range("identity_scaling", identity_scaling, low=0, open_low=True)
+    check_range("max_dim", max_dim, low=1)
+    check_choice("divergence_reduction", divergence_reduction, ("sum", "mean"))
+
+
+def _check_refit_inputs(objective: Any, params: Any, refresh: Any) -> BoundObjective:
+    if isinstance(refresh, str):
+        raise TypeError(f"refresh must be None, a bool or a bool array, got {refresh!r}.")
     if objective is None:
         raise ValueError(
             "update() needs objective=objective.bind(batch) where a refit can happen. Pass it, "
@@ -270,6 +319,12 @@ def _check_refit_inputs(objective: Any, params: Any) -> BoundObjective:
         )
     if params is None:
         raise ValueError("update() needs params where a refit can happen.")
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
+        raise ValueError(
+            "optax.masked and optax.partition hide parameters, and a refit needs them all. Put "
+            "LLQR outside, llqr.llqr(optax.partition(...)), and choose leaves by its rules."
+        )
     return objective
 
 
@@ -284,8 +339,8 @@ def _hyper(refit: Refit, count: Int[Array, ""], damping: Number) -> Hyper:
     return Hyper(at(refit.learning_rate), at(refit.ema_decay), damping)
 
 
-def _when(due: bool | str | Array, run: Any, blocks: Any, info: RefitInfo) -> tuple[Any, RefitInfo]:
+def _when(due: Refresh, run: Any, blocks: Any, info: RefitInfo) -> tuple[Any, RefitInfo]:
     """Run a refit if due: decided now where the answer is known, by `cond` in a trace."""
     if isinstance(due, Tracer):
         return jax.lax.cond(due, run, lambda blocks, info: (blocks, info), blocks, info)
-    return run(blocks, info) if bool(due) else (blocks, info)
+    return run(blocks, info) if due is _Only.REFIT or due else (blocks, info)

@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 import llqr
 from llqr import schedules
 from llqr._types import Schedule
+from llqr.metrics import Reduction
 from llqr.structures import catalogue
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.spec import Config
@@ -105,7 +106,7 @@ def optimizer(config: Config, horizon: Horizon) -> optax.GradientTransformationE
             structure=catalogue.get(config.block_structure),
             metric=llqr.metrics.resolve(config.divergence, config.divergence_order_param),
             damping=config.damping,
-            divergence_reduction=config.divergence_reduction,
+            divergence_reduction=cast(Reduction, config.divergence_reduction),
             identity_scaling=config.precond_identity_scaling,
             max_dim=config.precond_max_dim,
             refit=refit_options(config, horizon),

@@ -39,7 +39,7 @@ def presets(group: str) -> list[str]:
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Answer --help and stop at a misspelt option before Hydra or JAX start.
+    """Answer --help and stop at a misspelt option before anything is composed.
 
     Args:
       arguments: of the command line, without the program's name.
@@ -85,7 +85,7 @@ def execute(config: DictConfig, out_dir: Path) -> None:
     """Run one experiment; a `RunError` ends in one message, not in a traceback."""
     try:
         settings: Any = OmegaConf.to_object(config)
-        from llqr_experiments import train  # JAX starts here: the options are good
+        from llqr_experiments import train  # late: --help and bad options need no models
 
         train.run(settings, out_dir, command=" ".join(["run.py", *sys.argv[1:]]))
     except RunError as error:

@@ -2,7 +2,7 @@
 
 The dataclasses below are Hydra's schema and the only place where a default is written;
 `configs/` holds the presets, which override them. Option names are those of the LLQR
-papers' guide, flat, so that its commands run verbatim. Nothing here imports JAX.
+papers' guide, flat, so that its commands run verbatim.
 """
 
 from collections.abc import Iterator

@@ -19,8 +19,8 @@ from tests.frontends import digits
 class Net(nnx.Module):
     """Convolution, batch norm, relu, dropout, linear."""
 
-    def __init__(self, dtype: Any = jnp.float64) -> None:
-        rngs = nnx.Rngs(0)
+    def __init__(self) -> None:
+        rngs, dtype = nnx.Rngs(0), jnp.float64
         self.conv = nnx.Conv(
             1, 4, (3, 3), strides=(2, 2), use_bias=False, rngs=rngs, param_dtype=dtype
         )
@@ -59,9 +59,9 @@ def train_loss(model: Net, batch: Any) -> Any:
 
 
 @cache
-def curvature_objective(dtype: Any = jnp.float64) -> llqr.Objective:
+def curvature_objective() -> llqr.Objective:
     """Return the objective in evaluation mode: one object, so that a refit compiles once."""
-    model = Net(dtype)
+    model = Net()
     model.eval()
     return llqr_nnx.objective(model, call, digits.cross_entropy)
 
@@ -104,16 +104,15 @@ def assert_trained(losses: list[Any]) -> None:
     assert float(losses[-1]) < 0.6
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def x64() -> Iterator[None]:
-    """Run in float64: most tests share the compiled steps of those that compare numbers."""
+    """Run in float64, training too: the tests share their compiled steps."""
     with jax.enable_x64(True):
         yield
 
 
 def test_functional_split_and_merge_trains() -> None:
-    model, objective = Net(jnp.float32), curvature_objective(jnp.float32)
-    tx = optimizer()
+    model, tx = Net(), optimizer()
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params, rest = nnx.as_pure(params), nnx.as_pure(rest)
     state = tx.init(params)
@@ -130,9 +129,9 @@ def test_functional_split_and_merge_trains() -> None:
         return optax.apply_updates(params, updates), new_rest, state, value
 
     losses = []
-    for i, batch in enumerate(digits.batches(60)):
+    for i, batch in enumerate(digits.batches(60, np.float64)):
         if i % 10 == 0:
-            bound = llqr_nnx.bind(objective, nnx.merge(graphdef, params, rest), batch)
+            bound = bind(nnx.merge(graphdef, params, rest), batch)
             state = llqr.refresh(tx, state, params, bound)
             digits.assert_refit(llqr.find(state).refit, i // 10 + 1)
         params, rest, state, value = functional_step(params, rest, state, batch)
@@ -140,7 +139,6 @@ def test_functional_split_and_merge_trains() -> None:
     assert_trained(losses)
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("place", ["outside jit", "inside jit"])
 def test_optimizer_trains(place: str) -> None:
     model = Net()
@@ -159,7 +157,6 @@ def test_optimizer_trains(place: str) -> None:
     assert_trained(losses)
 
 
-@pytest.mark.usefixtures("x64")
 def test_refits_inside_and_outside_of_jit_agree() -> None:
     results = []
     for place in ("outside", "refresh in nnx.jit", "update in nnx.jit"):
@@ -180,7 +177,6 @@ def test_refits_inside_and_outside_of_jit_agree() -> None:
     digits.assert_same_step(results[2], results[0])
 
 
-@pytest.mark.usefixtures("x64")
 def test_step_equals_the_plain_function() -> None:
     """Gradient in training mode, curvature in evaluation mode, the step by both routes."""
     model, tx = Net(), optimizer()
@@ -202,7 +198,19 @@ def test_step_equals_the_plain_function() -> None:
         np.testing.assert_allclose(recorded, wanted, rtol=1e-6)  # stored in float32
 
 
-@pytest.mark.usefixtures("x64")
+def test_leaves_are_named_without_flax_wrappers() -> None:
+    state = nnx.state(Net(), nnx.Param)
+    described = llqr.describe(optimizer(), state)
+    assert [row.leaf for row in described.rows] == [
+        "conv/kernel",
+        "head/bias",
+        "head/kernel",
+        "norm/bias",
+        "norm/scale",
+    ]
+    assert described == llqr.describe(optimizer(), nnx.to_pure_dict(state))
+
+
 def test_refresh_leaves_model_and_other_optimizer_state_alone() -> None:
     model = Net()
     opt = nnx.Optimizer(model, optimizer(), wrt=nnx.Param)
@@ -225,7 +233,6 @@ def test_refresh_leaves_model_and_other_optimizer_state_alone() -> None:
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.usefixtures("x64")
 def test_a_refit_inside_the_step_moves_no_statistics_and_draws_no_mask() -> None:
     batch = digits.batches(1, np.float64)[0]
     ends = []

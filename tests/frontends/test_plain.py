@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 import llqr
 from tests.frontends import digits
@@ -53,10 +52,9 @@ def train(tx: Any, steps: int, every: int) -> tuple[float, float, list[Any]]:
     return losses[0], losses[-1], records
 
 
-@pytest.mark.parametrize("structure", ["diagonal", "e-kfac"])
-def test_trains_digits(structure: str) -> None:
+def test_trains_digits() -> None:
     refit = llqr.Refit(steps=20, learning_rate=3e-3)
-    tx = llqr.llqr(optax.sgd(0.2, momentum=0.9), structure=structure, damping=0.1, refit=refit)
+    tx = llqr.llqr(optax.sgd(0.2, momentum=0.9), structure="e-kfac", damping=0.1, refit=refit)
     first, last, records = train(tx, steps=60, every=15)
     assert first > 2.0  # ten classes: log 10 = 2.3
     assert last < 0.25
@@ -84,6 +82,11 @@ def test_refit_inside_the_compiled_step_follows_the_schedule() -> None:
     assert float(loss) < 0.25
 
 
+EXACT = llqr.scale_by_llqr(
+    structure="kfac", damping=0.1, refit=llqr.Refit(steps=10, learning_rate=1e-3)
+)
+"""For the float64 comparisons: one object, so that its refit compiles once."""
+
 Layer = namedtuple("Layer", "kernel bias")
 
 
@@ -101,9 +104,6 @@ def test_any_pytree_gives_the_same_step() -> None:
         return x
 
     with jax.enable_x64(True):
-        tx = llqr.scale_by_llqr(
-            structure="kfac", damping=0.1, refit=llqr.Refit(steps=10, learning_rate=1e-3)
-        )
         params, batch = mlp_params(np.float64), digits.batches(1, np.float64)[0]
         steps = []
         for objective, start in (
@@ -111,8 +111,8 @@ def test_any_pytree_gives_the_same_step() -> None:
             (llqr.Objective(forward, digits.cross_entropy), to_list(params)),
         ):
             grads = jax.grad(objective)(start, batch)
-            updates, state = tx.update(
-                grads, tx.init(start), start, objective=objective.bind(batch), refresh=True
+            updates, state = EXACT.update(
+                grads, EXACT.init(start), start, objective=objective.bind(batch), refresh=True
             )
             digits.assert_refit(llqr.find(state).refit, 1)
             steps.append(updates)
@@ -123,12 +123,9 @@ def test_refit_objective_is_the_quadratic_model_of_the_step() -> None:
     """The recorded Phi before and after are J(-g) and J(-P g), computed here from scratch."""
     with jax.enable_x64(True):
         params, batch = mlp_params(np.float64), digits.batches(1, np.float64)[0]
-        tx = llqr.scale_by_llqr(
-            structure="kfac", damping=0.1, refit=llqr.Refit(steps=10, learning_rate=1e-3)
-        )
         bound = OBJECTIVE.bind(batch)
         grads = jax.grad(bound)(params)
-        step, state = tx.update(grads, tx.init(params), params, objective=bound, refresh=True)
+        step, state = EXACT.update(grads, EXACT.init(params), params, objective=bound, refresh=True)
 
         def quadratic(u: Any) -> float:
             logits, v = jax.jvp(bound.outputs, (params,), (u,))

@@ -79,7 +79,13 @@ def test_metrics_are_positive_semidefinite(case: Case, name: Any, damping: float
 
 @pytest.mark.parametrize(
     ("case", "name"),
-    [run for run in cases.RUNS if run[1] not in ("newton", "gauss_newton")],
+    [
+        (case, name)
+        for case, name in cases.RUNS
+        if case in (cases.MLP_TANH, cases.MLP_MASKED, cases.TWO_HEADS, cases.PAIR)
+        and name not in ("newton", "gauss_newton")
+    ]
+    + [(cases.ATTENTION, "ngd")],
     ids=cases.label,
 )
 def test_mean_divides_by_the_rows_that_count(case: Case, name: Any) -> None:
@@ -136,71 +142,68 @@ def test_one_metric_serves_every_output() -> None:
 # --- masked rows ----------------------------------------------------------------------------
 
 
-def _numbers(objective: llqr.Objective, params: Any, batch: Any, name: Any, reduction: str) -> Any:
+def _numbers(objective: llqr.Objective, params: Any, name: Any, *batches: Any) -> list[Any]:
+    """Return loss, J(u) and its gradient at a fixed u, on each batch, with means over rows."""
+
     @jax.jit
     def run(batch: Any) -> Any:
         model = llqr.linearize(
-            objective.bind(batch), params, cases.metric(name), divergence_reduction=reduction
+            objective.bind(batch), params, cases.metric(name), divergence_reduction="mean"
         )
-        u = jax.tree.map(jnp.cos, params)
-        return model.loss, *map(lambda t: ravel_pytree(t)[0], model.value_and_gradient(u))
+        value, slope = model.value_and_gradient(jax.tree.map(jnp.cos, params))
+        return jnp.concatenate([model.loss[None], value[None], ravel_pytree(slope)[0]])
 
     with jax.numpy_dtype_promotion("standard"):
-        return run(batch)
+        return [run(batch) for batch in batches]
 
 
-def _same(got: Any, expected: Any) -> None:
-    for a, b in zip(got, expected, strict=True):
-        close(a, b)
-
-
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("name", cases.CATEGORICAL)
-def test_masked_rows_are_as_if_removed(name: str, reduction: str) -> None:
+@pytest.mark.parametrize("name", ["newton", "gauss_newton", "ngd", "renyi_2"])
+def test_masked_rows_are_as_if_removed(name: str) -> None:
     case = cases.MLP_MASKED
     keep = np.asarray(case.batch["mask"])
     removed = {"x": case.batch["x"][keep], "y": case.batch["y"][keep]}
-    expected = _numbers(cases.MLP_TANH.objective, case.params, removed, name, reduction)
-    _same(_numbers(case.objective, case.params, case.batch, name, reduction), expected)
-
     garbage = {
         "x": jnp.where(keep[:, None], case.batch["x"], 1e6),
         "y": jnp.where(keep, case.batch["y"], -100),
         "mask": case.batch["mask"],
     }
-    _same(_numbers(case.objective, case.params, garbage, name, reduction), expected)
+    [expected] = _numbers(cases.MLP_TANH.objective, case.params, name, removed)
+    for got in _numbers(case.objective, case.params, name, case.batch, garbage):
+        close(got, expected)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("name", cases.CATEGORICAL)
-def test_masked_outputs_may_be_nan(name: str, value: float) -> None:
+def test_masked_outputs_may_be_nan(name: str) -> None:
     """Outputs, not inputs: a NaN input reaches every weight's gradient, in `jax.grad` too."""
     case = cases.MLP_MASKED
     forward = case.objective.forward
     objective = replace(case.objective, forward=lambda p, batch: forward(p, batch) + batch["add"])
-    bad = {**case.batch, "add": jnp.where(case.batch["mask"][:, None], 0.0, value)}
-    expected = _numbers(case.objective, case.params, case.batch, name, "sum")
-    _same(_numbers(objective, case.params, bad, name, "sum"), expected)
+    mask = case.batch["mask"][:, None]
+    batches = [{**case.batch, "add": jnp.where(mask, 0.0, x)} for x in (0.0, np.nan, np.inf)]
+    expected, *got = _numbers(objective, case.params, name, *batches)
+    assert np.all(np.isfinite(expected))
+    for numbers in got:
+        close(numbers, expected)
 
 
-@pytest.mark.parametrize("name", ["newton", "ngd", "renyi_zero"])
+@pytest.mark.parametrize("name", ["newton", "ngd"])
 def test_padding_a_batch_of_sequences_changes_nothing(name: str) -> None:
     case = cases.ATTENTION
     x = jnp.pad(case.batch["x"], ((0, 1), (0, 2)), constant_values=cases.PAD)
     y = jnp.pad(case.batch["y"], ((0, 1), (0, 2)), constant_values=3)
-    expected = _numbers(case.objective, case.params, case.batch, name, "mean")
-    _same(_numbers(case.objective, case.params, {"x": x, "y": y}, name, "mean"), expected)
+    batches = case.batch, {"x": x, "y": y}
+    expected, padded = _numbers(case.objective, case.params, name, *batches)
+    close(padded, expected)
 
 
 def test_no_row_that_counts() -> None:
     case = cases.MLP_MASKED
     batch = {**case.batch, "mask": jnp.zeros(6, bool)}
     for name in ("newton", "ngd", "gauss_newton"):
-        for number in _numbers(case.objective, case.params, batch, name, "mean"):
-            assert np.all(np.asarray(number) == 0)
+        [numbers] = _numbers(case.objective, case.params, name, batch)
+        assert np.all(np.asarray(numbers) == 0)
 
 
-@pytest.mark.xfail(strict=True, reason="_reduce divides a float by an integer count of rows")
 def test_masked_mean_under_strict_promotion() -> None:
     case = cases.MLP_MASKED
     llqr.linearize(case.bound, case.params, "ngd", divergence_reduction="mean")
@@ -261,14 +264,12 @@ def test_errors() -> None:
         llqr.Objective(case.objective.forward, 3)
 
 
-@pytest.mark.xfail(strict=True, reason="linearize takes any word other than 'mean' for 'sum'")
 def test_unknown_reduction_is_an_error() -> None:
     case = cases.MLP_TANH
     with pytest.raises(ValueError, match="divergence_reduction"):
         llqr.linearize(case.bound, case.params, divergence_reduction="average")
 
 
-@pytest.mark.xfail(strict=True, reason="linearize does not look at damping")
 def test_negative_damping_is_an_error() -> None:
     case = cases.MLP_TANH
     with pytest.raises(ValueError, match="damping"):

@@ -179,7 +179,8 @@ def cost(structure: Structure, shape: tuple[int, ...]) -> int:
     m, n = shape
     sides = {"identity": 0, "diagonal": 1}
     once = size * (sides.get(structure.left, m) + sides.get(structure.right, n))
-    return once if structure.spectrum == "none" else 2 * once + size
+    spectra = {"none": 0, "separable": 2}.get(structure.spectrum, 1)
+    return (1 if spectra == 0 else 2) * once + spectra * size
 
 
 def _left(structure: Structure, arrays: Arrays, x: Array, transpose: bool = False) -> Array:

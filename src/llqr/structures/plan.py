@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import leaf_names
+from llqr._tree import leaf_names, replicate, shard_like
 from llqr._types import Array, PyTree
 from llqr.structures import catalogue
 from llqr.structures import matrix as mx
@@ -121,12 +121,12 @@ class Block:
         if self.structure.elementwise:
             out = [mx.multiply(self.structure, arrays, x.astype(dtype)) for x in xs]
         else:
-            flat = jnp.concatenate([x.astype(dtype).ravel() for x in xs])
+            flat = jnp.concatenate([replicate(x.astype(dtype)).ravel() for x in xs])
             y = mx.multiply(self.structure, arrays, flat.reshape(self.shape)).ravel()
             ends = [math.prod(shape) for shape in self.shapes]
             out = jnp.split(y, [sum(ends[: i + 1]) for i in range(len(ends) - 1)])
             out = [part.reshape(shape) for part, shape in zip(out, self.shapes, strict=True)]
-        return [y.astype(x.dtype) for y, x in zip(out, xs, strict=True)]
+        return [shard_like(y.astype(x.dtype), x) for y, x in zip(out, xs, strict=True)]
 
     def as_matrix(self, arrays: Arrays) -> Array:
         """Return P as a dense matrix on the concatenated, flattened leaves."""
@@ -177,10 +177,13 @@ def _block(
         shape = matrix_view(names[0], shapes[0], rule.rows)
     if not chosen.elementwise:
         chosen = _limit(chosen, shape, max_dim)
-    dtype = jnp.result_type(leaves[0])
-    if jnp.finfo(dtype).bits < 32:
-        dtype = jnp.dtype(jnp.float32)
+    dtype = at_least_float32(jnp.result_type(leaves[0]))
     return Block(tuple(members), tuple(names), shapes, dtype.name, chosen, shape)
+
+
+def at_least_float32(dtype: Any) -> jnp.dtype:
+    """Return `dtype`, or float32 for one that is narrower."""
+    return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
 
 
 def matrix_view(name: str, shape: tuple[int, ...], rows: int | None = None) -> tuple[int, int]:
