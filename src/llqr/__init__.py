@@ -8,6 +8,7 @@ Example:
 from llqr import lqr as lqr
 from llqr import metrics as metrics
 from llqr.diagnostics import Description, describe
+from llqr.exact_steps import exact
 from llqr.learning import Refit, RefitInfo
 from llqr.metrics import Metric
 from llqr.objective import BoundObjective, Objective
@@ -28,6 +29,7 @@ __all__ = [
     "Rule",
     "Structure",
     "describe",
+    "exact",
     "find",
     "linearize",
     "llqr",

@@ -3,10 +3,21 @@
 from llqr.lqr.cost import cost, cost_and_gradient, gradient
 from llqr.lqr.linearization import linearize
 from llqr.lqr.problem import LQRProblem, Operator, Stage
-from llqr.lqr.riccati import Feedback, NonConvexError, Solution, riccati, solve, solve_cg
+from llqr.lqr.riccati import (
+    MAX_SIZE,
+    NOT_CONVEX,
+    Feedback,
+    NonConvexError,
+    Solution,
+    riccati,
+    solve,
+    solve_cg,
+)
 from llqr.lqr.stages import Segment, StagedForward, StagedModel, stages_from_functions
 
 __all__ = [
+    "MAX_SIZE",
+    "NOT_CONVEX",
     "Feedback",
     "LQRProblem",
     "NonConvexError",

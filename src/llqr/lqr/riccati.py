@@ -25,6 +25,12 @@ class NonConvexError(ValueError):
     """The regulator has no minimum: some R_i + lambda + B_i^T V_{i+1} B_i is not positive."""
 
 
+NOT_CONVEX = (
+    "the curvature is not positive along a search direction, so that the step has no minimum. "
+    "Use a larger damping, or a positive semi-definite metric (ngd, gauss_newton) with some."
+)
+
+
 class Feedback(NamedTuple):
     """The optimal law of one stage: u_i = -(gain delta_i + offset)."""
 
@@ -176,10 +182,7 @@ def solve_cg(
 
     solution, info = conjugate_gradients(product, g, tolerance=tolerance, max_steps=max_steps)
     if not isinstance(info.convex, Tracer) and not info.convex:
-        raise NonConvexError(
-            "the curvature is not positive along a search direction: J has no minimum. Use "
-            "a positive semi-definite metric (ngd, gauss_newton) or a larger damping."
-        )
+        raise NonConvexError(NOT_CONVEX)
     return jax.tree.map(jnp.negative, solution)
 
 
