@@ -5,9 +5,10 @@ Example:
   >>> tx = llqr.llqr(optax.sgd(0.05, momentum=0.9), structure="e-kfac", metric="ngd")
 """
 
+from llqr import diagnostics as diagnostics
 from llqr import lqr as lqr
 from llqr import metrics as metrics
-from llqr.diagnostics import Description, describe
+from llqr.diagnostics import Description, Quality, describe, quality
 from llqr.exact_steps import exact
 from llqr.learning import Refit, RefitInfo
 from llqr.metrics import Metric
@@ -24,17 +25,20 @@ __all__ = [
     "Metric",
     "Objective",
     "QuadraticModel",
+    "Quality",
     "Refit",
     "RefitInfo",
     "Rule",
     "Structure",
     "describe",
+    "diagnostics",
     "exact",
     "find",
     "linearize",
     "llqr",
     "lqr",
     "metrics",
+    "quality",
     "refresh",
     "scale_by_llqr",
 ]

@@ -1,13 +1,25 @@
-"""What a preconditioner is made of, before it runs."""
+"""What a preconditioner is made of, and how near its step comes to the exact one."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from llqr._types import Params
+from llqr import learning, metrics, quadratic
+from llqr._linalg import conjugate_gradients
+from llqr._tree import leaf_names, vdot
+from llqr._types import Array, Params, PyTree
+from llqr.learning import Refit
+from llqr.lqr.riccati import NOT_CONVEX, NonConvexError
+from llqr.metrics import MetricLike, Reduction
+from llqr.objective import BoundObjective
+from llqr.quadratic import QuadraticModel
 from llqr.structures import matrix as mx
+from llqr.structures import plan as plans
+from llqr.structures.plan import StructureLike
 from llqr.transform import plans_of
 
 
@@ -34,17 +46,7 @@ class Description:
 
     def __str__(self) -> str:
         head = ("leaf", "shape", "seen as", "structure", "stored", "memory", "multiply-adds")
-        lines = [head, *(_cells(row) for row in self.rows), _total(self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        text = [
-            "  ".join(
-                cell.ljust(width) if i < 4 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        rule = "-" * max(map(len, text))
-        return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
+        return _table([head, *(_cells(row) for row in self.rows)], 4, _total(self.rows))
 
 
 def describe(tx: optax.GradientTransformation, params: Params) -> Description:
@@ -114,3 +116,193 @@ def _bytes(size: int) -> str:
     while value >= 1024 and unit < len(units) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:.0f} {units[unit]}" if unit == 0 else f"{value:.1f} {units[unit]}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """How near a step comes to the exact one."""
+
+    cosine: float  # of the two steps
+    length: float  # |u| / |exact|
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """One step u, compared with the minimiser of J."""
+
+    name: str
+    share: float  # J(u) / J(exact): 1 is exact, 0 no progress, negative makes J larger
+    best_share: float  # the same for the best multiple of u: what a learning rate could give
+    whole: Part
+    stages: dict[str, Part]  # by top-level entry of the parameters
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Approximations of one exact step; `print` it to read the table."""
+
+    rows: tuple[Approximation, ...]
+    objective: float  # J(exact), negative
+
+    def __str__(self) -> str:
+        stages = list(self.rows[0].stages)
+        head = (
+            "step",
+            "share of optimum",
+            "at best length",
+            "cosine",
+            "length",
+            *(f"cos {s}" for s in stages),
+        )
+        body = [
+            (row.name, _percent(row.share), _percent(row.best_share), f"{row.whole.cosine:.3f}",
+             f"{row.whole.length:.3g}", *(f"{row.stages[s].cosine:.3f}" for s in stages))
+            for row in self.rows
+        ]  # fmt: skip
+        return _table([head, *body], 1)
+
+
+def quality(
+    objective: BoundObjective,
+    params: Params,
+    *,
+    structures: Sequence[StructureLike] = ("diagonal", "kfac", "e-kfac"),
+    metric: MetricLike = "ngd",
+    damping: float = 1e-3,
+    divergence_reduction: Reduction = "sum",
+    refit: Refit | None = None,
+    max_dim: int = 10_000,
+    tolerance: float = 1e-6,
+) -> Quality:
+    """Compare learned, block-diagonal and gradient steps with the exact step.
+
+    The exact step minimises J(u) = g.u + 1/2 u.(C + lambda I) u. "block-diagonal" minimises it
+    with every term between different stages removed from C: what is missing there is the
+    value of cross-layer coupling. A structure's step is P h after one refit from the
+    identity. Stages are the top-level entries of `params`.
+
+    Args:
+      objective: the curvature objective on a batch.
+      params: the current parameters.
+      structures: names or rule tables to learn.
+      metric: with a convex J at this damping.
+      damping: lambda > 0.
+      divergence_reduction: "sum" or "mean".
+      refit: how the structures are learned; None: the papers' 50 steps.
+      max_dim: see `scale_by_llqr`.
+      tolerance: relative residual of the exact solves (conjugate gradients).
+
+    Raises:
+      NonConvexError: J has no minimum.
+
+    Example:
+      >>> import jax.numpy as jnp, llqr
+      >>> objective = llqr.Objective(
+      ...     forward=lambda p, x: x @ p["a"] + p["b"], loss=lambda z, x: jnp.mean((z - x) ** 2))
+      >>> params = {"a": jnp.zeros((2, 2)), "b": jnp.zeros(2)}
+      >>> found = llqr.quality(
+      ...     objective.bind(jnp.array([[1.0, 2.0], [0.0, 1.0]])), params,
+      ...     structures=["kfac"], metric="gauss_newton")
+      >>> [row.name for row in found.rows]
+      ['gradient', 'kfac', 'block-diagonal', 'exact']
+    """
+    model = quadratic.linearize(
+        objective, params, metric, damping=damping, divergence_reduction=divergence_reduction
+    )
+    g = model.gradient
+    steps: dict[str, Params] = {"gradient": jax.tree.map(jnp.negative, g)}
+    frozen = learning.freeze(metrics.resolve(metric))
+    refit = Refit() if refit is None else refit
+    for chosen in structures:
+        name = chosen if isinstance(chosen, str) else f"rules {len(steps)}"
+        plan = plans.make_plan(params, plans.rule_table(chosen), max_dim)
+        problem = learning.Problem(plan, frozen, divergence_reduction, 1.0, refit)
+        hyper = learning.hyper_at(refit, jnp.zeros((), jnp.int32), damping)
+        blocks = plans.identity(plan, 1.0)
+        blocks, _ = learning.learn(problem, blocks, learning.no_refit(), params, objective, hyper)
+        steps[name] = plans.multiply(plan, blocks, steps["gradient"])
+    steps["block-diagonal"] = _block_diagonal_step(model, tolerance)
+    exact = steps["exact"] = _solve(model.product, g, tolerance)
+    optimum = float(model.value(exact))
+    rows = []
+    for name, u in steps.items():
+        slope, curved = float(vdot(g, u)), float(vdot(u, model.product(u)))
+        shares = (slope + curved / 2) / optimum, -(slope**2) / curved / 2 / optimum
+        rows.append(_approximation(name, shares, u, exact))
+    return Quality(tuple(rows), optimum)
+
+
+def _block_diagonal_step(model: QuadraticModel, tolerance: float) -> Params:
+    """The minimiser of J without the curvature between different stages."""
+    gradients, treedef = jax.tree.flatten(model.gradient)
+    step = [jnp.zeros_like(g) for g in gradients]
+    for members in _stages(model.gradient).values():
+
+        def product(part: list[Array], members: list[int] = members) -> list[Array]:
+            whole = [jnp.zeros_like(g) for g in gradients]
+            for i, u in zip(members, part, strict=True):
+                whole[i] = u
+            curved = jax.tree.leaves(model.product(treedef.unflatten(whole)))
+            return [curved[i] for i in members]
+
+        solved = _solve(product, [gradients[i] for i in members], tolerance)
+        for i, u in zip(members, solved, strict=True):
+            step[i] = u
+    return treedef.unflatten(step)
+
+
+def _stages(params: Params) -> dict[str, list[int]]:
+    """Top-level entry of the parameters -> positions of its leaves."""
+    stages: dict[str, list[int]] = {}
+    for i, name in enumerate(leaf_names(params)):
+        stages.setdefault(name.partition("/")[0], []).append(i)
+    return stages
+
+
+def _approximation(
+    name: str, shares: tuple[float, float], u: Params, exact: Params
+) -> Approximation:
+    us, es = jax.tree.leaves(u), jax.tree.leaves(exact)
+    stages = {
+        stage: _part([us[i] for i in members], [es[i] for i in members])
+        for stage, members in _stages(exact).items()
+    }
+    return Approximation(name, *shares, _part(us, es), stages)
+
+
+def _solve(product: Callable[[PyTree], PyTree], g: PyTree, tolerance: float) -> PyTree:
+    """-product^-1 g."""
+    found, info = conjugate_gradients(product, g, tolerance=tolerance)
+    if not info.convex:
+        raise NonConvexError(NOT_CONVEX)
+    return jax.tree.map(jnp.negative, found)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:,.1f} %"
+
+
+def _part(u: PyTree, exact: PyTree) -> Part:
+    lengths = jnp.sqrt(vdot(u, u)), jnp.sqrt(vdot(exact, exact))
+    cosine = vdot(u, exact) / jnp.maximum(lengths[0] * lengths[1], 1e-30)
+    return Part(float(cosine), float(lengths[0] / jnp.maximum(lengths[1], 1e-30)))
+
+
+def _table(
+    lines: Sequence[tuple[str, ...]], left: int, total: tuple[str, ...] | None = None
+) -> str:
+    """Align columns under a ruled head, the first `left` of them to the left."""
+    every = [*lines, total] if total else list(lines)
+    widths = [max(len(line[i]) for line in every) for i in range(len(lines[0]))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in every
+    ]
+    rule = "-" * max(map(len, text))
+    text.insert(1, rule)
+    if total:
+        text.insert(-1, rule)
+    return "\n".join(text)

@@ -140,6 +140,15 @@ class Hyper(NamedTuple):
     damping: Number
 
 
+def hyper_at(refit: Refit, count: Int[Array, ""], damping: Number) -> Hyper:
+    """Return the numbers of a refit at `count`."""
+
+    def at(value: Any) -> Any:
+        return value(count) if callable(value) else value
+
+    return Hyper(at(refit.learning_rate), at(refit.ema_decay), damping)
+
+
 @dataclass(frozen=True)
 class Problem:
     """What stays the same over all refits of a run: static and hashable.

@@ -13,7 +13,7 @@ from llqr import learning, metrics
 from llqr._errors import check_choice, check_range
 from llqr._tree import check_inexact
 from llqr._types import Array, Int, Number, Params, PyTree
-from llqr.learning import Hyper, Problem, Refit, RefitInfo
+from llqr.learning import Problem, Refit, RefitInfo
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
 from llqr.structures import plan as plans
@@ -112,7 +112,7 @@ def scale_by_llqr(
             problem = Problem(plan, frozen_metric, divergence_reduction, identity_scaling, refit)
 
             def run(blocks: learning.Blocks, info: RefitInfo) -> tuple[learning.Blocks, RefitInfo]:
-                hyper = _hyper(refit, state.count, damping)
+                hyper = learning.hyper_at(refit, state.count, damping)
                 return learning.learn(problem, blocks, info, params, bound, hyper)
 
             due = refit.is_due(state.count) if refresh is None else refresh
@@ -330,13 +330,6 @@ def _check_refit_inputs(objective: Any, params: Any, refresh: Any) -> BoundObjec
 
 def _increment(count: Int[Array, ""]) -> Int[Array, ""]:
     return jnp.asarray(optax.safe_increment(count))
-
-
-def _hyper(refit: Refit, count: Int[Array, ""], damping: Number) -> Hyper:
-    def at(value: Any) -> Any:
-        return value(count) if callable(value) else value
-
-    return Hyper(at(refit.learning_rate), at(refit.ema_decay), damping)
 
 
 def _when(due: Refresh, run: Any, blocks: Any, info: RefitInfo) -> tuple[Any, RefitInfo]:
