@@ -1,10 +1,13 @@
-"""Flax NNX: an objective over a module, and refits for `nnx.Optimizer`."""
+"""Flax NNX: objectives over a module, refits for `nnx.Optimizer`, staged models."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import jax
 from flax import nnx
 
+from llqr.lqr import StagedModel, stages_from_functions
 from llqr.objective import BoundObjective, Objective
 from llqr.transform import refresh as _refresh
 
@@ -38,3 +41,24 @@ def refresh(optimizer: nnx.Optimizer, model: nnx.Module, objective: BoundObjecti
     params = nnx.as_pure(nnx.state(model, optimizer.wrt))
     state = _refresh(optimizer.tx, nnx.as_pure(optimizer.opt_state), params, objective)
     nnx.update(optimizer.opt_state, nnx.state(state))
+
+
+def stages(parts: Sequence[tuple[str, Any]]) -> tuple[StagedModel, dict[str, Any]]:
+    """Return a staged model, and its parameters, from modules and functions x -> x in order.
+
+    Other state than parameters (batch statistics) is frozen: use modules in evaluation mode.
+    """
+    functions, params = [], {}
+    for name, part in parts:
+        if isinstance(part, nnx.Module):
+            graphdef, theta, rest = nnx.split(part, nnx.Param, ...)
+            functions.append((name, partial(_run, graphdef, rest)))
+            if jax.tree.leaves(theta):
+                params[name] = nnx.as_pure(theta)
+        else:
+            functions.append((name, lambda _, x, part=part: part(x)))
+    return stages_from_functions(functions), params
+
+
+def _run(graphdef: Any, rest: Any, theta: Any, x: Any) -> Any:
+    return nnx.merge(graphdef, nnx.State({}) if theta is None else theta, rest)(x)
