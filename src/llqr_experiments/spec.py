@@ -88,6 +88,9 @@ class Config:
     test_eval_freq: int = _option(2000, "steps between evaluations on the test set", low=1)
     logging_freq: int = _option(50, "steps between logged training metrics", low=1)
     report_freq: int = _option(200, "steps between lines on a terminal without a bar", low=1)
+    quality: list[str] = _option(
+        [], "structures whose step is compared with the exact one before and after training"
+    )
 
     # preconditioner
     use_preconditioner: bool = _option(True, "false runs the main optimizer alone")

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 import llqr
 from llqr._types import Array, Params
-from llqr_experiments import build, data, plots, tasks
+from llqr_experiments import build, data, insight, plots, tasks
 from llqr_experiments.clock import Clock
 from llqr_experiments.console import Display
 from llqr_experiments.errors import ConfigError, TrainingError
@@ -87,7 +87,14 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, float]:
             stack.callback(trackers.close)
         _announce(job, display)
         stack.enter_context(display)
-        final = _loop(job, display, trackers, clock)
+        quality = {}
+        if config.quality:
+            quality["before training"] = _quality(job, job.task.params, 0, display, trackers, clock)
+        final, params = _loop(job, display, trackers, clock)
+        if config.quality:
+            last = job.total_steps - 1
+            quality["after training"] = _quality(job, params, last, display, trackers, clock)
+            insight.draw(quality, _title(config), out_dir / "quality.png")
     plots.curves(out_dir / "metrics.jsonl", _title(config), out_dir / "curves.png")
     results = {
         "test accuracy": f"{final['test accuracy']:.2f} %",
@@ -138,8 +145,10 @@ def train_step(
     return TrainState(params, opt_state), tasks.measure(outputs, batch)
 
 
-def _loop(job: Run, display: Display, trackers: Trackers, clock: Clock) -> dict[str, float]:
-    """Steps 0 .. total - 1; the last index only evaluates."""
+def _loop(
+    job: Run, display: Display, trackers: Trackers, clock: Clock
+) -> tuple[dict[str, float], Params]:
+    """Steps 0 .. total - 1; the last index only evaluates. Also returns the parameters."""
     config, last = job.config, job.total_steps - 1
     stream = data.train_stream(job.train, batch_size=config.batch_size, seed=config.rng_seed)
     refits = data.refit_stream(
@@ -163,7 +172,7 @@ def _loop(job: Run, display: Display, trackers: Trackers, clock: Clock) -> dict[
             state, sums = train_step(job.task.objective, job.tx, state, next(stream))
             if (step + 1) % config.logging_freq == 0 or step == 0:
                 _report(step + 1, _means(sums), display, log)
-    return final
+    return final, state.params
 
 
 def _refit(
@@ -194,6 +203,23 @@ def _refit(
         },
     )
     return state._replace(opt_state=opt_state)
+
+
+def _quality(
+    job: Run, params: Params, step: int, display: Display, trackers: Trackers, clock: Clock
+) -> llqr.Quality:
+    """Compare the steps of `config.quality` with the exact one, on the first refit batch."""
+    config = job.config
+    batch = next(
+        data.refit_stream(
+            job.train, batch_size=config.precond_batch_size, seed=config.rng_seed, num_threads=0
+        )
+    )
+    with clock.phase("quality"):
+        found = insight.measure(config, job.task.objective.bind(batch), params)
+    display.say(f"\nstep {step:>6}   steps compared with the exact one\n{found}\n")
+    _log(trackers, clock, step, insight.metrics(found))
+    return found
 
 
 def _evaluate(job: Run, params: Params) -> dict[str, float]:

@@ -156,6 +156,26 @@ def test_a_folder_that_holds_a_run_is_not_written_to(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_quality_before_and_after_training(tmp_path, capsys):
+    metrics = support.run(
+        tmp_path, "total_epochs=1", "quality=[diagonal]", "damping=0.1", "use_preconditioner=false"
+    )
+    rows = [row for row in metrics if "quality exact share" in row]
+    assert [row["step"] for row in rows] == [0, 11]
+    for row in rows:
+        assert row["quality exact share"] == pytest.approx(1.0, abs=1e-4)
+        assert row["quality exact cosine"] == pytest.approx(1.0, abs=1e-4)
+        best = [row[f"quality {n} best share"] for n in ("gradient", "diagonal", "block-diagonal")]
+        assert best[0] < best[1] < best[2] < 1.01
+    assert "at best length" in capsys.readouterr().out
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quality_of_a_metric_without_minimum(tmp_path):
+    with pytest.raises(ConfigError, match=r"quality: .* no minimum"):
+        support.run(tmp_path, "total_epochs=1", "quality=[diagonal]", "divergence=newton")
+
+
 def test_label_smoothing_enters_the_training_loss():
     log_probs = jax.nn.log_softmax(jnp.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]]))
     labels = jnp.array([0, 2])
