@@ -22,6 +22,9 @@ from llqr.structures import plan as plans
 from llqr.structures.plan import StructureLike
 from llqr.transform import plans_of
 
+MAX_STEPS = 5000
+"""Of conjugate gradients in `quality`."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -194,6 +197,7 @@ def quality(
 
     Raises:
       NonConvexError: J has no minimum.
+      ValueError: an exact solve did not converge.
 
     Example:
       >>> import jax.numpy as jnp, llqr
@@ -210,6 +214,8 @@ def quality(
         objective, params, metric, damping=damping, divergence_reduction=divergence_reduction
     )
     g = model.gradient
+    exact = _solve(model.product, g, tolerance)  # first: it fails where there is no minimum
+    optimum = float(model.value(exact))
     steps: dict[str, Params] = {"gradient": jax.tree.map(jnp.negative, g)}
     frozen = learning.freeze(metrics.resolve(metric))
     refit = Refit() if refit is None else refit
@@ -222,8 +228,7 @@ def quality(
         blocks, _ = learning.learn(problem, blocks, learning.no_refit(), params, objective, hyper)
         steps[name] = plans.multiply(plan, blocks, steps["gradient"])
     steps["block-diagonal"] = _block_diagonal_step(model, tolerance)
-    exact = steps["exact"] = _solve(model.product, g, tolerance)
-    optimum = float(model.value(exact))
+    steps["exact"] = exact
     rows = []
     for name, u in steps.items():
         slope, curved = float(vdot(g, u)), float(vdot(u, model.product(u)))
@@ -272,9 +277,14 @@ def _approximation(
 
 def _solve(product: Callable[[PyTree], PyTree], g: PyTree, tolerance: float) -> PyTree:
     """-product^-1 g."""
-    found, info = conjugate_gradients(product, g, tolerance=tolerance)
+    found, info = conjugate_gradients(product, g, tolerance=tolerance, max_steps=MAX_STEPS)
     if not info.convex:
         raise NonConvexError(NOT_CONVEX)
+    if info.residual > 1e3 * tolerance:
+        raise ValueError(
+            f"conjugate gradients stopped after {MAX_STEPS} steps at the relative residual "
+            f"{info.residual:.1e}: the problem is too ill-conditioned. Use a larger damping."
+        )
     return jax.tree.map(jnp.negative, found)
 
 

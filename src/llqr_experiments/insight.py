@@ -17,7 +17,7 @@ def measure(config: Config, objective: llqr.BoundObjective, params: Params) -> l
     """Compare the structures of `config.quality` with the exact step on one refit batch.
 
     Raises:
-      ConfigError: the quadratic model has no minimum (see the message).
+      ConfigError: the exact step does not exist or cannot be found (see the message).
     """
     try:
         return llqr.quality(
@@ -29,7 +29,7 @@ def measure(config: Config, objective: llqr.BoundObjective, params: Params) -> l
             divergence_reduction="mean" if config.divergence_reduction == "mean" else "sum",
             max_dim=config.precond_max_dim,
         )
-    except llqr.lqr.NonConvexError as error:
+    except ValueError as error:  # no minimum, or too ill-conditioned
         raise ConfigError(f"quality: {error}") from error
 
 
