@@ -1,32 +1,25 @@
 """A run, from config to plots: a loop of named phases."""
 
-import json
 import math
-import platform
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import optax
-from omegaconf import OmegaConf
 
 import llqr
 from llqr._types import Array, Params
-from llqr_experiments import build, data, insight, plots, tasks
+from llqr_experiments import build, data, insight, plots, records, tasks
 from llqr_experiments.clock import Clock
 from llqr_experiments.console import Display
-from llqr_experiments.errors import ConfigError, TrainingError
+from llqr_experiments.errors import TrainingError
 from llqr_experiments.evaluate import evaluate
 from llqr_experiments.spec import Config
-from llqr_experiments.tracking import Aim, Jsonl, Trackers
+from llqr_experiments.tracking import Trackers
 
 
 class TrainState(NamedTuple):
@@ -81,9 +74,10 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, float]:
         clock = stack.enter_context(Clock())
         with clock.phase("setup"):
             job = _prepare(config)
-            _write_meta(job, out_dir, command)
+            steps, refits = job.total_steps - 1, len(job.refit_steps)
+            records.write_meta(config, out_dir, command, steps=steps, refits=refits)
             display = Display(job.total_steps - 1, config.report_freq)
-            trackers = _trackers(job, out_dir, display)
+            trackers = records.open_trackers(config, job.task.name, out_dir, display.say)
             stack.callback(trackers.close)
         _announce(job, display)
         stack.enter_context(display)
@@ -100,7 +94,7 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, float]:
         "test accuracy": f"{final['test accuracy']:.2f} %",
         "test loss": f"{final['test loss']:.4f}",
     }
-    display.closing(results, clock.seconds, clock.elapsed(), _shorten(out_dir))
+    display.closing(results, clock.seconds, clock.elapsed(), records.shorten(out_dir))
     return final
 
 
@@ -115,15 +109,6 @@ def _prepare(config: Config) -> Run:
     refits = build.refit_steps(config, horizon)
     blocks = llqr.describe(tx, task.params) if config.use_preconditioner else None
     return Run(config, task, tx, horizon.total_steps, refits, blocks, train, test)
-
-
-def _trackers(job: Run, out_dir: Path, display: Display) -> Trackers:
-    trackers = Trackers(display.say)
-    trackers.add("metrics.jsonl", lambda: Jsonl(out_dir / "metrics.jsonl"))
-    if job.config.logging.aim:
-        repo = job.config.logging.aim_repo
-        trackers.add("Aim", lambda: Aim(repo, job.task.name, job.config))
-    return trackers
 
 
 @partial(jax.jit, static_argnames=("objective", "tx"), donate_argnames="state")
@@ -278,53 +263,3 @@ def _title(config: Config) -> str:
     name = f"{config.dataset.name}, {config.architecture.name}: {config.main_optimizer}"
     name += f" {config.learning_rate:g}"
     return name + (f" + LLQR {config.block_structure}" if config.use_preconditioner else "")
-
-
-def _write_meta(job: Run, out_dir: Path, command: str) -> None:
-    """Write config.yaml and meta.json: enough to run it again."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if (out_dir / "metrics.jsonl").exists():
-        raise ConfigError(
-            f"{out_dir} already holds a run; give another folder (hydra.run.dir=...)."
-        )
-    (out_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(job.config)))
-    meta = {
-        "command": command,
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "seeds": {"init_key": job.config.init_key, "rng_seed": job.config.rng_seed},
-        "devices": [str(device) for device in jax.devices()],
-        "platform": platform.platform(),
-        "python": sys.version.split()[0],
-        "versions": {name: _version(name) for name in ("llqr", "jax", "optax", "flax", "grain")},
-        "steps": job.total_steps - 1,
-        "refits": len(job.refit_steps),
-    }
-    (out_dir / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-
-
-def _commit() -> str | None:
-    """Commit of the checkout, with "+" if it has changes; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        git = partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
-        head = git(["git", "rev-parse", "HEAD"]).stdout.strip()
-        dirty = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if dirty else "")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _shorten(path: Path) -> Path:
-    """The path from here, if it lies below."""
-    try:
-        return path.relative_to(Path.cwd())
-    except ValueError:
-        return path
