@@ -107,3 +107,33 @@ def test_renyi_of_one_row_is_the_order_times_fisher(stored):
     half = llqr.linearize(one, params, "renyi").product(u)
     fisher = llqr.linearize(one, params, "ngd").product(u)
     close(2 * flatten(half), flatten(fisher))
+
+
+STAGED = llqr.lqr.stages_from_functions(
+    [
+        ("0", lambda p, x: x @ p["W"] + p["b"]),
+        ("relu0", lambda _, x: jax.nn.relu(x)),
+        ("1", lambda p, x: x @ p["W"] + p["b"]),
+        ("relu1", lambda _, x: jax.nn.relu(x)),
+        ("2", lambda p, x: x @ p["W"] + p["b"]),
+        ("log-softmax", lambda _, x: jax.nn.log_softmax(x)),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in CASES if row["u"] in ("neg_grad", "rand2")], ids=key
+)
+def test_cost_and_its_gradient_layer_by_layer(stored, row):
+    suffix = "" if row["label_smoothing"] == 0 else f"_ls{row['label_smoothing']}"
+    flat = -stored[f"grad_flat{suffix}"] if row["u"] == "neg_grad" else stored[f"u/{row['u']}"]
+    staged = lambda tree: {i: {"W": tree[f"W{i}"], "b": tree[f"b{i}"]} for i in "012"}  # noqa: E731
+    objective = bound(stored, row["label_smoothing"])
+    problem = llqr.lqr.linearize(
+        STAGED, staged(params_of(stored)), objective.batch["x"], loss=objective.loss,
+        metric=row["div"], damping=row["damping"],
+    )  # fmt: skip
+    value, gradient = llqr.lqr.cost_and_gradient(problem, staged(unflatten(stored, flat)))
+    close(value, row["cost"])
+    found = np.concatenate([np.r_[gradient[i]["b"], np.ravel(gradient[i]["W"])] for i in "012"])
+    close(found, stored[f"control_grad/{key(row)}"])
