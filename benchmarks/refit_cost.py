@@ -215,7 +215,7 @@ def main() -> None:
         table.add_column(column, justify="left" if column in ("model", "structure") else "right")
     for row in rows:
         table.add_row(*map(_cell, row.values()))
-    Console(width=120).print(table)
+    Console(width=140).print(table)
     RESULTS.mkdir(exist_ok=True)
     out = RESULTS / "refit_cost.json"
     out.write_text(json.dumps({"environment": environment, "rows": rows}, indent=2) + "\n")
