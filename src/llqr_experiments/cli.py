@@ -85,9 +85,10 @@ def execute(config: DictConfig, out_dir: Path) -> None:
     """Run one experiment; a `RunError` ends in one message, not in a traceback."""
     try:
         settings: Any = OmegaConf.to_object(config)
-        from llqr_experiments import train  # late: --help and bad options need no models
+        from llqr_experiments import toys, train  # late: --help and bad options need no models
 
-        train.run(settings, out_dir, command=" ".join(["run.py", *sys.argv[1:]]))
+        runner = toys.run if settings.toy.name else train.run
+        runner(settings, out_dir, command=" ".join(["run.py", *sys.argv[1:]]))
     except RunError as error:
         stop(error)
 

@@ -49,12 +49,29 @@ class Logging:
 
 
 @dataclass
+class Toy:
+    """A toy function instead of a training run."""
+
+    name: str | None = _option(
+        None,
+        "function to minimise; null: train a model",
+        choices=("rosenbrock", "split_rosenbrock", "ackley", "goldstein_price"),
+    )
+    start: list[float] = _option([], "where to start")
+    iterations: int = _option(500, "most steps of every method", low=1)
+    tolerance: float = _option(1e-8, "value above the least at which to stop", above=0)
+    damping: float = _option(1e-3, "first damping of the exact methods, raised as needed", low=0)
+    gradient_rate: float = _option(1e-3, "learning rate of gradient descent", above=0)
+
+
+@dataclass
 class Config:
     """A whole run."""
 
     dataset: Dataset = field(default_factory=Dataset)
     architecture: Architecture = field(default_factory=Architecture)
     logging: Logging = field(default_factory=Logging)
+    toy: Toy = field(default_factory=Toy)
     lr_scheduler: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
     precond_lr_scheduler: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
     ema_scheduler: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
@@ -146,7 +163,7 @@ def options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
         value = getattr(config, option.name, None)
         if option.name in SCHEDULERS:
             yield option.name, option, value
-        elif option.name in ("dataset", "architecture", "logging"):
+        elif option.name in ("dataset", "architecture", "logging", "toy"):
             yield from options(
                 option.default_factory if isinstance(config, type) else value, f"{option.name}."
             )
