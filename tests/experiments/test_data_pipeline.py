@@ -1,7 +1,6 @@
 """The batches: the endless training stream, the stream of refits, and the evaluation pass."""
 
 import dataclasses
-import time
 from contextlib import closing
 
 import numpy as np
@@ -169,13 +168,6 @@ class TestTrainStream:
         empty = dataclasses.replace(source, images=source.images[:0], labels=source.labels[:0])
         with pytest.raises(DataError, match=r"source is empty"):
             make(empty, batch_size=1, seed=0)
-
-    def test_throughput(self):
-        """A batch must cost less than a step: 2,000 take 0.1 s; the limit is for busy machines."""
-        source = Source.of(load("digits"), "train")
-        start = time.perf_counter()
-        take(source, 2000, batch_size=128, seed=0)
-        assert time.perf_counter() - start < 4
 
 
 class TestEvaluation:
