@@ -13,7 +13,6 @@ from llqr_experiments.data import (
     Split,
     epoch_length,
     evaluation_batches,
-    load,
     refit_seed,
     refit_stream,
     train_stream,
