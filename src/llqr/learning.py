@@ -302,11 +302,11 @@ def _finish(
     if not (isinstance(refit.ema_decay, float | int) and refit.ema_decay == 0):
         decay = inner.hyper.ema_decay
         new = jax.tree.map(lambda o, n: (decay * o + (1 - decay) * n).astype(o.dtype), old, new)
+    finite = [all_finite(arrays) for arrays in new]  # the clamp would hide -inf
     new = tuple(
         mx.project(block.structure, arrays, allow_inversion=refit.allow_grad_inversion)
         for block, arrays in zip(plan, new, strict=True)
     )
-    finite = [all_finite(arrays) for arrays in new]
     upright = [jnp.array(True)] * len(plan)
     if not refit.allow_grad_inversion:
         upright = _upright(problem, new, inner.model.gradient)
