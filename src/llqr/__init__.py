@@ -13,7 +13,7 @@ from llqr.exact_steps import exact
 from llqr.learning import Refit, RefitInfo
 from llqr.metrics import Metric
 from llqr.objective import BoundObjective, Objective
-from llqr.quadratic import QuadraticModel, linearize
+from llqr.quadratic import QuadraticModel, Route, linearize
 from llqr.structures import STRUCTURES, Rule, Structure
 from llqr.transform import LLQRState, find, llqr, refresh, scale_by_llqr
 
@@ -28,6 +28,7 @@ __all__ = [
     "Quality",
     "Refit",
     "RefitInfo",
+    "Route",
     "Rule",
     "Structure",
     "describe",

@@ -39,7 +39,19 @@ def check_range(
     """Raise ValueError if a number is out of range; schedules, arrays and None pass."""
     if value is None or callable(value) or isinstance(value, jax.Array):
         return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
     if not (low <= value <= high) or (open_low and value == low):
         left = "(" if open_low else "["
         right = ")" if high == float("inf") else "]"
         raise ValueError(f"{name} must lie in {left}{low:g}, {high:g}{right}, got {value!r}.")
+
+
+def check_integer(name: str, value: Any, *, low: int) -> None:
+    """Raise TypeError if a value is no Python int, ValueError if it is too small; None passes."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a Python int, got {value!r}.")
+    if value < low:
+        raise ValueError(f"{name} must be >= {low}, got {value!r}.")

@@ -1,5 +1,6 @@
-"""Pytrees of parameters: names of leaves and the inner product."""
+"""Pytrees of parameters: names of leaves, inner products, static trees."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -77,3 +78,22 @@ def shard_like(x: Array, like: Array) -> Array:
 
 def _is_explicit(x: Array) -> bool:
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A pytree of hashable leaves, made hashable."""
+
+    leaves: tuple[Any, ...]
+    treedef: Any
+
+    @property
+    def tree(self) -> PyTree:
+        """The pytree again."""
+        return jax.tree.unflatten(self.treedef, self.leaves)
+
+
+def freeze(tree: PyTree) -> Frozen:
+    """Make a pytree of hashable leaves a static value; None stays a leaf."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
+    return Frozen(tuple(leaves), treedef)

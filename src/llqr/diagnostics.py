@@ -10,7 +10,7 @@ import optax
 
 from llqr import learning, metrics, quadratic
 from llqr._linalg import conjugate_gradients
-from llqr._tree import leaf_names, vdot
+from llqr._tree import freeze, leaf_names, vdot
 from llqr._types import Array, Params, PyTree
 from llqr.learning import Refit
 from llqr.lqr.riccati import NOT_CONVEX, NonConvexError
@@ -217,15 +217,18 @@ def quality(
     exact = _solve(model.product, g, tolerance)  # first: it fails where there is no minimum
     optimum = float(model.value(exact))
     steps: dict[str, Params] = {"gradient": jax.tree.map(jnp.negative, g)}
-    frozen = learning.freeze(metrics.resolve(metric))
+    frozen = freeze(metrics.resolve(metric))
     refit = Refit() if refit is None else refit
     for chosen in structures:
         name = chosen if isinstance(chosen, str) else f"rules {len(steps)}"
         plan = plans.make_plan(params, plans.rule_table(chosen), max_dim)
         problem = learning.Problem(plan, frozen, divergence_reduction, 1.0, refit)
+        problem.check()
         hyper = learning.hyper_at(refit, jnp.zeros((), jnp.int32), damping)
         blocks = plans.identity(plan, 1.0)
-        blocks, _ = learning.learn(problem, blocks, learning.no_refit(), params, objective, hyper)
+        blocks, _ = learning.learn(
+            problem, blocks, learning.no_refit(len(plan)), params, objective, hyper
+        )
         steps[name] = plans.multiply(plan, blocks, steps["gradient"])
     steps["block-diagonal"] = _block_diagonal_step(model, tolerance)
     steps["exact"] = exact

@@ -2,23 +2,30 @@ r"""The inner problem: learn P by minimising the quadratic model of the step tha
 
   symbol     meaning                                              shape
   P          structured inverse preconditioner, sigma included    params x params
-  h          base direction, -g (or -g / |g|)                     like params
-  J          the quadratic model, `llqr.quadratic`                []
+  h          direction that P is learned on                       like params
+  l          linear term of the objective                         like params
+  C          curvature of the metric                              params x params
   d          EMA decay                                            []
 
-    minimise over P's arrays   Phi(P) = J(P h)
+    minimise over P's arrays   Phi(P) = l.u + 1/2 u.(C + lambda I) u,   u = P h
 
-by a fixed number of steps of a first-order method (Layerwise LQR, arXiv 2605.04230). Then,
-in this order: EMA with the old arrays, projection, guards. A block keeps its old arrays if
-the new ones are not finite or turn its share of g.Pg non-positive, and every block does if
-Phi did not decrease.
+by a fixed number of steps of an inner solver (`solvers`). The published method (Layerwise
+LQR, arXiv 2605.04230) has l = g and one fixed direction, h = -g or -g / |g|: Phi is then
+the quadratic model of the step itself. A probe has l = -h, with h drawn afresh at every
+inner step; from N(0, I), the minimiser over all matrices of the mean of Phi is
+(C + lambda I)^-1, and over a structure its best approximation seen from every direction.
+
+Then, in this order: EMA with the old arrays, projection, guards. A block keeps its old
+arrays if the new ones are not finite or turn its share of h.Ph non-positive, and every
+block does if Phi did not decrease.
 
 The inner loop is one compiled step driven from Python on CPU, where XLA runs convolution
-gradients inside a compiled loop 30 to 50 times slower than outside it, and `lax.scan` on
-other devices and inside a caller's trace. Both run the same step.
+gradients inside a compiled loop 30 to 50 times slower than outside it, and a compiled loop
+on other devices and inside a caller's trace. Both run the same step.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -26,22 +33,34 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llqr import quadratic
-from llqr._errors import check_choice, check_range
-from llqr._tree import all_finite, is_traced, vdot
+from llqr import metrics, quadratic, solvers
+from llqr._errors import check_choice, check_integer, check_range
+from llqr._tree import Frozen, all_finite, is_traced, vdot
 from llqr._types import Array, Bool, Float, Int, Number, Params, PyTree, Schedule
 from llqr.metrics import Reduction
 from llqr.objective import BoundObjective
-from llqr.quadratic import QuadraticModel
+from llqr.quadratic import QuadraticModel, Route
+from llqr.solvers import SOLVERS, SolverLike
 from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
 from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Plan
 
-SolverName: TypeAlias = Literal["momentum", "sgd", "adam"]
+Probe: TypeAlias = Literal["gradient", "minibatch", "gaussian", "fisher"]
 
 Blocks: TypeAlias = tuple[Arrays, ...]
 """The arrays of every block of a plan."""
+
+WHOLE = Route()
+SUBSET = 0.25
+"""Share of the refit batch's rows in one minibatch probe."""
+EVALUATION_PROBES = 4
+"""Random directions on which a refit is judged: the same before and after it."""
+
+STATUS = ("none", "updated", "kept", "nonfinite", "inverted", "rejected")
+"""What a refit did to a block, by the number in `RefitInfo.status`: not refitted yet; new arrays
+installed; nothing changed; or old arrays kept by a guard: new ones were not finite, turned
+the direction, or the objective did not decrease."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,29 +72,45 @@ class Refit:
         calls; an int >= 1, or a schedule count -> int.
       start: no refit before this count.
       until: no refit at or after this count; None: never stops.
-      steps: inner steps of one refit, a Python int.
+      steps: inner steps of one refit, a Python int; the most, with a tolerance.
+      tolerance: stop when an inner step changes the objective by less than this share of it;
+        0: never.
       learning_rate: of the inner solver; a number > 0, or a schedule of the count.
-      solver: "momentum", "sgd", "adam", or any optax transformation, whose updates are then
-        added as they are (learning_rate and momentum do not enter).
+      solver: a name of `llqr.solvers.SOLVERS`, or any optax transformation, whose updates
+        are then added as they are (learning_rate and momentum do not enter).
       momentum: of the solver "momentum".
       clip_norm: largest L2 norm of the gradient of each stored array; None: no clipping.
       clip_value: largest absolute entry of that gradient; None: no clipping.
-      warm_start: start from the current arrays; False: from the identity.
+      warm_start: start from the current arrays; False: from the identity. Structures with a
+        memory always start from it.
       ema_decay: d in [0, 1]; arrays become d old + (1 - d) new. A number or a schedule.
+        Memories are left out.
       normalize_gradient: use h = -g / |g|.
       allow_grad_inversion: allow P to turn the sign of gradients: entries of elementwise
-        blocks are not clamped to >= 1e-8 and blocks with g.Pg <= 0 are not guarded.
+        blocks are not clamped to >= 1e-8 and blocks with h.Ph <= 0 are not guarded.
+      probe: directions h. "gradient": the refit batch's own, the published method;
+        "minibatch": the gradient of a quarter of its rows; "gaussian": N(0, I); "fisher": the
+        gradient for labels drawn from the model, with covariance C.
+      probes: how many directions at once; 1 with "gradient".
+      fresh_batches: a batch of its own for every inner step: the objective's batch then has
+        one more axis in front, of length `steps`.
+      per_example: the mean of one problem for each example, with that example's gradient
+        and curvature, in place of one problem for the batch.
+      seed: of probes and of the fresh vectors of structures with a memory; the number of the
+        refit and the inner step are folded into it.
 
     Raises:
-      ValueError: a value outside its range.
+      ValueError: a value outside its range, or options that exclude each other.
+      TypeError: a value of a wrong type.
     """
 
     every: Number | Schedule = 1000
     start: int = 0
     until: int | None = None
     steps: int = 50
+    tolerance: float = 0.0
     learning_rate: float | Schedule = 1e-3
-    solver: SolverName | str | optax.GradientTransformation = "momentum"
+    solver: SolverLike = "momentum"
     momentum: float = 0.9
     clip_norm: float | None = 5.0
     clip_value: float | None = None
@@ -83,20 +118,47 @@ class Refit:
     ema_decay: float | Schedule = 0.0
     normalize_gradient: bool = False
     allow_grad_inversion: bool = False
+    probe: Probe = "gradient"
+    probes: int = 1
+    fresh_batches: bool = False
+    per_example: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, jax.Array) or int(self.steps) != self.steps or self.steps < 1:
-            raise ValueError(f"Refit: steps must be a Python int >= 1, got {self.steps!r}.")
-        if isinstance(self.solver, str):
-            check_choice("solver", self.solver, get_args(SolverName))
-        check_range("Refit: every", self.every, low=1)
-        check_range("Refit: start", self.start, low=0)
-        check_range("Refit: until", self.until, low=0)
+        check_integer("Refit: steps", self.steps, low=1)
+        check_integer("Refit: probes", self.probes, low=1)
+        check_integer("Refit: start", self.start, low=0)
+        check_integer("Refit: until", self.until, low=0)
+        check_integer("Refit: seed", self.seed, low=0)
+        if not isinstance(self.solver, optax.GradientTransformation):
+            check_choice("solver", self.solver, SOLVERS)
+        check_choice("probe", self.probe, get_args(Probe))
+        if not callable(self.every) and not isinstance(self.every, jax.Array):
+            check_integer("Refit: every", self.every, low=1)
         check_range("Refit: learning_rate", self.learning_rate, low=0, open_low=True)
+        check_range("Refit: tolerance", self.tolerance, low=0)
         check_range("Refit: momentum", self.momentum, low=0, high=1)
         check_range("Refit: clip_norm", self.clip_norm, low=0, open_low=True)
         check_range("Refit: clip_value", self.clip_value, low=0, open_low=True)
         check_range("Refit: ema_decay", self.ema_decay, low=0, high=1)
+        why = None
+        if self.probe == "gradient" and self.probes != 1:
+            why = f"probe='gradient' is one fixed direction: probes must be 1, not {self.probes}"
+        elif self.per_example and self.probe != "gradient":
+            why = f"per_example learns on each example's gradient, not on probe={self.probe!r}"
+        elif self.normalize_gradient and self.probe != "gradient":
+            why = f"normalize_gradient has no effect with probe={self.probe!r}"
+        elif self.fresh_batches and self.tolerance:
+            why = "fresh_batches change the objective at every step: tolerance must be 0"
+        elif self.fresh_batches and self.solver in solvers.DETERMINISTIC:
+            why = f"solver={self.solver!r} needs one objective for all steps: no fresh_batches"
+        if why:
+            raise ValueError(f"Refit: {why}.")
+
+    @property
+    def batched(self) -> bool:
+        """Whether there are several directions at once, on a leading axis."""
+        return self.per_example or self.probe != "gradient"
 
     def is_due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
         """Return whether a refit is due before update call number `count`, counted from 0."""
@@ -112,24 +174,31 @@ class RefitInfo(NamedTuple):
     """What the last refit did; zeros and NaN before the first."""
 
     refits: Int[Array, ""]  # how many so far
+    steps: Int[Array, ""]  # inner steps of the last one
     objective_before: Float[Array, ""]  # Phi at the start of the refit
     objective_after: Float[Array, ""]  # Phi of what the refit proposes to install
-    nonfinite: Int[Array, ""]  # blocks that kept their old arrays: the new ones had NaN or inf
-    inverted: Int[Array, ""]  # ... their share of g.Pg was not positive
-    rejected: Int[Array, ""]  # ... Phi did not decrease
+    cosine: Float[Array, ""]  # of P h and h, for what was installed
+    status: Int[Array, " blocks"]  # what was done to each block: index into `STATUS`
+    cosines: Float[Array, " blocks"]  # of P h and h in each block; 0 where h or P h is zero
+
+    def count(self, *words: str) -> Int[Array, ""]:
+        """Return how many blocks have one of these words of `STATUS`."""
+        found = [jnp.sum(self.status == STATUS.index(word)) for word in words]
+        return sum(found, start=jnp.zeros((), jnp.int32))
 
     @property
     def guarded(self) -> Int[Array, ""]:
-        """Blocks that kept their old arrays in the last refit."""
-        return self.nonfinite + self.inverted + self.rejected
+        """Blocks that kept their old arrays in the last refit because of a guard."""
+        return self.count("nonfinite", "inverted", "rejected")
 
 
-def no_refit() -> RefitInfo:
-    """Return the record before the first refit."""
+def no_refit(blocks: int) -> RefitInfo:
+    """Return the record before the first refit, for a number of blocks."""
     # An array of its own for each field: a state that repeats a buffer cannot be donated.
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
-    nan = lambda: jnp.full((), jnp.nan, jnp.float32)  # noqa: E731
-    return RefitInfo(zero(), nan(), nan(), zero(), zero(), zero())
+    nan = lambda *shape: jnp.full(shape, jnp.nan, jnp.float32)  # noqa: E731
+    status = jnp.zeros((blocks,), jnp.int32)
+    return RefitInfo(zero(), zero(), nan(), nan(), nan(), status, nan(blocks))
 
 
 class Hyper(NamedTuple):
@@ -155,51 +224,82 @@ class Problem:
 
     Args:
       plan: the blocks.
-      metric: a resolved metric, or a tree of them flattened by `freeze`.
+      metric: a resolved metric, or a tree of them, flattened by `freeze`.
       reduction: over rows.
       scale: sigma at which blocks are initialised.
       refit: the refit's options.
+      route: how curvature products are computed.
+      base: optimizer whose update P multiplies; None: P multiplies the gradient.
     """
 
     plan: Plan
-    metric: "Frozen"
+    metric: Frozen
     reduction: Reduction
     scale: float
     refit: Refit
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """A pytree of hashable leaves, made hashable."""
-
-    leaves: tuple[Any, ...]
-    treedef: Any
+    route: Route = WHOLE
+    base: optax.GradientTransformation | None = None
 
     @property
-    def tree(self) -> PyTree:
-        """The pytree again."""
-        return jax.tree.unflatten(self.treedef, self.leaves)
+    def solver(self) -> solvers.Solver:
+        """The inner solver."""
+        refit = self.refit
+        return solvers.make(
+            refit.solver,
+            momentum=refit.momentum,
+            clip_norm=refit.clip_norm,
+            clip_value=refit.clip_value,
+        )
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether a block has a memory."""
+        return any(block.structure.has_memory for block in self.plan)
 
-def freeze(tree: PyTree) -> Frozen:
-    """Make a tree of metrics a static value; None stays a leaf."""
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
-    return Frozen(tuple(leaves), treedef)
+    def check(self) -> None:
+        """Raise ValueError if the options exclude each other."""
+        refit = self.refit
+        why = None
+        if refit.solver == "cg":
+            curved = [b.structure.name for b in self.plan if not b.structure.linear]
+            if curved:
+                why = (
+                    "solver='cg' needs structures that are linear in their arrays (scalar, "
+                    f"diagonal, dense), but there is {curved[0]!r}; 'cg_zoom_hz' takes any"
+                )
+        if refit.probe == "fisher" and not metrics.can_sample(self.metric.tree):
+            why = (
+                "probe='fisher' needs a metric from which labels can be drawn: ngd, reverse_kl, "
+                "renyi or gaussian"
+            )
+        if refit.per_example and self.route.chunk_size is not None:
+            why = "per_example splits the batch already: chunk_size must be None"
+        if refit.per_example and self.reduction == "unit":
+            why = "per_example has one curvature for each example: divergence_reduction='unit' "
+            why += "needs that of the batch"
+        if why:
+            raise ValueError(f"{why}.")
 
 
 class _Inner(NamedTuple):
     """What stays the same over the inner steps of one refit."""
 
-    model: QuadraticModel
-    direction: Params  # h
+    blocks: Blocks  # from which it starts
     hyper: Hyper
+    key: Array
+    model: QuadraticModel  # with fresh batches, on the first one
+    source: tuple[Params, BoundObjective, Any]  # for fresh batches; and the base's state
 
 
 class _Carry(NamedTuple):
     """What an inner step changes."""
 
-    blocks: Blocks
+    learned: Blocks
     solver: Any
+    step: Int[Array, ""]
+    first: Float[Array, ""]  # Phi at the start of the refit
+    value: Float[Array, ""]  # Phi at the start of the last step
+    done: Bool[Array, ""]
 
 
 def learn(
@@ -209,6 +309,7 @@ def learn(
     params: Params,
     objective: BoundObjective,
     hyper: Hyper,
+    base_state: Any = (),
 ) -> tuple[Blocks, RefitInfo]:
     """Run one refit.
 
@@ -219,129 +320,462 @@ def learn(
       params: the current parameters.
       objective: the curvature objective on the refit batch.
       hyper: learning rate, decay, damping.
+      base_state: state of `problem.base`.
 
     Returns:
       The arrays to install and the new record. Never anything that is not finite, unless
       the old arrays were not.
     """
     if is_traced(params) or _platform(params) != "cpu":
-        return _learn_scan(problem, blocks, info, params, objective, hyper)
-    inner, carry = _prepare(problem, blocks, params, objective, hyper)
-    carry, before = _step(problem, carry, inner)
-    for _ in range(problem.refit.steps - 1):
-        carry, _ = _step(problem, carry, inner)
-    return _finish(problem, blocks, carry.blocks, before, info, inner)
+        return _learn_compiled(problem, blocks, info, params, objective, hyper, base_state)
+    # Chunks are looped over in Python too: their step is not one compiled function.
+    driver = _Eager(compile_step=problem.route.chunk_size is None)
+    return _learn(problem, blocks, info, params, objective, hyper, base_state, driver)
 
 
 @partial(jax.jit, static_argnames="problem")
-def _learn_scan(
+def _learn_compiled(
+    problem: Problem, blocks: Blocks, info: RefitInfo, params: Params,
+    objective: BoundObjective, hyper: Hyper, base_state: Any,
+) -> tuple[Blocks, RefitInfo]:  # fmt: skip
+    return _learn(problem, blocks, info, params, objective, hyper, base_state, _Compiled())
+
+
+@dataclass(frozen=True)
+class _Eager:
+    """Drive compiled pieces from Python."""
+
+    compile_step: bool
+
+    def run(self, function: Any, *arguments: Any) -> Any:
+        return (_jitted if self.compile_step else _plain)(function, *arguments)
+
+    def loop(self, function: Any, problem: Problem, carry: Any, inner: Any, steps: int) -> Any:
+        for _ in range(steps):
+            carry = self.run(function, problem, carry, inner)
+            # The one place where the host waits for the device, and only when asked to.
+            if problem.refit.tolerance and isinstance(carry, _Carry) and bool(carry.done):
+                break
+        return carry
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """Everything is inside one trace already."""
+
+    def run(self, function: Any, *arguments: Any) -> Any:
+        return function(*arguments)
+
+    def loop(self, function: Any, problem: Problem, carry: Any, inner: Any, steps: int) -> Any:
+        if problem.refit.tolerance and isinstance(carry, _Carry):
+            return jax.lax.while_loop(
+                lambda carry: (carry.step < steps) & ~carry.done,
+                lambda carry: function(problem, carry, inner),
+                carry,
+            )
+        return jax.lax.scan(
+            lambda carry, _: (function(problem, carry, inner), None), carry, length=steps
+        )[0]
+
+
+@partial(jax.jit, static_argnames=("function", "problem"))
+def _jitted(function: Any, problem: Problem, *arguments: Any) -> Any:
+    return function(problem, *arguments)
+
+
+def _plain(function: Any, *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _learn(
     problem: Problem,
     blocks: Blocks,
     info: RefitInfo,
     params: Params,
     objective: BoundObjective,
     hyper: Hyper,
+    base_state: Any,
+    driver: _Eager | _Compiled,
 ) -> tuple[Blocks, RefitInfo]:
-    inner, carry = _prepare(problem, blocks, params, objective, hyper)
-    carry, values = jax.lax.scan(
-        lambda carry, _: _step(problem, carry, inner), carry, length=problem.refit.steps
-    )
-    return _finish(problem, blocks, carry.blocks, values[0], info, inner)
+    inner = driver.run(_prepare, problem, blocks, info, params, objective, hyper, base_state)
+    if problem.reduction == "unit":
+        v = quadratic.power_start(inner.model)
+        v = driver.loop(_power, problem, v, inner, quadratic.POWER_STEPS)
+        inner = inner._replace(model=quadratic.with_unit_scale(inner.model, v))
+    carry = driver.run(_start, problem, inner)
+    carry = driver.loop(_step, problem, carry, inner, problem.refit.steps)
+    return driver.run(_finish, problem, blocks, info, carry, inner)
 
 
-@partial(jax.jit, static_argnames="problem")
+# --- the pieces of a refit ------------------------------------------------------------------------
+
+
 def _prepare(
-    problem: Problem, blocks: Blocks, params: Params, objective: BoundObjective, hyper: Hyper
-) -> tuple[_Inner, _Carry]:
-    """Linearise once; choose the base direction and the start."""
+    problem: Problem, blocks: Blocks, info: RefitInfo, params: Params,
+    objective: BoundObjective, hyper: Hyper, base_state: Any,
+) -> _Inner:  # fmt: skip
+    """Linearise once and choose the start."""
     # Curvature in float32 at least: in bfloat16, P h rounds away what a refit changes.
     params = jax.tree.map(lambda p: p.astype(plans.at_least_float32(p.dtype)), params)
-    model = quadratic.linearize(
-        objective,
-        params,
-        problem.metric.tree,
-        damping=hyper.damping,
-        divergence_reduction=problem.reduction,
+    first = _take(objective, 0) if problem.refit.fresh_batches else objective
+    model = _linearize(problem, first, params, hyper)
+    key = jax.random.fold_in(jax.random.key(problem.refit.seed), info.refits)
+    start = blocks
+    if not problem.refit.warm_start:
+        cold = plans.identity(problem.plan, problem.scale)
+        start = tuple(
+            old if block.structure.has_memory else new
+            for block, old, new in zip(problem.plan, blocks, cold, strict=True)
+        )
+    return _Inner(start, hyper, key, model, (params, objective, base_state))
+
+
+def _power(problem: Problem, v: Params, inner: _Inner) -> Params:
+    del problem
+    return quadratic.power_step(inner.model, v)
+
+
+def _start(problem: Problem, inner: _Inner) -> _Carry:
+    """The carry before the first step."""
+    key = jax.random.fold_in(inner.key, 0)
+    learned = plans.start(problem.plan, inner.blocks, problem.scale, key)
+    zero = jnp.zeros((), jnp.result_type(inner.model.loss))
+    found = None
+    if problem.solver.needs_first_gradient:
+        found = _Phi(problem, inner, jnp.zeros((), jnp.int32)).gradient(learned)
+    state = problem.solver.init(learned, found)
+    done = jnp.array(False)
+    return _Carry(learned, state, jnp.zeros((), jnp.int32), zero, zero, done)
+
+
+def _step(problem: Problem, carry: _Carry, inner: _Inner) -> _Carry:
+    """One inner step."""
+    phi = _Phi(problem, inner, carry.step)
+    learned, state, value = problem.solver.step(
+        phi, carry.learned, carry.solver, inner.hyper.learning_rate
     )
-    direction = jax.tree.map(jnp.negative, model.gradient)
+    value = value.astype(carry.value.dtype)
+    done = carry.done
+    if problem.refit.tolerance:
+        small = jnp.abs(value - carry.value) <= problem.refit.tolerance * jnp.abs(carry.value)
+        done = (carry.step > 0) & small
+    first = jnp.where(carry.step == 0, value, carry.first)
+    return _Carry(learned, state, carry.step + 1, first, value, done)
+
+
+class _Phi:
+    """The inner objective at one step, as a function of what is learned."""
+
+    def __init__(self, problem: Problem, inner: _Inner, step: Int[Array, ""]):
+        refit = problem.refit
+        self._plan, self._blocks = problem.plan, inner.blocks
+        self._batched = refit.batched
+        self._model = inner.model
+        params, objective, base_state = inner.source
+        if refit.fresh_batches:
+            model = _linearize(problem, _take(objective, step), params, inner.hyper)
+            self._model = replace(model, scale=inner.model.scale)
+        # Solvers that compare steps need the same directions at every one.
+        fixed = refit.solver in solvers.DETERMINISTIC
+        key = jax.random.fold_in(inner.key, 1 if fixed else step + 1)
+        self._direction, self._linear = _directions(
+            problem, self._model, key, params, objective, base_state, refit.probes
+        )
+
+    def gradient(self, learned: Blocks) -> tuple[Float[Array, ""], Blocks]:
+        """Return Phi and its gradient: one product with C."""
+        controls, pull_back = _vjp(
+            self._plan, self._batched, self._blocks, learned, self._direction
+        )
+        value, cotangent = self._each(_value_and_gradient, controls, self._linear)
+        return _mean(value, self._batched), _pull(pull_back, _share(cotangent, self._batched))
+
+    def _vjp(self, learned: Blocks) -> tuple[Params, Any]:
+        return _vjp(self._plan, self._batched, self._blocks, learned, self._direction)
+
+    def product(self, direction: Blocks) -> Blocks:
+        """Return the Hessian of Phi times a direction, where P is linear in what is learned."""
+        controls, pull_back = self._vjp(direction)
+        curved = self._each(lambda model, u, _: model.product(u), controls, self._linear)
+        return _pull(pull_back, _share(curved, self._batched))
+
+    def along(
+        self, learned: Blocks, direction: Blocks, t: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+        """Return Phi, its slope and u'.(C + lambda) u' along a line: tangent sweeps alone."""
+
+        def controls(t: Array) -> Params:
+            moved = jax.tree.map(lambda b, d: b + t * d, learned, direction)
+            return _controls(self._plan, self._batched, self._blocks, moved, self._direction)
+
+        u, slope = jax.jvp(controls, (t,), (jnp.ones_like(t),))
+
+        def one(model: QuadraticModel, pair: Any, linear: Params) -> tuple[Array, Array, Array]:
+            u, du = pair
+            value = vdot(linear, u) + 0.5 * model.inner(u, u)
+            return value, vdot(linear, du) + model.inner(u, du), model.inner(du, du)
+
+        found = self._each(one, (u, slope), self._linear)
+        return tuple(_mean(x, self._batched) for x in found)  # type: ignore[return-value]
+
+    def _each(self, function: Callable[..., Any], controls: Any, linear: Params) -> Any:
+        if not self._batched:
+            return function(self._model, controls, linear)
+        if _has_axis(self._model):  # one model for each example
+            return jax.vmap(function)(self._model, controls, linear)
+        return jax.vmap(partial(function, self._model))(controls, linear)
+
+
+def _value_and_gradient(
+    model: QuadraticModel, u: Params, linear: Params
+) -> tuple[Float[Array, ""], Params]:
+    curved = model.product(u)
+    return vdot(linear, u) + 0.5 * vdot(u, curved), jax.tree.map(jnp.add, linear, curved)
+
+
+def _has_axis(model: QuadraticModel) -> bool:
+    return jnp.ndim(model.loss) == 1
+
+
+def _mean(x: Array, batched: bool) -> Array:
+    return jnp.mean(x) if batched else x
+
+
+def _share(cotangent: Params, batched: bool) -> Params:
+    """The part of each direction in the gradient of the mean."""
+    if not batched:
+        return cotangent
+    return jax.tree.map(lambda c: (c / c.shape[0]).astype(c.dtype), cotangent)
+
+
+def _controls(
+    plan: Plan, batched: bool, blocks: Blocks, learned: Blocks, direction: Params
+) -> Params:
+    arrays = plans.install(plan, blocks, learned)
+    multiply = partial(plans.multiply, plan, arrays)
+    return jax.vmap(multiply)(direction) if batched else multiply(direction)
+
+
+@partial(jax.jit, static_argnames=("plan", "batched"))
+def _vjp(
+    plan: Plan, batched: bool, blocks: Blocks, learned: Blocks, direction: Params
+) -> tuple[Params, Any]:
+    """U = P h, and its pull-back to what is learned, for `_pull`."""
+    return jax.vjp(lambda x: _controls(plan, batched, blocks, x, direction), learned)
+
+
+@jax.jit
+def _pull(pull_back: Any, cotangent: Params) -> Blocks:
+    return pull_back(cotangent)[0]
+
+
+def _linearize(
+    problem: Problem, objective: BoundObjective, params: Params, hyper: Hyper
+) -> QuadraticModel:
+    def one(objective: BoundObjective) -> QuadraticModel:
+        return quadratic.linearize(
+            objective,
+            params,
+            problem.metric.tree,
+            damping=hyper.damping,
+            divergence_reduction="mean" if problem.reduction == "unit" else problem.reduction,
+            route=problem.route,
+        )
+
+    if not problem.refit.per_example:
+        return one(objective)
+    chunks = objective.split(1)
+    return jax.vmap(lambda i: one(chunks[i]))(jnp.arange(len(chunks)))
+
+
+def _take(objective: BoundObjective, step: int | Int[Array, ""]) -> BoundObjective:
+    return jax.tree.map(lambda x: x[step], objective)
+
+
+def _directions(
+    problem: Problem, model: QuadraticModel, key: Array, params: Params,
+    objective: BoundObjective, base_state: Any, probes: int,
+) -> tuple[Params, Params]:  # fmt: skip
+    """Return h and the linear term, with a leading axis if there are several."""
+    refit = problem.refit
+    if refit.probe == "gradient":
+        toward = partial(_base_direction, problem, params=params, base_state=base_state)
+        if refit.per_example:
+            return jax.vmap(toward)(model.gradient), model.gradient
+        return toward(model.gradient), model.gradient
+    draw = partial(_draw, problem, model, objective, params)
+    h = jax.vmap(draw)(jax.random.split(key, probes))
+    return h, jax.tree.map(jnp.negative, h)
+
+
+def _base_direction(
+    problem: Problem, gradient: Params, *, params: Params, base_state: Any
+) -> Params:
+    """-g, or the update that the base optimizer would make of g: both descend."""
+    if problem.base is None:
+        direction = jax.tree.map(jnp.negative, gradient)
+    else:
+        base = optax.with_extra_args_support(problem.base)
+        direction, _ = base.update(gradient, base_state, params)
+        direction = jax.tree.map(lambda h, g: h.astype(g.dtype), direction, gradient)
     if problem.refit.normalize_gradient:
         length = jnp.maximum(jnp.sqrt(vdot(direction, direction)), 1e-9)
         direction = jax.tree.map(lambda h: h / length.astype(h.dtype), direction)
-    warm = problem.refit.warm_start
-    start = blocks if warm else plans.identity(problem.plan, problem.scale)
-    return _Inner(model, direction, hyper), _Carry(start, _solver(problem.refit).init(start))
+    return direction
 
 
-@partial(jax.jit, static_argnames="problem")
-def _step(problem: Problem, carry: _Carry, inner: _Inner) -> tuple[_Carry, Float[Array, ""]]:
-    """One inner step; also returns Phi where the step started."""
-    control, pull_back = jax.vjp(
-        lambda blocks: plans.multiply(problem.plan, blocks, inner.direction), carry.blocks
-    )
-    value, cotangent = inner.model.value_and_gradient(control)
-    gradient = pull_back(cotangent)[0]
-    updates, solver = _solver(problem.refit).update(gradient, carry.solver, carry.blocks)
-    if isinstance(problem.refit.solver, str):
-        updates = jax.tree.map(lambda u: -inner.hyper.learning_rate * u, updates)
-    blocks = jax.tree.map(lambda b, u: (b + u).astype(b.dtype), carry.blocks, updates)
-    return _Carry(blocks, solver), value
+def _draw(
+    problem: Problem, model: QuadraticModel, objective: BoundObjective, params: Params, key: Array
+) -> Params:
+    """One random direction."""
+    probe = problem.refit.probe
+    if probe == "gaussian":
+        leaves, treedef = jax.tree.flatten(model.gradient)
+        keys = jax.random.split(key, max(len(leaves), 1))
+        drawn = [jax.random.normal(k, g.shape, g.dtype) for k, g in zip(keys, leaves, strict=False)]
+        return treedef.unflatten(drawn)
+    if probe == "minibatch":
+        rows = jax.random.bernoulli(key, SUBSET, (_rows(model.cotangent),))
+
+        def subset(c: Array) -> Array:
+            kept = rows[: c.shape[0]].reshape(-1, *[1] * (c.ndim - 1))
+            return jnp.where(kept, -c / SUBSET, 0.0).astype(c.dtype)
+
+        return model.pull_back(jax.tree.map(subset, model.cotangent))
+    rows = "mean" if problem.reduction == "unit" else problem.reduction
+    mask = objective.mask()
+    cotangent = metrics.sample(problem.metric.tree, key, model.outputs, mask, rows)
+    h = model.pull_back(cotangent)
+    return jax.tree.map(lambda x: (x / jnp.sqrt(model.scale)).astype(x.dtype), h)
 
 
-@partial(jax.jit, static_argnames="problem")
+def _rows(cotangent: PyTree) -> int:
+    return max(c.shape[0] if c.ndim else 1 for c in jax.tree.leaves(cotangent))
+
+
 def _finish(
-    problem: Problem,
-    old: Blocks,
-    new: Blocks,
-    before: Float[Array, ""],
-    info: RefitInfo,
-    inner: _Inner,
+    problem: Problem, old: Blocks, info: RefitInfo, carry: _Carry, inner: _Inner
 ) -> tuple[Blocks, RefitInfo]:
-    """EMA, projection, guards."""
+    """EMA, projection, guards, and the record."""
     refit, plan = problem.refit, problem.plan
+    new = plans.install(plan, inner.blocks, carry.learned)
     # A number 0 costs nothing; a schedule or an injected value is data.
     if not (isinstance(refit.ema_decay, float | int) and refit.ema_decay == 0):
-        decay = inner.hyper.ema_decay
-        new = jax.tree.map(lambda o, n: (decay * o + (1 - decay) * n).astype(o.dtype), old, new)
+        new = _average(plan, old, new, inner.hyper.ema_decay)
     finite = [all_finite(arrays) for arrays in new]  # the clamp would hide -inf
     new = tuple(
         mx.project(block.structure, arrays, allow_inversion=refit.allow_grad_inversion)
         for block, arrays in zip(plan, new, strict=True)
     )
+    last = jnp.maximum(carry.step - 1, 0) if refit.fresh_batches else jnp.zeros((), jnp.int32)
+    judge = _Judge(problem, inner, last)
     upright = [jnp.array(True)] * len(plan)
     if not refit.allow_grad_inversion:
-        upright = _upright(problem, new, inner.model.gradient)
+        upright = [flag for flag, _ in judge.alignment(new)]
     keep = [f & u for f, u in zip(finite, upright, strict=True)]
     proposed = _choose(keep, new, old)
-    after = inner.model.value(plans.multiply(plan, proposed, inner.direction))
+    # The first step has evaluated the start already, where that is what is installed.
+    known = refit.probe == "gradient" and not (refit.fresh_batches or problem.has_memory)
+    before = carry.first if known else judge.objective(inner.blocks)
+    after = judge.objective(proposed)
     decreased = after < before  # False for NaN too
     installed = _choose([decreased] * len(plan), proposed, old)
-
-    def count(flags: list[Array]) -> Int[Array, ""]:
-        return sum((f.astype(jnp.int32) for f in flags), start=jnp.zeros((), jnp.int32))
-
-    nonfinite = count([~f for f in finite])
-    inverted = count([f & ~u for f, u in zip(finite, upright, strict=True)])
+    status = [
+        _status(f, u, decreased, _same(a, b))
+        for f, u, a, b in zip(finite, upright, installed, old, strict=True)
+    ]
+    cosines = [cosine for _, cosine in judge.alignment(installed)]
     record = RefitInfo(
         refits=info.refits + 1,
+        steps=carry.step,
         objective_before=before.astype(jnp.float32),
         objective_after=after.astype(jnp.float32),
-        nonfinite=nonfinite,
-        inverted=inverted,
-        rejected=jnp.where(decreased, 0, len(plan) - nonfinite - inverted).astype(jnp.int32),
+        cosine=judge.cosine(installed).astype(jnp.float32),
+        status=jnp.stack(status).astype(jnp.int32) if plan else info.status,
+        cosines=jnp.stack(cosines).astype(jnp.float32) if plan else info.cosines,
     )
     return installed, record
 
 
-def _upright(problem: Problem, blocks: Blocks, gradient: Params) -> list[Array]:
-    """Per block: whether its share of g.Pg is positive (or its gradient is zero)."""
-    scaled = jax.tree.leaves(plans.multiply(problem.plan, blocks, gradient))
-    leaves = jax.tree.leaves(gradient)
-    flags = []
-    for block in problem.plan:
-        share = vdot([leaves[i] for i in block.leaves], [scaled[i] for i in block.leaves])
-        idle = jnp.all(jnp.stack([jnp.all(leaves[i] == 0) for i in block.leaves]))
-        flags.append((share > 0) | idle)
-    return flags
+class _Judge:
+    """What decides about new arrays: the objective, and how P h lies to h."""
+
+    def __init__(self, problem: Problem, inner: _Inner, step: Int[Array, ""]):
+        refit = problem.refit
+        self._plan, self._batched = problem.plan, refit.batched
+        params, objective, base_state = inner.source
+        model = inner.model
+        if refit.fresh_batches:
+            objective = _take(objective, step)
+            model = replace(
+                _linearize(problem, objective, params, inner.hyper), scale=inner.model.scale
+            )
+        self._model = model
+        key = jax.random.fold_in(inner.key, 2**31 - 1)
+        self._direction, self._linear = _directions(
+            problem, model, key, params, objective, base_state, EVALUATION_PROBES
+        )
+        gradient = model.gradient
+        if _has_axis(model):
+            gradient = jax.tree.map(lambda g: jnp.mean(g, axis=0), gradient)
+        self._h = _base_direction(problem, gradient, params=params, base_state=base_state)
+
+    def objective(self, blocks: Blocks) -> Float[Array, ""]:
+        """Return Phi."""
+
+        def one(model: QuadraticModel, h: Params, linear: Params) -> Array:
+            u = plans.multiply(self._plan, blocks, h)
+            return vdot(linear, u) + 0.5 * model.inner(u, u)
+
+        if not self._batched:
+            return one(self._model, self._direction, self._linear)
+        if _has_axis(self._model):
+            return jnp.mean(jax.vmap(one)(self._model, self._direction, self._linear))
+        values = jax.vmap(partial(one, self._model))(self._direction, self._linear)
+        return jnp.mean(values)
+
+    def alignment(self, blocks: Blocks) -> list[tuple[Bool[Array, ""], Float[Array, ""]]]:
+        """Per block: whether its share of h.Ph is positive (or h is zero), and the cosine."""
+        scaled = jax.tree.leaves(plans.multiply(self._plan, blocks, self._h))
+        leaves = jax.tree.leaves(self._h)
+        found = []
+        for block in self._plan:
+            h, ph = [leaves[i] for i in block.leaves], [scaled[i] for i in block.leaves]
+            share, lengths = vdot(h, ph), jnp.sqrt(vdot(h, h)) * jnp.sqrt(vdot(ph, ph))
+            idle = jnp.all(jnp.stack([jnp.all(x == 0) for x in h]))
+            cosine = jnp.where(lengths > 0, share / jnp.where(lengths > 0, lengths, 1.0), 0.0)
+            found.append(((share > 0) | idle, cosine))
+        return found
+
+    def cosine(self, blocks: Blocks) -> Float[Array, ""]:
+        """Return the cosine of P h and h."""
+        ph = plans.multiply(self._plan, blocks, self._h)
+        lengths = jnp.sqrt(vdot(self._h, self._h)) * jnp.sqrt(vdot(ph, ph))
+        return jnp.where(lengths > 0, vdot(self._h, ph) / jnp.where(lengths > 0, lengths, 1.0), 0.0)
+
+
+def _average(plan: Plan, old: Blocks, new: Blocks, decay: Number) -> Blocks:
+    """D old + (1 - d) new on what is learned; memories and constants stay new."""
+    averaged = []
+    for block, o, n in zip(plan, old, new, strict=True):
+        mixed = {
+            slot: (decay * o[slot] + (1 - decay) * n[slot]).astype(o[slot].dtype)
+            for slot in block.structure.learned
+        }
+        averaged.append(n | mixed)
+    return tuple(averaged)
+
+
+def _same(a: Arrays, b: Arrays) -> Bool[Array, ""]:
+    return jnp.all(jnp.stack([jnp.all(a[slot] == b[slot]) for slot in a]))
+
+
+def _status(finite: Array, upright: Array, decreased: Array, same: Array) -> Int[Array, ""]:
+    code = {word: i for i, word in enumerate(STATUS)}
+    choice = jnp.where(same, code["kept"], code["updated"])
+    choice = jnp.where(decreased, choice, code["rejected"])
+    choice = jnp.where(upright, choice, code["inverted"])
+    return jnp.where(finite, choice, code["nonfinite"])
 
 
 def _choose(flags: list[Array], new: Blocks, old: Blocks) -> Blocks:
@@ -349,34 +783,6 @@ def _choose(flags: list[Array], new: Blocks, old: Blocks) -> Blocks:
         jax.tree.map(lambda n, o, flag=flag: jnp.where(flag, n, o), ns, os)
         for flag, ns, os in zip(flags, new, old, strict=True)
     )
-
-
-def _solver(refit: Refit) -> optax.GradientTransformation:
-    """The inner chain: per-array clipping, elementwise clipping, solver (without its rate)."""
-    if not isinstance(refit.solver, str):
-        solver = refit.solver
-    elif refit.solver == "momentum":
-        solver = optax.trace(refit.momentum)
-    elif refit.solver == "adam":
-        solver = optax.scale_by_adam()
-    else:
-        solver = optax.identity()
-    steps = [solver]
-    if refit.clip_value is not None:
-        steps.insert(0, optax.clip(refit.clip_value))
-    if refit.clip_norm is not None:
-        steps.insert(0, _clip_each(refit.clip_norm))
-    return optax.chain(*steps)
-
-
-def _clip_each(limit: float) -> optax.GradientTransformation:
-    """Scale every array to an L2 norm of at most `limit`."""
-
-    def clip(x: Array) -> Array:
-        norm = jnp.sqrt(jnp.sum(x * x))
-        return x * jnp.minimum(1.0, limit / jnp.maximum(norm, jnp.finfo(x.dtype).tiny))
-
-    return optax.stateless(lambda updates, _: jax.tree.map(clip, updates))
 
 
 def _platform(params: Params) -> str:

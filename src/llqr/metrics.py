@@ -22,9 +22,10 @@ curvature at z = r is pulled back to the parameters.
   renyi_2        log sum w exp(a - b),  w = a / sum a     its full Hessian, indefinite
 
 `newton` and `gauss_newton` take the loss with its own reduction (usually a mean); the
-divergences are reduced over rows by `divergence_reduction`: "sum" (the papers' runs) or
-"mean". A sum against a mean gradient makes the step 1/rows as long: with "mean", damping
-and the refit's learning rate keep their meaning when the refit batch grows.
+divergences are reduced over rows by `divergence_reduction`: "sum" (the papers' runs), "mean",
+or "unit" (a mean, then C divided by its largest eigenvalue: `llqr.linearize`). A sum against
+a mean gradient makes the step 1/rows as long: with "mean" and "unit", damping and the refit's
+learning rate keep their meaning when the refit batch grows.
 `renyi_zero` and `renyi_2` are kept because the papers' code offers them; they are not
 metrics at the current point: their gradient does not vanish there.
 
@@ -35,7 +36,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,10 @@ from llqr._types import Array, Float, PyTree
 Divergence: TypeAlias = Callable[[Array, Array], Array]
 """(outputs [..., K], reference [..., K]) -> one value for each row [...]."""
 
-Reduction: TypeAlias = Literal["sum", "mean"]
+Sampler: TypeAlias = Callable[[Array, Array], Array]
+"""(key, outputs [..., K]) -> a random cotangent of each row, [..., K]."""
+
+Reduction: TypeAlias = Literal["sum", "mean", "unit"]
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,13 @@ class Metric:
         to every output array; None stands for the objective's loss.
       full: True takes the whole Hessian in the parameters; False the generalised
         Gauss-Newton part J^T Q J, equal to it when the potential's gradient vanishes.
+      sample: draws cotangents whose covariance is the Hessian of one row's divergence, for
+        probes from the Fisher distribution; None: there is no such draw.
     """
 
     divergence: Divergence | None
     full: bool = False
+    sample: Sampler | None = None
 
 
 MetricLike: TypeAlias = str | Metric | Divergence | dict | tuple | list | None
@@ -99,6 +106,16 @@ def _gaussian(z: Array, r: Array) -> Array:
     return 0.5 * jnp.sum((z - r) ** 2, axis=-1) if z.ndim > 1 else 0.5 * (z - r) ** 2
 
 
+def _sample_class(key: Array, z: Array, *, weight: float = 1.0) -> Array:
+    """The gradient of -log p(y) in the logits for y drawn from the model itself."""
+    drawn = jax.nn.one_hot(jax.random.categorical(key, z), z.shape[-1], dtype=z.dtype)
+    return math.sqrt(weight) * (jax.nn.softmax(z) - drawn)
+
+
+def _sample_normal(key: Array, z: Array) -> Array:
+    return jax.random.normal(key, z.shape, z.dtype)
+
+
 def renyi(order: float) -> Metric:
     """Return the Renyi divergence of the given order between categorical outputs.
 
@@ -116,20 +133,21 @@ def renyi(order: float) -> Metric:
             f"renyi: order must be a positive finite number, got {order!r}: at 0 the divergence "
             "is constant, below 0 concave, and at infinity it has a kink at the current point."
         )
-    return Metric(partial(_renyi, order=float(order)))
+    sample = partial(_sample_class, weight=float(order))
+    return Metric(partial(_renyi, order=float(order)), sample=sample)
 
 
 METRICS: dict[str, Metric] = {
-    "ngd": Metric(_ngd),
+    "ngd": Metric(_ngd, sample=_sample_class),
     "newton": Metric(None, full=True),
     "gauss_newton": Metric(None),
-    "reverse_kl": Metric(_reverse_kl),
+    "reverse_kl": Metric(_reverse_kl, sample=_sample_class),
     "renyi": renyi(0.5),
     "stable_renyi": renyi(0.5),
     "renyi_half": renyi(0.5),
     "renyi_zero": Metric(_renyi_zero, full=True),
     "renyi_2": Metric(_renyi_2, full=True),
-    "gaussian": Metric(_gaussian),
+    "gaussian": Metric(_gaussian, sample=_sample_normal),
 }
 
 
@@ -197,7 +215,7 @@ def uses_loss(metric: PyTree) -> bool:
 
 
 def potential(
-    metric: PyTree, outputs: PyTree, reference: PyTree, mask: PyTree | None, reduction: Reduction
+    metric: PyTree, outputs: PyTree, reference: PyTree, mask: PyTree | None, reduction: str
 ) -> Float[Array, ""]:
     """Return the reduced divergence of `outputs` from the frozen `reference`.
 
@@ -210,15 +228,12 @@ def potential(
         nothing, whatever they hold, and are not counted.
       reduction: "sum" or "mean" over the rows that count.
     """
-    is_none = lambda x: x is None  # noqa: E731
-    metrics = jax.tree.broadcast(metric, outputs, is_leaf=is_none)
-    masks = jax.tree.broadcast(mask, outputs, is_leaf=is_none)
     total = 0.0
     for m, z, r, k in zip(
-        jax.tree.leaves(metrics, is_leaf=is_none),
+        _spread(metric, outputs),
         jax.tree.leaves(outputs),
         jax.tree.leaves(reference),
-        jax.tree.leaves(masks, is_leaf=is_none),
+        _spread(mask, outputs),
         strict=True,
     ):
         if m is not None:
@@ -226,8 +241,59 @@ def potential(
     return jnp.asarray(total)
 
 
+def can_sample(metric: PyTree) -> bool:
+    """Whether `sample` can draw from a resolved metric."""
+    leaves = jax.tree.leaves(metric)
+    return not is_full(metric) and all(m.sample is not None for m in leaves)
+
+
+def sample(
+    metric: PyTree, key: Array, outputs: PyTree, mask: PyTree | None, reduction: str
+) -> PyTree:
+    """Return a random cotangent of the outputs whose covariance is the Hessian of `potential`.
+
+    Pulled back to the parameters, it is a draw from the normal-like distribution with the
+    curvature C as covariance: the gradient for labels drawn from the model itself.
+
+    Args:
+      metric: a resolved metric for which `can_sample` is true.
+      key: random key.
+      outputs: output arrays [..., K].
+      mask: as in `potential`.
+      reduction: "sum" or "mean".
+    """
+    leaves, treedef = jax.tree.flatten(outputs)
+    drawn = []
+    for i, (m, z, k) in enumerate(
+        zip(_spread(metric, outputs), leaves, _spread(mask, outputs), strict=True)
+    ):
+        if m is None:
+            drawn.append(jnp.zeros_like(z))
+            continue
+        c = m.sample(jax.random.fold_in(key, i), z)
+        rows = math.prod(z.shape[:-1]) if z.ndim > 1 else z.size
+        if k is not None:
+            c = jnp.where(k.reshape(k.shape + (1,) * (c.ndim - k.ndim)), c, 0.0)
+            rows = jnp.maximum(jnp.sum(k), 1).astype(c.dtype)
+        drawn.append(c / jnp.sqrt(rows).astype(c.dtype) if reduction == "mean" else c)
+    return treedef.unflatten(drawn)
+
+
+def _spread(prefix: PyTree, outputs: PyTree) -> list[Any]:
+    """The leaves of a prefix tree, one for each output; None is a leaf."""
+    is_none = lambda x: x is None  # noqa: E731
+    try:
+        spread = jax.tree.broadcast(prefix, outputs, is_leaf=is_none)
+    except ValueError as error:
+        raise ValueError(
+            f"the metric (or mask) {prefix!r} does not fit the outputs, "
+            f"{jax.tree.structure(outputs)}: give one for each output, or one for all."
+        ) from error
+    return jax.tree.leaves(spread, is_leaf=is_none)
+
+
 def _reduce(
-    divergence: Divergence, z: Array, r: Array, mask: Array | None, reduction: Reduction
+    divergence: Divergence, z: Array, r: Array, mask: Array | None, reduction: str
 ) -> Float[Array, ""]:
     if mask is None:
         rows = divergence(z, r)

@@ -8,11 +8,13 @@ structure, so a jitted function that takes an objective compiles once); the batc
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from llqr._types import Array, Float, Params, PyTree
+from llqr._types import Array, Float, Int, Params, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +33,10 @@ class Objective:
       mask: `(batch) -> bool array`, or a pytree of them like the outputs. True marks the
         rows that count; its shape is the outputs' without the last axis. Rows that are
         False are excluded from the metric and from every row count. None: all rows count.
+      batch_axes: `(batch) -> pytree prefix of the batch` with the axis of the examples for
+        each leaf, None for what all examples share (batch statistics), as `jax.vmap`'s
+        in_axes. Needed where a batch is split: in chunks, or into examples. None: the first
+        axis of every array that has one.
 
     Example:
       >>> import jax, jax.numpy as jnp, llqr
@@ -48,6 +54,7 @@ class Objective:
     forward: Callable[[Params, Any], PyTree] = field(metadata={"static": True})
     loss: Callable[[PyTree, Any], Float[Array, ""]] = field(metadata={"static": True})
     mask: Callable[[Any], PyTree] | None = field(default=None, metadata={"static": True})
+    batch_axes: Callable[[Any], PyTree] | None = field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
         for name, value in (("forward", self.forward), ("loss", self.loss)):
@@ -91,3 +98,76 @@ class BoundObjective:
     def mask(self) -> PyTree | None:
         """Return which rows count, or None if all do."""
         return None if self.objective.mask is None else self.objective.mask(self.batch)
+
+    def split(self, size: int) -> "Chunks":
+        """Return the batch in chunks of `size` examples, the last one filled up by repetition.
+
+        Raises:
+          ValueError: no leaf has examples, or leaves disagree on their number.
+        """
+        choose = self.objective.batch_axes
+        if choose is None:
+            prefix = jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, self.batch)
+        else:
+            prefix = choose(self.batch)
+        leaves, treedef = jax.tree.flatten(self.batch)
+        axes = jax.tree.leaves(
+            jax.tree.broadcast(prefix, self.batch, is_leaf=_is_none), is_leaf=_is_none
+        )
+        counts = {x.shape[a] for x, a in zip(leaves, axes, strict=True) if a is not None}
+        if len(counts) != 1:
+            raise ValueError(
+                "to split a batch, every leaf with examples must have the same number of them, "
+                f"not {sorted(counts)}; Objective(batch_axes=...) says where they are."
+            )
+        stacked = [
+            x if a is None else _stack(jnp.moveaxis(x, a, 0), size, a)
+            for x, a in zip(leaves, axes, strict=True)
+        ]
+        examples = counts.pop()
+        return Chunks(self.objective, tuple(stacked), tuple(axes), treedef, size, examples)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _stack(x: Array, size: int, axis: int) -> Array:
+    """[examples, ...] -> [chunks, ...] with `size` examples on `axis` of each chunk."""
+    chunks = -(-x.shape[0] // size)
+    index = jnp.minimum(jnp.arange(chunks * size), x.shape[0] - 1)
+    return jnp.moveaxis(x[index].reshape(chunks, size, *x.shape[1:]), 1, axis + 1)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["leaves"],
+    meta_fields=["objective", "axes", "treedef", "size", "examples"],
+)
+@dataclass(frozen=True)
+class Chunks:
+    """A batch cut into chunks of equal size; see `BoundObjective.split`.
+
+    Attributes:
+      objective: of every chunk.
+      leaves: of the batch, [chunks, ...] where `axes` is not None.
+      axes: of the examples in each leaf.
+      treedef: of the batch.
+      size: examples in a chunk.
+      examples: in the whole batch; the last chunk may hold repetitions beyond them.
+    """
+
+    objective: Objective
+    leaves: tuple[Array, ...]
+    axes: tuple[int | None, ...]
+    treedef: Any
+    size: int
+    examples: int
+
+    def __len__(self) -> int:
+        return -(-self.examples // self.size)
+
+    def __getitem__(self, i: int | Int[Array, ""]) -> BoundObjective:
+        """Return the objective on chunk i; i may be traced."""
+        leaves = [x if a is None else x[i] for x, a in zip(self.leaves, self.axes, strict=True)]
+        return BoundObjective(self.objective, self.treedef.unflatten(leaves))

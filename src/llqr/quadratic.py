@@ -13,75 +13,149 @@ r"""The quadratic model of the loss under a metric: the fused route.
 
 with C = J^T Q J, or the full Hessian for metrics such as newton. This equals the cost of
 the layerwise linear-quadratic regulator for every u, not only for small ones (Layerwise
-LQR, arXiv 2605.04230): no cross-layer term is dropped. One linearisation of the network
-serves the value, the gradient and the product: a value with its gradient in u costs one
-tangent sweep and one transpose sweep.
+LQR, arXiv 2605.04230): no cross-layer term is dropped. A product costs one tangent sweep
+and one transpose sweep of the network.
+
+A `Route` says how they are computed: from residuals that are kept, or again each time, or
+chunk by chunk, or stage by stage. All routes give the same numbers.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import singledispatch
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 
 from llqr import metrics
 from llqr._errors import check_choice, check_range
-from llqr._tree import check_inexact, vdot
+from llqr._tree import Frozen, check_inexact, freeze, is_traced, vdot
 from llqr._types import Array, Float, Number, Params, PyTree
 from llqr.metrics import Reduction
-from llqr.objective import BoundObjective
+from llqr.objective import BoundObjective, Chunks
+
+Memory: TypeAlias = Literal["cached", "curvature_recomputed", "recomputed"]
+CheckpointPolicy: TypeAlias = Literal["none", "dots_no_batch_dims"]
+
+POWER_STEPS = 8
+"""Power iterations behind divergence_reduction="unit"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """How curvature products are computed; the numbers are the same up to rounding.
+
+    Args:
+      layerwise: stage by stage, as a linear-quadratic regulator, instead of fused; needs an
+        objective whose forward comes from a staged model (`StagedModel.as_forward`).
+      memory: "cached" keeps the residuals of one linearisation; "curvature_recomputed" keeps
+        those of the network but linearises second derivatives again at each product;
+        "recomputed" keeps nothing.
+      checkpoint_policy: with "recomputed", what a transpose sweep keeps of its own forward
+        sweep: "none" keeps all, "dots_no_batch_dims" only products with weights. Staged
+        models are cut at their stages.
+      chunk_size: examples whose activations are held at once; None: the whole batch. The
+        forward function must treat examples one by one (no batch statistics), with all
+        outputs example by example along their first axis.
+
+    Raises:
+      ValueError: an unknown word, or options that exclude each other.
+    """
+
+    layerwise: bool = False
+    memory: Memory = "cached"
+    checkpoint_policy: CheckpointPolicy = "none"
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("Route: memory", self.memory, get_args(Memory))
+        check_choice("Route: checkpoint_policy", self.checkpoint_policy, get_args(CheckpointPolicy))
+        check_range("Route: chunk_size", self.chunk_size, low=1)
+        if self.checkpoint_policy != "none" and self.memory != "recomputed":
+            raise ValueError(
+                f"Route: checkpoint_policy={self.checkpoint_policy!r} needs memory='recomputed'; "
+                f"with {self.memory!r} the residuals are kept anyway."
+            )
+        if self.layerwise and self.chunk_size is not None:
+            raise ValueError("Route: chunk_size needs the fused route, layerwise=False.")
+
+
+class Network(Protocol):
+    """The linearised forward function J."""
+
+    def tangent(self, u: Params) -> PyTree:
+        """Return J u."""
+        ...
+
+    def pull_back(self, w: PyTree) -> Params:
+        """Return J^T w."""
+        ...
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuadraticModel:
-    """J(u) = g.u + 1/2 u.(J^T Q J + lambda I) u at one point, on one batch.
+    """J(u) = g.u + 1/2 u.(C / scale + lambda I) u at one point, on one batch.
 
-    Made by `linearize`. A pytree whose leaves are the residuals of the linearisation: it
-    crosses `jax.jit`, so a loop over controls can compile its step once. A full Hessian
-    has the same form with the parameters themselves as outputs: J the identity, Q the
-    Hessian, c the gradient.
+    Made by `linearize`. A pytree: it crosses `jax.jit`, so a loop over controls can compile
+    its step once.
 
     Attributes:
       loss: the loss at the current parameters.
       gradient: g.
+      outputs: of the forward function.
       cotangent: c.
-      tangent: u -> J u.
-      curvature: v -> Q v on output tangents.
+      network: J.
+      curvature: Q, on output tangents.
+      hessian: C, for metrics that take a whole Hessian; None: C = J^T Q J.
       damping: lambda.
+      scale: 1, or with divergence_reduction="unit" the largest eigenvalue of C.
     """
 
     loss: Float[Array, ""]
     gradient: Params
+    outputs: PyTree
     cotangent: PyTree
-    tangent: Callable[[Params], PyTree]
+    network: Network
     curvature: Callable[[PyTree], PyTree]
+    hessian: Callable[[Params], Params] | None
     damping: Number
+    scale: Number = 1.0
 
     def value(self, u: Params) -> Float[Array, ""]:
         """Return J(u)."""
-        v = self.tangent(u)
-        return self._value(u, v, self.curvature(v))
+        return vdot(self.gradient, u) + 0.5 * self.inner(u, u)
 
     def value_and_gradient(self, u: Params) -> tuple[Float[Array, ""], Params]:
-        """Return J(u) and dJ/du = g + (C + lambda I) u from one tangent and one transpose sweep."""
-        v = self.tangent(u)
-        q = self.curvature(v)
-        gradient = self._pull_back(jax.tree.map(jnp.add, self.cotangent, q))
-        return self._value(u, v, q), self._damped(gradient, u)
+        """Return J(u) and dJ/du = g + (C + lambda I) u."""
+        curved = self.product(u)
+        value = vdot(self.gradient, u) + 0.5 * vdot(u, curved)
+        return value, jax.tree.map(jnp.add, self.gradient, curved)
 
     def product(self, u: Params) -> Params:
         """Return (C + lambda I) u."""
-        return self._damped(self._pull_back(self.curvature(self.tangent(u))), u)
+        return jax.tree.map(
+            lambda c, x: (c / self.scale + self.damping * x).astype(c.dtype), self.curve(u), u
+        )
 
-    def _value(self, u: Params, v: PyTree, q: PyTree) -> Float[Array, ""]:
-        return vdot(self.cotangent, v) + 0.5 * vdot(v, q) + 0.5 * self.damping * vdot(u, u)
+    def inner(self, u: Params, w: Params) -> Float[Array, ""]:
+        """Return u.(C + lambda I) w, from tangent sweeps alone where C = J^T Q J."""
+        if self.hessian is not None:
+            return vdot(u, self.product(w))
+        v = self.network.tangent(w)
+        other = v if u is w else self.network.tangent(u)
+        return vdot(other, self.curvature(v)) / self.scale + self.damping * vdot(u, w)
 
-    def _damped(self, curved: Params, u: Params) -> Params:
-        return jax.tree.map(lambda d, x: (d + self.damping * x).astype(d.dtype), curved, u)
+    def curve(self, u: Params) -> Params:
+        """Return C u, neither scaled nor damped."""
+        if self.hessian is not None:
+            return self.hessian(u)
+        return self.network.pull_back(self.curvature(self.network.tangent(u)))
 
-    def _pull_back(self, cotangent: PyTree) -> Params:
-        return jax.linear_transpose(self.tangent, self.gradient)(cotangent)[0]
+    def pull_back(self, w: PyTree) -> Params:
+        """Return J^T w for a cotangent of the outputs."""
+        return self.network.pull_back(w)
 
 
 def linearize(
@@ -91,6 +165,7 @@ def linearize(
     *,
     damping: Number = 0.0,
     divergence_reduction: Reduction = "sum",
+    route: Route | None = None,
 ) -> QuadraticModel:
     """Return the quadratic model of a bound objective at `params`.
 
@@ -99,12 +174,15 @@ def linearize(
       params: the current parameters; floating-point leaves only.
       metric: see `llqr.metrics`.
       damping: lambda >= 0, added to the curvature of every parameter.
-      divergence_reduction: "sum" or "mean" over rows; no effect on newton and gauss_newton,
-        which take the loss as it is.
+      divergence_reduction: "sum" or "mean" over rows (no effect on newton and gauss_newton,
+        which take the loss as it is), or "unit": C is divided by an estimate of its largest
+        eigenvalue, so that damping is relative to it.
+      route: how products are computed.
 
     Raises:
       TypeError: a parameter that is not floating-point.
-      ValueError: unknown metric, a value out of range, or a mask that does not fit the rows.
+      ValueError: unknown metric, a value out of range, a mask that does not fit the rows, or
+        a route that the objective does not allow.
 
     Example:
       >>> import jax.numpy as jnp, llqr
@@ -116,59 +194,325 @@ def linearize(
     """
     check_inexact(params)
     check_range("damping", damping, low=0)
-    check_choice("divergence_reduction", divergence_reduction, ("sum", "mean"))
+    check_choice("divergence_reduction", divergence_reduction, get_args(Reduction))
     metric = metrics.resolve(metric)
-    build = _full_hessian if metrics.is_full(metric) else _output_curvature
-    return build(objective, params, metric, damping, divergence_reduction)
-
-
-def _output_curvature(
-    objective: BoundObjective, params: Params, metric: PyTree, damping: Number, reduction: Reduction
-) -> QuadraticModel:
-    """C = J^T Q J: the potential's Hessian is taken in the outputs alone."""
-    outputs, tangent = jax.linearize(objective.outputs, params)
-    loss, cotangent = jax.value_and_grad(objective.loss)(outputs)
-
-    def potential(z: PyTree) -> Float[Array, ""]:
-        if metrics.uses_loss(metric):
-            return objective.loss(z)
-        return metrics.potential(metric, z, outputs, objective.mask(), reduction)
-
-    _, curvature = jax.linearize(jax.grad(potential), outputs)
-    gradient = jax.linear_transpose(tangent, params)(cotangent)[0]
-    return QuadraticModel(loss, gradient, cotangent, tangent, curvature, damping)
-
-
-def _full_hessian(
-    objective: BoundObjective, params: Params, metric: PyTree, damping: Number, reduction: Reduction
-) -> QuadraticModel:
-    """C = second derivative of the loss, or of a divergence, in the parameters."""
-    if metrics.uses_loss(metric):
-        (loss, gradient), hessian = jax.linearize(jax.value_and_grad(objective), params)
-        hessian = _Second(hessian)
+    route = Route() if route is None else route
+    rows = "mean" if divergence_reduction == "unit" else divergence_reduction
+    if route.layerwise:
+        forward = objective.objective.forward
+        model = layerwise_model(forward, objective, params, metric, damping, rows, route)
+    elif route.chunk_size is not None:
+        model = _chunked(objective, params, metric, damping, rows, route.chunk_size)
     else:
-        loss, gradient = jax.value_and_grad(objective)(params)
-        reference = jax.lax.stop_gradient(objective.outputs(params))
-
-        def potential(p: Params) -> Float[Array, ""]:
-            z = objective.outputs(p)
-            return metrics.potential(metric, z, reference, objective.mask(), reduction)
-
-        _, hessian = jax.linearize(jax.grad(potential), params)
-    identity = jax.tree_util.Partial(_identity)
-    return QuadraticModel(loss, gradient, gradient, identity, hessian, damping)
+        model = _whole(objective, params, metric, damping, rows, route)
+    if divergence_reduction == "unit":
+        v = power_start(model)
+        for _ in range(POWER_STEPS):
+            v = power_step(model, v)
+        model = with_unit_scale(model, v)
+    return model
 
 
-def _identity(u: Params) -> Params:
-    return u
+@singledispatch
+def layerwise_model(
+    forward: Any, objective: BoundObjective, params: Params, metric: PyTree,
+    damping: Number, reduction: str, route: Route,
+) -> QuadraticModel:  # fmt: skip
+    """Return the model by the layerwise route; `llqr.lqr` knows how, for staged models."""
+    raise ValueError(
+        "the layerwise route needs the stages of the model: make the objective with "
+        "forward=staged.as_forward(), staged being an llqr.lqr.StagedModel; or use the fused "
+        f"route. Got the forward function {forward!r}."
+    )
+
+
+# --- the largest eigenvalue -------------------------------------------------------------------
+
+
+def power_start(model: QuadraticModel) -> Params:
+    """Return the first vector of the power iteration: a fixed normal draw."""
+    leaves, treedef = jax.tree.flatten(model.gradient)
+    keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
+    return treedef.unflatten(
+        [jax.random.normal(k, g.shape, g.dtype) for k, g in zip(keys, leaves, strict=False)]
+    )
+
+
+def power_step(model: QuadraticModel, v: Params) -> Params:
+    """Return C v / |v|: its length tends to the largest absolute eigenvalue of C."""
+    return model.curve(_unit(v))
+
+
+def with_unit_scale(model: QuadraticModel, v: Params) -> QuadraticModel:
+    """Return the model with C divided by |v|, the estimate after power iterations."""
+    length = jnp.sqrt(vdot(v, v))
+    usable = jnp.isfinite(length) & (length > 0)  # C = 0 stays 0
+    return replace(model, scale=jnp.where(usable, length, 1.0))
+
+
+def _unit(v: Params) -> Params:
+    length = jnp.sqrt(vdot(v, v))
+    length = jnp.where(length > 0, length, 1.0)
+    return jax.tree.map(lambda x: (x / length).astype(x.dtype), v)
+
+
+# --- whole batches ------------------------------------------------------------------------------
+
+
+def _whole(
+    objective: BoundObjective, params: Params, metric: PyTree, damping: Number,
+    reduction: str, route: Route,
+) -> QuadraticModel:  # fmt: skip
+    full = metrics.is_full(metric)
+    if route.memory == "recomputed":
+        outputs, network = objective.outputs(params), _Recomputed(objective, params, route)
+    else:
+        outputs, tangent = jax.linearize(objective.outputs, params)
+        network = _Cached(tangent, params)
+    loss, cotangent = jax.value_and_grad(objective.loss)(outputs)
+    potential = Potential(objective, outputs, freeze(metric), reduction)
+    hessian = None
+    if full and route.memory == "cached":
+        _, hessian = jax.linearize(jax.grad(potential.of_params), params)
+    elif full:
+        hessian = _HessianRecomputed(potential, params)
+    if route.memory == "cached" and not full:
+        _, curvature = jax.linearize(jax.grad(potential), outputs)
+    else:
+        curvature = _CurvatureRecomputed(potential)
+    gradient = network.pull_back(cotangent)
+    return QuadraticModel(loss, gradient, outputs, cotangent, network, curvature, hessian, damping)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Second:
-    """The gradient's half of a linearised (loss, gradient): u -> Hessian u."""
+class Potential:
+    """The metric's potential as a function of the outputs, its reference frozen."""
 
-    tangent: Callable[[Params], tuple[Array, Params]]
+    objective: BoundObjective
+    reference: PyTree
+    metric: Frozen = field(metadata={"static": True})
+    reduction: str = field(metadata={"static": True})
+
+    def __call__(self, outputs: PyTree) -> Float[Array, ""]:
+        """Return the reduced divergence of `outputs` from the reference."""
+        metric = self.metric.tree
+        if metrics.uses_loss(metric):
+            return self.objective.loss(outputs)
+        mask = self.objective.mask()
+        return metrics.potential(metric, outputs, self.reference, mask, self.reduction)
+
+    def of_params(self, params: Params) -> Float[Array, ""]:
+        """Return the same as a function of the parameters."""
+        return self(self.objective.outputs(params))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Cached:
+    """J from the residuals of one linearisation."""
+
+    apply: Callable[[Params], PyTree]
+    params: Params
+
+    def tangent(self, u: Params) -> PyTree:
+        return self.apply(u)
+
+    def pull_back(self, w: PyTree) -> Params:
+        return jax.linear_transpose(self.apply, self.params)(w)[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Recomputed:
+    """J linearised again at each use."""
+
+    objective: BoundObjective
+    params: Params
+    route: Route = field(metadata={"static": True})
+
+    def tangent(self, u: Params) -> PyTree:
+        return jax.jvp(self._forward(), (self.params,), (u,))[1]
+
+    def pull_back(self, w: PyTree) -> Params:
+        return jax.vjp(self._forward(), self.params)[1](w)[0]
+
+    def _forward(self) -> Callable[[Params], PyTree]:
+        if self.route.checkpoint_policy == "none":
+            return self.objective.outputs
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        forward = self.objective.objective.forward
+        cut = getattr(forward, "rematerialized", None)
+        if cut is not None:
+            return lambda params: cut(params, self.objective.batch, policy)
+        return jax.checkpoint(self.objective.outputs, policy=policy)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _CurvatureRecomputed:
+    """Q, linearised again at each use."""
+
+    potential: Potential
+
+    def __call__(self, v: PyTree) -> PyTree:
+        return _output_hessian(self.potential, v)
+
+
+@jax.jit
+def _output_hessian(potential: Potential, v: PyTree) -> PyTree:
+    return jax.jvp(jax.grad(potential), (potential.reference,), (v,))[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _HessianRecomputed:
+    """A full Hessian, forward over reverse, linearised again at each use."""
+
+    potential: Potential
+    params: Params
 
     def __call__(self, u: Params) -> Params:
-        return self.tangent(u)[1]
+        return jax.jvp(jax.grad(self.potential.of_params), (self.params,), (u,))[1]
+
+
+# --- chunks of a batch ----------------------------------------------------------------------------
+
+
+def _chunked(
+    objective: BoundObjective, params: Params, metric: PyTree, damping: Number,
+    reduction: str, size: int,
+) -> QuadraticModel:  # fmt: skip
+    """The network chunk by chunk; loss and metric on the outputs of the whole batch.
+
+    Exact for every loss, mask and metric: what couples examples (a mean over the rows that
+    count, say) happens on the outputs, which are small.
+    """
+    shapes = jax.eval_shape(objective.outputs, params)
+    chunks = objective.split(size)
+    for leaf in jax.tree.leaves(shapes):
+        if not leaf.shape or leaf.shape[0] % chunks.examples:
+            raise ValueError(
+                f"chunk_size={size} needs outputs with the examples on their first axis; there are "
+                f"{chunks.examples} examples and an output of shape {leaf.shape}."
+            )
+    rows = tuple(leaf.shape[0] for leaf in jax.tree.leaves(shapes))
+    network = _Chunked(chunks, params, rows)
+    outputs = network.outputs()
+    loss, cotangent = jax.value_and_grad(objective.loss)(outputs)
+    potential = Potential(objective, outputs, freeze(metric), reduction)
+    curvature = _CurvatureRecomputed(potential)
+    hessian = None
+    if metrics.is_full(metric):
+        hessian = _ChunkedHessian(network, jax.grad(potential)(outputs), curvature)
+    gradient = network.pull_back(cotangent)
+    return QuadraticModel(loss, gradient, outputs, cotangent, network, curvature, hessian, damping)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Chunked:
+    """J, the activations of one chunk at a time.
+
+    A loop over chunks is a `lax.scan` inside a trace, and runs in Python over one compiled
+    chunk outside: on CPU, XLA runs convolution gradients inside a compiled loop 30 to 50
+    times slower.
+    """
+
+    chunks: Chunks
+    params: Params
+    rows: tuple[int, ...] = field(metadata={"static": True})
+
+    def outputs(self) -> PyTree:
+        return self._concatenate(self._map(_forward_chunk, ()))
+
+    def tangent(self, u: Params) -> PyTree:
+        return self._concatenate(self._map(_tangent_chunk, (u,)))
+
+    def pull_back(self, w: PyTree) -> Params:
+        return self._sum(_pull_back_chunk, (), (w,))
+
+    def hessian(self, p: PyTree, q: PyTree, u: Params) -> Params:
+        """J^T q + the second derivative of <p, forward> along u."""
+        return self._sum(_hessian_chunk, (u,), (p, q))
+
+    def _map(self, function: Any, shared: tuple[PyTree, ...]) -> PyTree:
+        """Stack function(chunk, params, *shared) over the chunks."""
+        if is_traced((self.params, shared)):
+            one = lambda i: function(self.chunks[i], self.params, *shared)  # noqa: E731
+            return jax.lax.map(one, jnp.arange(len(self.chunks)))
+        found = [function(self.chunks[i], self.params, *shared) for i in range(len(self.chunks))]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+    def _sum(self, function: Any, shared: tuple[PyTree, ...], rows: tuple[PyTree, ...]) -> Params:
+        """Sum function(chunk, params, *shared, *rows of the chunk) over the chunks."""
+        cut = [self._cut(tree) for tree in rows]
+
+        def one(i: Any) -> Params:
+            own = [jax.tree.map(lambda x: x[i], tree) for tree in cut]
+            return function(self.chunks[i], self.params, *shared, *own)
+
+        if is_traced((self.params, shared, rows)):
+            zeros = jax.tree.map(jnp.zeros_like, self.params)
+            add = lambda total, i: (jax.tree.map(jnp.add, total, one(i)), None)  # noqa: E731
+            return jax.lax.scan(add, zeros, jnp.arange(len(self.chunks)))[0]
+        total = one(0)
+        for i in range(1, len(self.chunks)):
+            total = jax.tree.map(jnp.add, total, one(i))
+        return total
+
+    def _concatenate(self, stacked: PyTree) -> PyTree:
+        """[chunks, rows of a chunk, ...] -> [rows, ...], without the filling."""
+        leaves, treedef = jax.tree.flatten(stacked)
+        return treedef.unflatten(
+            [x.reshape(-1, *x.shape[2:])[:n] for x, n in zip(leaves, self.rows, strict=True)]
+        )
+
+    def _cut(self, tree: PyTree) -> PyTree:
+        """[rows, ...] -> [chunks, rows of a chunk, ...]; the filling gets zeros."""
+        count = len(self.chunks)
+
+        def cut(x: Array) -> Array:
+            per_chunk = x.shape[0] // self.chunks.examples * self.chunks.size
+            filling = [(0, count * per_chunk - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
+            return jnp.pad(x, filling).reshape(count, per_chunk, *x.shape[1:])
+
+        return jax.tree.map(cut, tree)
+
+
+@jax.jit
+def _forward_chunk(chunk: BoundObjective, params: Params) -> PyTree:
+    return chunk.outputs(params)
+
+
+@jax.jit
+def _tangent_chunk(chunk: BoundObjective, params: Params, u: Params) -> PyTree:
+    return jax.jvp(chunk.outputs, (params,), (u,))[1]
+
+
+@jax.jit
+def _pull_back_chunk(chunk: BoundObjective, params: Params, w: PyTree) -> Params:
+    return jax.vjp(chunk.outputs, params)[1](w)[0]
+
+
+@jax.jit
+def _hessian_chunk(
+    chunk: BoundObjective, params: Params, u: Params, p: PyTree, q: PyTree
+) -> Params:
+    pull = lambda theta: jax.vjp(chunk.outputs, theta)[1](p)[0]  # noqa: E731
+    _, second = jax.jvp(pull, (params,), (u,))
+    return jax.tree.map(jnp.add, second, _pull_back_chunk(chunk, params, q))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _ChunkedHessian:
+    """A full Hessian: J^T Q J + second derivatives of the network against p."""
+
+    network: _Chunked
+    costate: PyTree
+    curvature: Callable[[PyTree], PyTree]
+
+    def __call__(self, u: Params) -> Params:
+        q = self.curvature(self.network.tangent(u))
+        return self.network.hessian(self.costate, q, u)

@@ -2,7 +2,7 @@
 
 import enum
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,13 @@ import optax
 from jax.core import Tracer
 
 from llqr import learning, metrics
-from llqr._errors import check_choice, check_range
-from llqr._tree import check_inexact
+from llqr._errors import check_choice, check_integer, check_range
+from llqr._tree import check_inexact, freeze, vdot
 from llqr._types import Array, Int, Number, Params, PyTree
 from llqr.learning import Problem, Refit, RefitInfo
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
+from llqr.quadratic import Route
 from llqr.structures import plan as plans
 from llqr.structures.plan import StructureLike
 
@@ -27,6 +28,8 @@ class _Only(enum.Enum):
 
 
 Refresh: TypeAlias = bool | Array | _Only | None
+Graft: TypeAlias = Literal["none", "global", "block"]
+Precondition: TypeAlias = Literal["gradient", "update"]
 
 
 class LLQRState(NamedTuple):
@@ -47,6 +50,8 @@ def scale_by_llqr(
     divergence_reduction: Reduction = "sum",
     identity_scaling: float = 1.0,
     max_dim: int = 10_000,
+    graft: Graft = "none",
+    route: Route | None = None,
     refit: Refit | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply updates by a learned inverse preconditioner P.
@@ -61,9 +66,14 @@ def scale_by_llqr(
         catch-all ("*", structure).
       metric: in what the step is measured; see `llqr.metrics`.
       damping: lambda >= 0, added to the curvature.
-      divergence_reduction: "sum" or "mean" of the divergence over rows.
+      divergence_reduction: "sum" or "mean" of the divergence over rows; "unit" divides C by
+        its largest eigenvalue, so that damping and the refit's learning rate carry over
+        between batch sizes, metrics and models.
       identity_scaling: sigma > 0; P is stored as sigma P. It changes how far a refit moves.
       max_dim: a dense side longer than this becomes diagonal.
+      graft: "global" gives P g the length of g, "block" each block of P g that of its block
+        of g, so that learning rates keep their meaning; "none" leaves P g as it is.
+      route: how curvature products are computed (memory, chunks); never changes a value.
       refit: when and how P is learned.
 
     Returns:
@@ -80,20 +90,26 @@ def scale_by_llqr(
       Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
     """
     refit = Refit() if refit is None else refit
-    _check_options(damping, divergence_reduction, identity_scaling, max_dim, refit)
+    route = Route() if route is None else route
+    _check_options(damping, divergence_reduction, identity_scaling, max_dim, graft, refit)
     table = plans.rule_table(structure)
-    frozen_metric = learning.freeze(metrics.resolve(metric))
+    frozen_metric = freeze(metrics.resolve(metric))
     slots = plans.slots(table)
+
+    def problem_of(plan: plans.Plan, base: optax.GradientTransformation | None) -> Problem:
+        return Problem(
+            plan, frozen_metric, divergence_reduction, identity_scaling, refit, route, base
+        )
 
     def init(params: Params) -> Any:
         check_inexact(params)
         plan = plans.make_plan(params, table, max_dim)
+        problem_of(plan, None).check()
         if (recorder := _recorder.get()) is not None:
             recorder.append(plan)
         blocks = plans.identity(plan, identity_scaling)
-        return LLQRState(
-            jnp.zeros((), jnp.int32), plans.pack(plan, blocks, params, slots), learning.no_refit()
-        )
+        packed = plans.pack(plan, blocks, params, slots)
+        return LLQRState(jnp.zeros((), jnp.int32), packed, learning.no_refit(len(plan)))
 
     def update(
         updates: Params,
@@ -102,6 +118,7 @@ def scale_by_llqr(
         *,
         objective: BoundObjective | None = None,
         refresh: Refresh = None,
+        base: tuple[optax.GradientTransformation, Any] | None = None,
         **extra: Any,
     ) -> tuple[Params, Any]:
         del extra
@@ -109,21 +126,23 @@ def scale_by_llqr(
         blocks, info = plans.unpack(plan, state.blocks, updates), state.refit
         if refresh is not False:
             bound = _check_refit_inputs(objective, params, refresh)
-            problem = Problem(plan, frozen_metric, divergence_reduction, identity_scaling, refit)
+            problem = problem_of(plan, None if base is None else base[0])
+            base_state = () if base is None else base[1]
 
             def run(blocks: learning.Blocks, info: RefitInfo) -> tuple[learning.Blocks, RefitInfo]:
                 hyper = learning.hyper_at(refit, state.count, damping)
-                return learning.learn(problem, blocks, info, params, bound, hyper)
+                return learning.learn(problem, blocks, info, params, bound, hyper, base_state)
 
             due = refit.is_due(state.count) if refresh is None else refresh
             blocks, info = _when(due, run, blocks, info)
         packed = plans.pack(plan, blocks, updates, slots)
         if refresh is _Only.REFIT:
             return updates, LLQRState(state.count, packed, info)
-        updates = jax.tree.map(
+        scaled = jax.tree.map(
             lambda u: (u / identity_scaling).astype(u.dtype) if identity_scaling != 1 else u,
             plans.multiply(plan, blocks, updates),
         )
+        updates = _grafted(plan, graft, scaled, updates)
         return updates, LLQRState(_increment(state.count), packed, info)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -145,9 +164,14 @@ def llqr(
     divergence_reduction: Reduction = "sum",
     identity_scaling: float = 1.0,
     max_dim: int = 10_000,
+    graft: Graft = "none",
+    precondition: Precondition = "gradient",
+    route: Route | None = None,
     refit: Refit | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optax optimizer: it sees P g in place of the gradient g.
+
+    With precondition="update", P multiplies its updates instead.
 
     Args:
       base: any optax optimizer. In front of Adam, whose steps do not depend on the scale of
@@ -155,9 +179,14 @@ def llqr(
       structure: see `scale_by_llqr`, as for all that follow.
       metric: in what the step is measured.
       damping: added to the curvature.
-      divergence_reduction: "sum" or "mean" of the divergence over rows.
+      divergence_reduction: "sum", "mean" or "unit".
       identity_scaling: sigma.
       max_dim: a dense side longer than this becomes diagonal.
+      graft: length of P g.
+      precondition: "gradient": `base` sees P g; "update": P multiplies the update of `base`
+        instead, and is learned on the update that `base` would make of the refit's gradient:
+        the way to combine P with Adam.
+      route: how curvature products are computed.
       refit: when and how P is learned.
 
     Returns:
@@ -190,8 +219,11 @@ def llqr(
         divergence_reduction=divergence_reduction,
         identity_scaling=identity_scaling,
         max_dim=max_dim,
+        graft=graft,
+        route=route,
         refit=refit,
     )
+    check_choice("precondition", precondition, get_args(Precondition))
     base = optax.with_extra_args_support(base)
 
     def init(params: Params) -> Any:
@@ -206,12 +238,20 @@ def llqr(
         refresh: Refresh = None,
         **extra: Any,
     ) -> tuple[Params, Any]:
+        ours = {"objective": objective, "refresh": refresh}
+        if precondition == "gradient":
+            updates, learned = preconditioner.update(updates, state.preconditioner, params, **ours)
+            if refresh is _Only.REFIT:
+                return updates, ChainState(learned, state.base)
+            updates, base_state = base.update(updates, state.base, params, **extra)
+            return updates, ChainState(learned, base_state)
+        if refresh is not _Only.REFIT:
+            updates, base_state = base.update(updates, state.base, params, **extra)
+        else:
+            base_state = state.base
         updates, learned = preconditioner.update(
-            updates, state.preconditioner, params, objective=objective, refresh=refresh
+            updates, state.preconditioner, params, base=(base, state.base), **ours
         )
-        if refresh is _Only.REFIT:
-            return updates, ChainState(learned, state.base)
-        updates, base_state = base.update(updates, state.base, params, **extra)
         return updates, ChainState(learned, base_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -282,8 +322,29 @@ def plans_of(tx: optax.GradientTransformation, params: Params) -> list[plans.Pla
     return found
 
 
+def _grafted(plan: plans.Plan, graft: Graft, scaled: Params, updates: Params) -> Params:
+    """Give P g the length of g, as a whole or block by block; zero stays zero."""
+    if graft == "none":
+        return scaled
+    ps, gs = jax.tree.leaves(scaled), jax.tree.leaves(updates)
+    groups = [block.leaves for block in plan] if graft == "block" else [range(len(ps))]
+    out = list(ps)
+    for group in groups:
+        p, g = [ps[i] for i in group], [gs[i] for i in group]
+        have, want = jnp.sqrt(vdot(p, p)), jnp.sqrt(vdot(g, g))
+        ratio = jnp.where(have > 0, want / jnp.where(have > 0, have, 1.0), 1.0)
+        for i, x in zip(group, p, strict=True):
+            out[i] = (ratio * x).astype(x.dtype)
+    return jax.tree.unflatten(jax.tree.structure(scaled), out)
+
+
 def _check_options(
-    damping: Any, divergence_reduction: Any, identity_scaling: Any, max_dim: Any, refit: Any
+    damping: Any,
+    divergence_reduction: Any,
+    identity_scaling: Any,
+    max_dim: Any,
+    graft: Any,
+    refit: Any,
 ) -> None:
     if not isinstance(refit, Refit):
         raise TypeError(f"refit must be an llqr.Refit, got {refit!r}.")
@@ -300,8 +361,9 @@ def _check_options(
             )
     check_range("damping", damping, low=0)
     check_range("identity_scaling", identity_scaling, low=0, open_low=True)
-    check_range("max_dim", max_dim, low=1)
-    check_choice("divergence_reduction", divergence_reduction, ("sum", "mean"))
+    check_integer("max_dim", max_dim, low=1)
+    check_choice("divergence_reduction", divergence_reduction, get_args(Reduction))
+    check_choice("graft", graft, get_args(Graft))
 
 
 def _check_refit_inputs(objective: Any, params: Any, refresh: Any) -> BoundObjective:

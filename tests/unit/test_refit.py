@@ -8,6 +8,7 @@ import pytest
 
 import llqr
 from llqr import learning, metrics
+from llqr._tree import freeze
 from llqr.structures import plan as plans
 
 M, H, K, ROWS = 4, 5, 3, 7
@@ -119,7 +120,7 @@ def setup(structure, metric="ngd", seed=0, **options):
     params, bound = problem(seed)
     plan = plans.make_plan(params, plans.rule_table(structure), 10_000)
     refit = llqr.Refit(**options)
-    static = learning.Problem(plan, learning.freeze(metrics.resolve(metric)), "sum", 1.0, refit)
+    static = learning.Problem(plan, freeze(metrics.resolve(metric)), "sum", 1.0, refit)
     return params, bound, plan, static
 
 
@@ -141,7 +142,7 @@ def test_two_refits_equal_numpy(structure, metric, steps, clip):
     params, bound, plan, static = setup(structure, metric, ema_decay=0.3, **options)
     kinds = ["diagonal", structure, structure]
     damping = 0.2
-    blocks, info = plans.identity(plan, 1.0), learning.no_refit()
+    blocks, info = plans.identity(plan, 1.0), learning.no_refit(len(plan))
     expected = [np_identity(k, s) for k, s in zip(kinds, [(H,), (M, H), (H, K)], strict=True)]
     for count in (1, 2):
         g, c = dense_model(params, bound, metric, damping)
@@ -165,7 +166,7 @@ def test_two_refits_equal_numpy(structure, metric, steps, clip):
 @pytest.mark.parametrize("structure", ["scalar", "dense", "e-kfac"])
 def test_scan_and_python_loop_agree(structure):
     params, bound, plan, static = setup(structure, steps=20)
-    args = (plans.identity(plan, 1.0), learning.no_refit(), params, bound, hyper(static.refit))
+    args = (plans.identity(plan, 1.0), learning.no_refit(len(plan)), params, bound, hyper(static.refit))
     python = learning.learn(static, *args)
     traced = jax.jit(lambda *a: learning.learn(static, *a))(*args)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), python, traced)
@@ -180,7 +181,7 @@ def test_a_refit_lowers_the_objective(structure, metric):
     params, bound, plan, static = setup(structure, metric)
     start = plans.identity(plan, 1.0)
     blocks, info = learning.learn(
-        static, start, learning.no_refit(), params, bound, hyper(static.refit)
+        static, start, learning.no_refit(len(plan)), params, bound, hyper(static.refit)
     )
     model = llqr.linearize(bound, params, metric)
     h = jax.tree.map(jnp.negative, model.gradient)
@@ -206,7 +207,7 @@ def test_identity_scaling_moves_the_refit_but_not_its_start():
 
 def test_cold_start_forgets_the_current_blocks():
     params, bound, plan, static = setup("diagonal", warm_start=False, steps=3)
-    info = learning.no_refit()
+    info = learning.no_refit(len(plan))
     wild = jax.tree.map(lambda a: 7.0 * a, plans.identity(plan, 1.0))
     cold = learning.learn(static, wild, info, params, bound, hyper(static.refit))[0]
     fresh = learning.learn(
@@ -218,7 +219,7 @@ def test_cold_start_forgets_the_current_blocks():
 def test_normalized_direction_is_the_unit_gradient():
     params, bound, plan, static = setup("scalar", normalize_gradient=True, steps=1)
     info = learning.learn(
-        static, plans.identity(plan, 1.0), learning.no_refit(), params, bound, hyper(static.refit)
+        static, plans.identity(plan, 1.0), learning.no_refit(len(plan)), params, bound, hyper(static.refit)
     )[1]
     g, c = dense_model(params, bound, "ngd", 0.0)
     h = -g / np.linalg.norm(g)
@@ -230,7 +231,7 @@ def test_elementwise_clipping():
         "diagonal", steps=1, solver="sgd", clip_norm=None, clip_value=1e-3, learning_rate=1.0
     )
     start = plans.identity(plan, 1.0)
-    blocks = learning.learn(static, start, learning.no_refit(), params, bound, hyper(static.refit))[
+    blocks = learning.learn(static, start, learning.no_refit(len(plan)), params, bound, hyper(static.refit))[
         0
     ]
     moves = np.concatenate([np.ravel(1 - b["spectrum"]) for b in blocks])
@@ -242,7 +243,7 @@ def test_an_optax_transformation_as_solver_is_used_as_it_is():
     params, bound, plan, static = setup("diagonal", steps=4, solver=solver, learning_rate=123.0,
                                         clip_norm=None)  # fmt: skip
     start = plans.identity(plan, 1.0)
-    blocks = learning.learn(static, start, learning.no_refit(), params, bound, hyper(static.refit))[
+    blocks = learning.learn(static, start, learning.no_refit(len(plan)), params, bound, hyper(static.refit))[
         0
     ]
     g, c = dense_model(params, bound, "ngd", 0.0)
@@ -263,7 +264,7 @@ class TestGuards:
         params, bound, plan, static = setup(structure, **options)
         old = plans.identity(plan, 1.0) if start is None else start(plan)
         hyper_ = hyper(static.refit) if hyper_ is None else hyper_
-        return old, *learning.learn(static, old, learning.no_refit(), params, bound, hyper_)
+        return old, *learning.learn(static, old, learning.no_refit(len(plan)), params, bound, hyper_)
 
     def test_nothing_that_is_not_finite_is_installed(self):
         old, new, info = self.learn("kfac", learning_rate=1e200, clip_norm=None, steps=3)
@@ -303,7 +304,7 @@ class TestGuards:
         flat = llqr.Objective(lambda p, b: 0.0 * forward(p, b), loss).bind(problem()[1].batch)
         old = plans.identity(plan, 1.0)
         new, info = learning.learn(
-            static, old, learning.no_refit(), params, flat, hyper(static.refit)
+            static, old, learning.no_refit(len(plan)), params, flat, hyper(static.refit)
         )
         jax.tree.map(np.testing.assert_array_equal, old, new)
         assert int(info.inverted) == 0
@@ -313,7 +314,7 @@ class TestGuards:
         batch = {**bound.batch, "x": bound.batch["x"].at[0, 0].set(jnp.nan)}
         old = plans.identity(plan, 1.0)
         new, info = learning.learn(
-            static, old, learning.no_refit(), params, OBJECTIVE.bind(batch), hyper(static.refit)
+            static, old, learning.no_refit(len(plan)), params, OBJECTIVE.bind(batch), hyper(static.refit)
         )
         jax.tree.map(np.testing.assert_array_equal, old, new)
         assert int(info.nonfinite) == 3

@@ -1,5 +1,6 @@
 """The exact layerwise LQR: the reference against which every fast path is proven."""
 
+from llqr.lqr import layerwise as _layerwise  # registers the layerwise route  # noqa: F401
 from llqr.lqr.cost import cost, cost_and_gradient, gradient
 from llqr.lqr.linearization import linearize
 from llqr.lqr.problem import LQRProblem, Operator, Stage

@@ -1,20 +1,20 @@
 """From a staged model, a batch and a metric to its LQR problem."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from llqr import metrics
-from llqr._errors import unknown
+from llqr._errors import check_choice, check_range, unknown
 from llqr._tree import check_inexact
 from llqr._types import Array, Number, PyTree
 from llqr.lqr.problem import LQRProblem, Stage, Tangent
 from llqr.lqr.stages import Segment, StagedModel
 from llqr.metrics import Reduction
 
-Memory = Literal["cached", "recomputed"]
+Memory = Literal["cached", "curvature_recomputed", "recomputed"]
 
 
 def linearize(
@@ -42,8 +42,9 @@ def linearize(
       damping: lambda >= 0.
       divergence_reduction: "sum" or "mean" over rows.
       mask: rows of the outputs that count; None: all.
-      memory: "cached" keeps the residuals of every linearisation; "recomputed" keeps states and
-        parameters only and linearises again at every product. The same numbers.
+      memory: "cached" keeps the residuals of every linearisation; "curvature_recomputed" keeps
+        those of A and B alone; "recomputed" keeps states and parameters only, and linearises
+        again at every product. The same numbers.
 
     Raises:
       ValueError: unknown metric or stage, or a parameter of no stage.
@@ -57,6 +58,9 @@ def linearize(
       >>> llqr.lqr.solve(problem)["linear"].tolist()
       [[-1.0], [-1.0]]
     """
+    check_choice("memory", memory, get_args(Memory))
+    check_choice("divergence_reduction", divergence_reduction, ("sum", "mean"))
+    check_range("damping", damping, low=0)
     check_inexact(dict(params))
     segments = staged.segments
     for name in params:
@@ -156,23 +160,21 @@ def _stage(
         hamiltonian = lambda d, u: sum(  # noqa: E731
             jnp.sum(p * f) for p, f in zip(costate, step(d, u), strict=True)
         )
-        curvature = _linear(jax.grad(hamiltonian, argnums=(0, 1)), point, memory)
+        curvature = _linear(jax.grad(hamiltonian, argnums=(0, 1)), point, memory == "cached")
     if potential is not None:
         slope = jax.grad(lambda z: potential(_merge(y, z), jax.lax.stop_gradient(y)))
-        metric = _linear(slope, (_inexact(y),), memory)
-    dynamics = _linear(step, point, memory)
+        metric = _linear(slope, (_inexact(y),), memory == "cached")
+    dynamics = _linear(step, point, memory != "recomputed")
     return Stage(segment.name, control, state, _inexact(y), dynamics, curvature, metric, costate)
 
 
 def _linear(
-    function: Callable[..., Any], point: tuple[Any, ...], memory: Memory
+    function: Callable[..., Any], point: tuple[Any, ...], cached: bool
 ) -> Callable[..., Any]:
     """Return the linearisation of `function` at `point`, its residuals kept or recomputed."""
-    if memory == "cached":
+    if cached:
         return jax.linearize(function, *point)[1]
-    if memory == "recomputed":
-        return jax.tree_util.Partial(_Recomputed(function), point)
-    raise ValueError(unknown("memory", memory, ("cached", "recomputed")))
+    return jax.tree_util.Partial(_Recomputed(function), point)
 
 
 class _Recomputed:

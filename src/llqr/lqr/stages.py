@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import jax
+
 from llqr._errors import unknown
 from llqr._types import PyTree
 
@@ -78,6 +80,14 @@ class StagedModel:
             tuple(Segment(tuple((name, functions[name]) for name in group)) for group in groups)
         )
 
+    def rematerialized(self, policy: Callable[..., Any] | None = None) -> "StagedModel":
+        """Return the same model with every segment a `jax.checkpoint` of its own.
+
+        Args:
+          policy: of `jax.checkpoint_policies`: what is kept; None: nothing.
+        """
+        return StagedModel(tuple(_Checkpointed(s.members, policy) for s in self.segments))
+
     def as_forward(
         self, inputs: Callable[[Any], PyTree] = lambda batch: batch, watch: Sequence[str] = ()
     ) -> "StagedForward":
@@ -93,6 +103,18 @@ class StagedModel:
             if name not in self.names:
                 raise ValueError(unknown("stage", name, self.names))
         return StagedForward(self, inputs, tuple(watch))
+
+
+@dataclass(frozen=True)
+class _Checkpointed(Segment):
+    """A segment whose activations are computed again in its transpose sweep."""
+
+    policy: Callable[..., Any] | None = None
+
+    def __call__(self, control: Mapping[str, PyTree], state: PyTree) -> PyTree:
+        """Run the members in order."""
+        run = jax.checkpoint(super().__call__, policy=self.policy)
+        return run(dict(control), state)
 
 
 @dataclass(frozen=True)
@@ -112,6 +134,10 @@ class StagedForward:
                 if name in self.watch:
                     seen[name] = state
         return {"output": state, **seen} if self.watch else state
+
+    def rematerialized(self, params: Mapping[str, PyTree], batch: Any, policy: Any) -> PyTree:
+        """Return the same, each segment a `jax.checkpoint`; without watched states."""
+        return self.staged.rematerialized(policy)(params, self.inputs(batch))
 
 
 def stages_from_functions(stages: Iterable[tuple[str, StageFunction]]) -> StagedModel:

@@ -2,32 +2,37 @@ r"""A structured matrix P acting on matrices: two sides and a spectrum.
 
   symbol   meaning                                           shape
   X        a parameter-shaped vector in its matrix view      [m, n]
-  L, R     left and right side                               [m, m], [n, n]
+  L, R     left and right side (`sides`)                     [m, m], [n, n]
   D        spectrum                                          [m, n], or a g^T, or a number
 
     without a spectrum   P X = L X R^T
     with a spectrum      P X = L (D * (L^T X R)) R^T
 
-A side is the identity, diagonal or dense; every structure of the papers is a choice of
-two sides and a spectrum (`catalogue`). Arrays live in a dict by slot, so a structure is
-plain data and all of its functions are pure.
+Every structure of the papers is a choice of two sides and a spectrum (`catalogue`). Arrays
+live in a dict by slot, so a structure is plain data and all of its functions are pure. A
+refit learns `learned(arrays)`: the arrays themselves or, for sides with a memory, fresh
+vectors; `install` turns what was learned into arrays again.
 """
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
+import jax
 import jax.numpy as jnp
 
-from llqr._errors import unknown
+from llqr._errors import check_choice, unknown
 from llqr._types import Array, Float
+from llqr.structures.sides import SIDES, Side
 
-Side: TypeAlias = Literal["identity", "diagonal", "dense"]
 Spectrum: TypeAlias = Literal["none", "full", "separable", "scalar"]
+View: TypeAlias = Literal["leaf", "vector", "module"]
 Arrays: TypeAlias = dict[str, Array]
-"""Slot -> array. Slots: left, right, spectrum, left_spectrum, right_spectrum."""
+"""Slot -> array, see `Structure.slots`."""
 
 CLAMP = 1e-8
 """Smallest entry of an elementwise structure after a refit."""
+POSITIVE = 1e-12
+"""A positive spectrum is r^2 + POSITIVE."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,48 +41,113 @@ class Structure:
 
     Args:
       name: shown in tables.
-      left: side acting on the rows of the matrix view.
+      left: side acting on the rows of the matrix view; a name of `sides.SIDES`.
       right: side acting on its columns.
       spectrum: "none"; "full", one number for each entry; "separable", an outer product
         of two vectors; "scalar", one number.
-      joint: whether the block is a whole module (all leaves of one parent in the tree),
-        flattened to one vector, rather than one leaf.
+      positive: D is stored as r, D = r^2 + 1e-12.
+      normalize: D is divided by its root mean square ("rms") or its largest entry ("max").
+      scaled: a learned number multiplies the normalised D.
+      view: what forms a block: "leaf", one leaf in its matrix view; "vector", one leaf as a
+        column; "module", all leaves of one parent in the tree, as one column.
+      rank: of low-rank sides.
+
+    Raises:
+      ValueError: an unknown word, or a combination that is no matrix family.
     """
 
     name: str
-    left: Side = "identity"
-    right: Side = "identity"
+    left: str = "identity"
+    right: str = "identity"
     spectrum: Spectrum = "none"
-    joint: bool = False
+    positive: bool = False
+    normalize: Literal["rms", "max"] | None = None
+    scaled: bool = False
+    view: View = "leaf"
+    rank: int = 8
 
     def __post_init__(self) -> None:
         for side in (self.left, self.right):
-            if side not in get_args(Side):
-                raise ValueError(unknown("side", side, get_args(Side)))
-        if self.spectrum not in get_args(Spectrum):
-            raise ValueError(unknown("spectrum", self.spectrum, get_args(Spectrum)))
-        if self.joint and self.right != "identity":
-            raise ValueError(
-                f"structure {self.name!r}: a joint block is one flat vector, so its right side "
-                f"must be 'identity', got {self.right!r}."
-            )
+            if side not in SIDES:
+                raise ValueError(unknown("side", side, SIDES))
+        check_choice("spectrum", self.spectrum, get_args(Spectrum))
+        check_choice("view", self.view, get_args(View))
+        if self.normalize is not None:
+            check_choice("normalize", self.normalize, ("rms", "max"))
+        why = None
+        if self.left == self.right == "identity" and self.spectrum == "none":
+            why = "needs a side or a spectrum"
+        elif self.view != "leaf" and self.right != "identity":
+            why = f"is one flat column, so that its right side must be 'identity', not {self.right}"
+        elif self.positive and self.spectrum == "none":
+            why = "has no spectrum that could be positive"
+        elif self.normalize and self.spectrum != "full":
+            why = "can normalise a full spectrum only"
+        elif self.scaled and not self.normalize:
+            why = "has a scale of its own only with a normalised spectrum"
+        elif self.rank < 1 or int(self.rank) != self.rank:
+            why = f"needs a rank >= 1, not {self.rank}"
+        if why:
+            raise ValueError(f"structure {self.name!r} {why}.")
 
     @property
     def elementwise(self) -> bool:
         """Whether P multiplies entry by entry, without a matrix view."""
-        return self.left == "identity" and self.right == "identity"
+        if self.left != "identity" or self.right != "identity":
+            return False
+        return self.spectrum == "scalar" or (self.spectrum == "full" and self.view == "leaf")
+
+    @property
+    def sides(self) -> dict[str, Side]:
+        """The sides that are not the identity, by slot."""
+        named = {"left": self.left, "right": self.right}
+        return {slot: SIDES[name] for slot, name in named.items() if name != "identity"}
 
     @property
     def slots(self) -> tuple[str, ...]:
         """Names of the arrays that this structure stores."""
-        sides = [s for s in ("left", "right") if getattr(self, s) != "identity"]
-        spectra = {
-            "none": [],
-            "full": ["spectrum"],
-            "scalar": ["spectrum"],
-            "separable": ["left_spectrum", "right_spectrum"],
-        }
-        return tuple(sides + spectra[self.spectrum])
+        return tuple(array_shapes(self, (1, 1)))
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Slots whose arrays a refit learns: all but memories and constants."""
+        fixed = {"scale"}
+        for slot, side in self.sides.items():
+            if side.fresh:
+                fixed |= {_slot(slot, local) for local in side.shapes(1, 1)}
+        return tuple(slot for slot in self.slots if slot not in fixed)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether a refit learns fresh vectors that are then folded into the arrays."""
+        return any(side.fresh for side in self.sides.values())
+
+    @property
+    def linear(self) -> bool:
+        """Whether P is linear in what a refit learns."""
+        if self.spectrum == "none":
+            return len(self.sides) == 1 and all(side.linear for side in self.sides.values())
+        plain = not (self.positive or self.normalize) and self.spectrum != "separable"
+        return plain and not self.sides
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether P is always symmetric."""
+        return self.spectrum != "none" or all(side.symmetric for side in self.sides.values())
+
+    @property
+    def definite(self) -> bool:
+        """Whether P is always positive semidefinite."""
+        if self.spectrum != "none":
+            return self.positive
+        return all(side.definite for side in self.sides.values())
+
+    @property
+    def holds_scale(self) -> bool:
+        """Whether sigma can sit in what is learned; else it is a constant of its own."""
+        if self.spectrum != "none":
+            return not self.normalize or self.scaled
+        return any(side.scalable for side in self.sides.values())
 
 
 def array_shapes(structure: Structure, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -87,17 +157,18 @@ def array_shapes(structure: Structure, shape: tuple[int, ...]) -> dict[str, tupl
       structure: the structure.
       shape: [m, n], or any shape for an elementwise structure.
     """
-    full = {"diagonal": lambda d: (d,), "dense": lambda d: (d, d)}
     shapes: dict[str, tuple[int, ...]] = {}
-    for slot in structure.slots:
-        if slot == "left":
-            shapes[slot] = full[structure.left](shape[0])
-        elif slot == "right":
-            shapes[slot] = full[structure.right](shape[1])
-        elif slot == "spectrum":
-            shapes[slot] = () if structure.spectrum == "scalar" else shape
-        else:
-            shapes[slot] = (shape[0],) if slot == "left_spectrum" else (shape[1],)
+    for slot, side in structure.sides.items():
+        size = shape[0] if slot == "left" else shape[1]
+        shapes |= {_slot(slot, local): s for local, s in side.shapes(size, structure.rank).items()}
+    if structure.spectrum == "separable":
+        shapes |= {"left_spectrum": (shape[0],), "right_spectrum": (shape[1],)}
+    elif structure.spectrum != "none":
+        shapes["spectrum"] = () if structure.spectrum == "scalar" else shape
+    if structure.scaled:
+        shapes["spectrum_scale"] = ()
+    if not structure.holds_scale:
+        shapes["scale"] = ()
     return shapes
 
 
@@ -111,33 +182,80 @@ def init(structure: Structure, shape: tuple[int, ...], scale: float, dtype: jnp.
         refit; what is applied to gradients is P / sigma.
       dtype: of the arrays.
     """
-    sides = [slot for slot in structure.slots if slot in ("left", "right")]
-    values: dict[str, float]
-    if structure.spectrum == "none":
-        # All of sigma sits in the sides, shared evenly.
-        share = scale ** (1.0 / max(len(sides), 1))
-        values = {side: share for side in sides}  # noqa: C420 (fromkeys loses the type)
-    else:
-        values = {"spectrum": scale, "left_spectrum": scale}
-    arrays = {}
+    # Without a spectrum, all of sigma sits in the sides, shared evenly.
+    bearers = sum(side.scalable for side in structure.sides.values())
+    share = scale ** (1 / bearers) if structure.spectrum == "none" and bearers else 1.0
+    arrays: Arrays = {}
+    for slot, side in structure.sides.items():
+        size = shape[0] if slot == "left" else shape[1]
+        made = side.init(share, size, structure.rank, dtype)
+        arrays |= {_slot(slot, local): array for local, array in made.items()}
+    root = lambda v: max(v - POSITIVE, 0.0) ** 0.5 if structure.positive else v  # noqa: E731
+    values = {
+        "spectrum": 1.0 if structure.normalize else root(scale),
+        "left_spectrum": root(scale),
+        "right_spectrum": root(1.0),
+        "spectrum_scale": scale,
+        "scale": scale,
+    }
     for slot, size in array_shapes(structure, shape).items():
-        value = values.get(slot, 1.0)
-        if slot in sides and len(size) == 2:
-            arrays[slot] = value * jnp.eye(size[0], dtype=dtype)
-        else:
-            arrays[slot] = jnp.full(size, value, dtype)
+        if slot not in arrays:
+            arrays[slot] = jnp.full(size, values[slot], dtype)
     return arrays
+
+
+def start(
+    structure: Structure, arrays: Arrays, shape: tuple[int, ...], scale: float, key: Array
+) -> Arrays:
+    """Return what a refit learns, at its start: slots of `learned`, or fresh vectors.
+
+    Args:
+      structure: the structure.
+      arrays: from which the refit starts.
+      shape: of the block.
+      scale: sigma; fresh vectors have about this length.
+      key: of fresh vectors.
+    """
+    out = {slot: arrays[slot] for slot in structure.learned}
+    for slot, side in structure.sides.items():
+        if side.fresh:
+            size = shape[0] if slot == "left" else shape[1]
+            for local, s in side.fresh(size).items():
+                key, one = jax.random.split(key)
+                dtype = next(iter(arrays.values())).dtype
+                vector = scale * jax.random.normal(one, s, dtype) / size**0.5
+                out[f"{slot}_fresh_{local}"] = vector
+    return out
+
+
+def install(structure: Structure, arrays: Arrays, learned: Arrays) -> Arrays:
+    """Return the arrays with what was learned in them, and fresh vectors folded into memories."""
+    out = arrays | {slot: learned[slot] for slot in structure.learned}
+    for slot, side in structure.sides.items():
+        if side.fresh:
+            assert side.fold is not None
+            prefix = f"{slot}_fresh_"
+            fresh = {k.removeprefix(prefix): v for k, v in learned.items() if k.startswith(prefix)}
+            folded = side.fold(_local(arrays, slot), fresh)
+            out |= {_slot(slot, local): array for local, array in folded.items()}
+    return out
 
 
 def multiply(structure: Structure, arrays: Arrays, x: Float[Array, "*shape"]) -> Array:
     """Return P X, sigma included, in the shape of `x`."""
     if structure.elementwise:
-        return arrays["spectrum"] * x
-    if structure.spectrum == "none":
-        return _right(structure, arrays, _left(structure, arrays, x), transpose=True)
-    inner = _right(structure, arrays, _left(structure, arrays, x, transpose=True))
-    inner = _scale(structure, arrays, inner)
-    return _right(structure, arrays, _left(structure, arrays, inner), transpose=True)
+        y = _spectrum(structure, arrays) * x
+    elif structure.spectrum == "none":
+        y = _right(structure, arrays, _left(structure, arrays, x, False), False)
+    else:
+        y = _right(structure, arrays, _left(structure, arrays, x, True), True)
+        if structure.spectrum == "separable":
+            left, right = (_root(structure, arrays[f"{s}_spectrum"]) for s in ("left", "right"))
+            y = left[:, None] * y * right
+        else:
+            y = _spectrum(structure, arrays) * y
+        y = _right(structure, arrays, _left(structure, arrays, y, False), False)
+    return y if structure.holds_scale else arrays["scale"] * y
 
 
 def as_matrix(
@@ -145,28 +263,46 @@ def as_matrix(
 ) -> Float[Array, "size size"]:
     """Return P as a dense matrix on row-major flattened blocks: for tests and small problems."""
     if structure.elementwise:
-        return jnp.diag(jnp.broadcast_to(arrays["spectrum"], shape).ravel())
-    sides = jnp.kron(
-        _side_matrix(structure.left, arrays.get("left"), shape[0]),
-        _side_matrix(structure.right, arrays.get("right"), shape[1]),
-    )
-    if structure.spectrum == "none":
-        return sides
-    spectrum = _scale(structure, arrays, jnp.ones(shape, sides.dtype)).ravel()
-    return sides @ (spectrum[:, None] * sides.T)
+        matrix = jnp.diag(jnp.broadcast_to(_spectrum(structure, arrays), shape).ravel())
+    else:
+        left, right = (
+            SIDES[name].times(_local(arrays, slot), jnp.eye(size), False)
+            for name, slot, size in zip(
+                (structure.left, structure.right), ("left", "right"), shape, strict=True
+            )
+        )
+        matrix = jnp.kron(left, right)
+        if structure.spectrum != "none":
+            if structure.spectrum == "separable":
+                a, g = (_root(structure, arrays[f"{s}_spectrum"]) for s in ("left", "right"))
+                spectrum = jnp.outer(a, g)
+            else:
+                spectrum = jnp.broadcast_to(_spectrum(structure, arrays), shape)
+            matrix = matrix @ (spectrum.ravel()[:, None] * matrix.T)
+    return matrix if structure.holds_scale else arrays["scale"] * matrix
 
 
 def project(structure: Structure, arrays: Arrays, *, allow_inversion: bool) -> Arrays:
-    """Return the nearest legal arrays: entries of an elementwise P are at least 1e-8.
+    """Return legal arrays in standard form; a second projection changes nothing.
+
+    Entries of an elementwise P become at least 1e-8. Everything else changes how P is
+    written, never P: the unused triangle of a symmetric side becomes zero, a normalised
+    spectrum gets its norm.
 
     Args:
       structure: the structure.
       arrays: after a refit.
       allow_inversion: leave negative entries (`allow_grad_inversion`).
     """
-    if allow_inversion or not structure.elementwise:
-        return arrays
-    return {slot: jnp.maximum(value, CLAMP) for slot, value in arrays.items()}
+    out = dict(arrays)
+    if structure.elementwise and not structure.positive and not allow_inversion:
+        out["spectrum"] = jnp.maximum(out["spectrum"], CLAMP)
+    if structure.normalize:
+        out["spectrum"] = _normalize(structure, out["spectrum"])
+    for slot, side in structure.sides.items():
+        fixed = side.project(_local(arrays, slot))
+        out |= {_slot(slot, local): array for local, array in fixed.items()}
+    return out
 
 
 def cost(structure: Structure, shape: tuple[int, ...]) -> int:
@@ -176,38 +312,51 @@ def cost(structure: Structure, shape: tuple[int, ...]) -> int:
         size *= side
     if structure.elementwise:
         return size
-    m, n = shape
-    sides = {"identity": 0, "diagonal": 1}
-    once = size * (sides.get(structure.left, m) + sides.get(structure.right, n))
+    lengths = {"left": shape[0], "right": shape[1]}
+    once = size * sum(
+        side.cost(lengths[slot], structure.rank) for slot, side in structure.sides.items()
+    )
     spectra = {"none": 0, "separable": 2}.get(structure.spectrum, 1)
     return (1 if spectra == 0 else 2) * once + spectra * size
 
 
-def _left(structure: Structure, arrays: Arrays, x: Array, transpose: bool = False) -> Array:
-    if structure.left == "identity":
-        return x
-    side = arrays["left"]
-    if structure.left == "diagonal":
-        return side[:, None] * x
-    return (side.T if transpose else side) @ x
+def _slot(side: str, local: str) -> str:
+    return side if local == "main" else f"{side}_{local}"
 
 
-def _right(structure: Structure, arrays: Arrays, x: Array, transpose: bool = False) -> Array:
+def _local(arrays: Arrays, slot: str) -> Arrays:
+    """Arrays of one side by their local names."""
+    reserved = (f"{slot}_spectrum", f"{slot}_fresh_")
+    out = {
+        name.removeprefix(f"{slot}_"): array
+        for name, array in arrays.items()
+        if name.startswith(f"{slot}_") and not name.startswith(reserved)
+    }
+    return out | ({"main": arrays[slot]} if slot in arrays else {})
+
+
+def _left(structure: Structure, arrays: Arrays, x: Array, transpose: bool) -> Array:
+    return SIDES[structure.left].times(_local(arrays, "left"), x, transpose)
+
+
+def _right(structure: Structure, arrays: Arrays, x: Array, transpose: bool) -> Array:
+    """X R^T, or X R with `transpose`: the side acts on the columns of X^T."""
     if structure.right == "identity":
         return x
-    side = arrays["right"]
-    if structure.right == "diagonal":
-        return x * side
-    return x @ (side.T if transpose else side)
+    return SIDES[structure.right].times(_local(arrays, "right"), x.T, transpose).T
 
 
-def _scale(structure: Structure, arrays: Arrays, x: Array) -> Array:
-    if structure.spectrum == "separable":
-        return arrays["left_spectrum"][:, None] * x * arrays["right_spectrum"]
-    return arrays["spectrum"] * x
+def _root(structure: Structure, stored: Array) -> Array:
+    return stored * stored + POSITIVE if structure.positive else stored
 
 
-def _side_matrix(side: Side, array: Array | None, size: int) -> Array:
-    if array is None:
-        return jnp.eye(size)
-    return jnp.diag(array) if side == "diagonal" else array
+def _spectrum(structure: Structure, arrays: Arrays) -> Array:
+    spectrum = _root(structure, arrays["spectrum"])
+    if structure.normalize:
+        spectrum = _normalize(structure, spectrum)
+    return arrays["spectrum_scale"] * spectrum if structure.scaled else spectrum
+
+
+def _normalize(structure: Structure, d: Array) -> Array:
+    norm = jnp.sqrt(jnp.mean(d * d)) if structure.normalize == "rms" else jnp.max(jnp.abs(d))
+    return d / jnp.maximum(norm, POSITIVE)

@@ -19,13 +19,13 @@ from llqr._tree import leaf_names, replicate, shard_like
 from llqr._types import Array, PyTree
 from llqr.structures import catalogue
 from llqr.structures import matrix as mx
-from llqr.structures.catalogue import DIAGONAL
 from llqr.structures.matrix import Arrays, Structure
 
 Match: TypeAlias = str | Callable[[str, tuple[int, ...]], bool]
 
 # Per-channel parameters, whatever their rank: attention biases are matrices.
 _VECTORS = re.compile(r"(^|[/_])(bias|scale|gamma|beta)$", re.IGNORECASE)
+_E_KFAC = catalogue.STRUCTURES["e-kfac-gpt"]
 # Projections d -> (heads, dim): the input is the first axis alone.
 _FAN_OUT = re.compile(r"(^|/)(query|key|value)(/|$)", re.IGNORECASE)
 
@@ -62,20 +62,32 @@ def matrix_like(path: str, shape: tuple[int, ...]) -> bool:
     return sum(side > 1 for side in shape) >= 2 and not _VECTORS.search(path)
 
 
+# Sides over the vocabulary are diagonal: a dense one would hold its square.
+_GPT = (
+    Rule(match=r"(^|/)embedding$", structure=replace(_E_KFAC, left="diagonal")),
+    Rule(match=r"(^|/)lm_head/kernel$", structure=replace(_E_KFAC, right="diagonal")),
+)
+
+
 def rule_table(rules: StructureLike) -> tuple[Rule, ...]:
     """Return a validated rule table.
 
     A name or a Structure becomes its ready table: matrices have that structure, all other
-    leaves a diagonal; joint and elementwise structures take every leaf.
+    leaves a diagonal (`catalogue.for_vectors`); structures of a whole module and elementwise
+    ones take every leaf.
 
     Raises:
       ValueError: unknown structure, empty table, or no catch-all in the last line.
     """
     if isinstance(rules, str | Structure):
         chosen = catalogue.get(rules)
-        if chosen.joint or chosen.elementwise:
+        if chosen.view != "leaf" or chosen.elementwise:
             return (Rule(match="*", structure=chosen),)
-        return (Rule(match=matrix_like, structure=chosen), Rule(match="*", structure=DIAGONAL))
+        return (
+            *(_GPT if chosen.name == "e-kfac-gpt" else ()),
+            Rule(match=matrix_like, structure=chosen),
+            Rule(match="*", structure=catalogue.for_vectors(chosen)),
+        )
     table = tuple(r if isinstance(r, Rule) else Rule(match=r[0], structure=r[1]) for r in rules)
     table = tuple(replace(r, structure=catalogue.get(r.structure)) for r in table)
     if not table or table[-1].match != "*":
@@ -114,6 +126,10 @@ class Block:
     def init(self, scale: float) -> Arrays:
         """Return the arrays for which P = scale * identity."""
         return mx.init(self.structure, self.shape, scale, jnp.dtype(self.dtype))
+
+    def start(self, arrays: Arrays, scale: float, key: Array) -> Arrays:
+        """Return what a refit learns, at its start."""
+        return mx.start(self.structure, arrays, self.shape, scale, key)
 
     def multiply(self, arrays: Arrays, xs: Sequence[Array]) -> list[Array]:
         """Return P x for the block's leaves, each in its own shape and dtype."""
@@ -155,8 +171,8 @@ def make_plan(params: PyTree, table: Sequence[Rule], max_dim: int) -> Plan:
     leaves, names = jax.tree.leaves(params), leaf_names(params)
     for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         which = next(k for k, rule in enumerate(table) if rule.matches(name, jnp.shape(leaf)))
-        joint = catalogue.get(table[which].structure).joint
-        key = (which, name.rpartition("/")[0]) if joint else i
+        whole = catalogue.get(table[which].structure).view == "module"
+        key = (which, name.rpartition("/")[0]) if whole else i
         groups.setdefault(key, (table[which], []))[1].append(i)
     return tuple(
         _block(rule, members, [names[i] for i in members], [leaves[i] for i in members], max_dim)
@@ -169,10 +185,10 @@ def _block(
 ) -> Block:
     chosen = catalogue.get(rule.structure)
     shapes = tuple(jnp.shape(leaf) for leaf in leaves)
-    if chosen.joint:
+    if chosen.elementwise:
+        shape = shapes[0] if chosen.view == "leaf" else (sum(math.prod(s) for s in shapes), 1)
+    elif chosen.view != "leaf":
         shape = (sum(math.prod(s) for s in shapes), 1)
-    elif chosen.elementwise:
-        shape = shapes[0]
     else:
         shape = matrix_view(names[0], shapes[0], rule.rows)
     if not chosen.elementwise:
@@ -207,7 +223,7 @@ def _limit(chosen: Structure, shape: tuple[int, ...], max_dim: int) -> Structure
     large = [
         s
         for s, d in zip(("left", "right"), shape, strict=True)
-        if d > max_dim and getattr(chosen, s) == "dense"
+        if d > max_dim and s in chosen.sides and chosen.sides[s].square
     ]
     if not large:
         return chosen
@@ -218,6 +234,19 @@ def _limit(chosen: Structure, shape: tuple[int, ...], max_dim: int) -> Structure
 def identity(plan: Plan, scale: float) -> tuple[Arrays, ...]:
     """Return arrays for which every block is scale * identity."""
     return tuple(block.init(scale) for block in plan)
+
+
+def start(plan: Plan, arrays: Sequence[Arrays], scale: float, key: Array) -> tuple[Arrays, ...]:
+    """Return what a refit learns, block by block; `key` is for fresh vectors."""
+    keys = jax.random.split(key, max(len(plan), 1))
+    return tuple(b.start(a, scale, k) for b, a, k in zip(plan, arrays, keys, strict=True))
+
+
+def install(plan: Plan, arrays: Sequence[Arrays], learned: Sequence[Arrays]) -> tuple[Arrays, ...]:
+    """Return the arrays of every block with what was learned in them."""
+    return tuple(
+        mx.install(b.structure, a, x) for b, a, x in zip(plan, arrays, learned, strict=True)
+    )
 
 
 def multiply(plan: Plan, arrays: Sequence[Arrays], tree: PyTree) -> PyTree:

@@ -1,0 +1,80 @@
+"""The layerwise route of a refit: curvature products as rollouts of the regulator."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from llqr import quadratic
+from llqr._types import Number, Params, PyTree
+from llqr.lqr.cost import cost_and_gradient, gradient
+from llqr.lqr.linearization import linearize
+from llqr.lqr.problem import LQRProblem
+from llqr.lqr.stages import StagedForward
+from llqr.objective import BoundObjective
+from llqr.quadratic import QuadraticModel, Route
+
+
+@quadratic.layerwise_model.register
+def _(
+    forward: StagedForward, objective: BoundObjective, params: Params, metric: PyTree,
+    damping: Number, reduction: str, route: Route,
+) -> QuadraticModel:  # fmt: skip
+    """Return the quadratic model whose products are those of the regulator."""
+    if forward.watch:
+        raise ValueError(
+            f"the layerwise route places metrics by stage: make the forward function without "
+            f"watch={forward.watch}."
+        )
+    staged = forward.staged
+    if route.checkpoint_policy != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        staged = staged.rematerialized(policy)
+    problem = linearize(
+        staged,
+        params,
+        forward.inputs(objective.batch),
+        loss=objective.loss,
+        metric=metric,
+        divergence_reduction=reduction,  # pyright: ignore[reportArgumentType]
+        mask=objective.mask(),
+        memory=route.memory,
+    )
+    outputs = objective.outputs(params)
+    cotangent = jax.tree.unflatten(jax.tree.structure(outputs), problem.cotangent)
+    network = _Network(problem)
+    g = network.pull_back(cotangent)
+    return QuadraticModel(
+        problem.loss, g, outputs, cotangent, network, _no_curvature, _Hessian(problem, g), damping
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Network:
+    """J^T by the adjoint sweep."""
+
+    problem: LQRProblem
+
+    def tangent(self, u: Params) -> PyTree:
+        raise NotImplementedError("the layerwise route takes products of C as a whole")
+
+    def pull_back(self, w: PyTree) -> Params:
+        return gradient(replace(self.problem, cotangent=tuple(jax.tree.leaves(w))))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Hessian:
+    """C: rollout and adjoint sweep, less the gradient at u = 0."""
+
+    problem: LQRProblem
+    gradient: Params
+
+    def __call__(self, u: Params) -> Params:
+        _, slope = cost_and_gradient(self.problem, u)
+        return jax.tree.map(jnp.subtract, slope, self.gradient)
+
+
+def _no_curvature(v: PyTree) -> PyTree:
+    raise NotImplementedError("the layerwise route takes products of C as a whole")

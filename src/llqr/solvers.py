@@ -1,0 +1,292 @@
+r"""Inner solvers: how a refit moves what it learns.
+
+  symbol   meaning                                           shape
+  G        gradient of the inner objective Phi               like the learned arrays
+  d        search direction                                  like the learned arrays
+  y        G - the last G                                    like the learned arrays
+
+  name           rule
+  momentum       m <- mu m + G, step -rate m
+  sgd            step -rate G
+  adam           Adam(0.9, 0.999)
+  relative       step -rate rms(S) S G / |G S| for a square array S (`scale_by_relative`): P
+                 preconditions its own refit, whose Hessian is the C that P inverts
+  cg             linear conjugate gradients, for structures linear in their arrays: Phi is
+                 then a quadratic, and each step costs one product with C
+  cg_zoom_hz     nonlinear conjugate gradients, beta of Hager and Zhang (clipped to +-1000),
+                 zoom line search
+  cg_back_pr+    the same with beta of Polak and Ribiere, max(0, .), Armijo backtracking
+
+The first four are clipped first, and multiplied by the learning rate; the conjugate
+gradients find their own lengths: clipping and learning rate do not enter.
+
+Sources: Layerwise LQR (arXiv 2605.04230) for the names and defaults; Hager and Zhang, A
+Survey of Nonlinear Conjugate Gradient Methods (2006); the relative step is that of
+preconditioned SGD on matrix Lie groups (Li, arXiv 1512.04202).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llqr._tree import vdot
+from llqr._types import Array, Bool, Float, Number, PyTree
+
+SolverLike: TypeAlias = str | optax.GradientTransformation
+
+LINE_SEARCH_STEPS = 20
+BETA_LIMIT = 1e3
+
+
+class Objective(Protocol):
+    """What a solver sees of Phi."""
+
+    def gradient(self, learned: PyTree) -> tuple[Float[Array, ""], PyTree]:
+        """Return Phi and its gradient."""
+        ...
+
+    def product(self, direction: PyTree) -> PyTree:
+        """Return the Hessian of Phi times a direction, if P is linear in what is learned."""
+        ...
+
+    def along(
+        self, learned: PyTree, direction: PyTree, t: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+        """Return value, slope and curvature of Phi(learned + t direction)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Solver:
+    """An inner solver.
+
+    Attributes:
+      init: (learned, (Phi, its gradient) at the start, or None) -> state.
+      step: (objective, learned, state, rate) -> (learned, state, Phi where it started).
+      needs_first_gradient: whether `init` takes Phi and its gradient.
+    """
+
+    init: Callable[[PyTree, Any], Any]
+    step: Callable[[Objective, PyTree, Any, Number], tuple[PyTree, Any, Float[Array, ""]]]
+    needs_first_gradient: bool = False
+
+
+def make(
+    solver: SolverLike, *, momentum: float, clip_norm: float | None, clip_value: float | None
+) -> Solver:
+    """Return an inner solver by name, or one around an optax transformation.
+
+    Args:
+      solver: a name of `SOLVERS`, or a transformation whose updates are added as they are.
+      momentum: mu.
+      clip_norm: largest L2 norm of each array of G; None: no clipping.
+      clip_value: largest absolute entry of G; None: no clipping.
+    """
+    if solver == "cg":
+        return Solver(_cg_init, _cg_step, needs_first_gradient=True)
+    if solver in ("cg_zoom_hz", "cg_back_pr+"):
+        beta = _hager_zhang if solver == "cg_zoom_hz" else _polak_ribiere
+        search = _zoom if solver == "cg_zoom_hz" else _backtracking
+
+        def step(phi: Objective, learned: PyTree, state: Any, rate: Number) -> Any:
+            del rate
+            return _nonlinear_step(phi, learned, state, beta, search)
+
+        return Solver(_nonlinear_init, step)
+    named = isinstance(solver, str)
+    chain = []
+    if clip_norm is not None:
+        chain.append(_clip_each(clip_norm))
+    if clip_value is not None:
+        chain.append(optax.clip(clip_value))
+    if solver == "momentum":
+        chain.append(optax.trace(momentum))
+    elif solver == "adam":
+        chain.append(optax.scale_by_adam())
+    elif solver == "relative":
+        chain.append(scale_by_relative())
+    elif not named:
+        chain.append(solver)
+    tx = optax.with_extra_args_support(optax.chain(*chain))
+
+    def first_order(phi: Objective, learned: PyTree, state: Any, rate: Number) -> Any:
+        value, gradient = phi.gradient(learned)
+        updates, state = tx.update(gradient, state, learned)
+        if named:
+            updates = jax.tree.map(lambda u: -rate * u, updates)
+        moved = jax.tree.map(lambda b, u: (b + u).astype(b.dtype), learned, updates)
+        return moved, state, value
+
+    return Solver(lambda learned, _: tx.init(learned), first_order)
+
+
+SOLVERS = ("momentum", "sgd", "adam", "relative", "cg", "cg_zoom_hz", "cg_back_pr+")
+
+DETERMINISTIC = ("cg", "cg_zoom_hz", "cg_back_pr+")
+"""Solvers that compare steps: they need the same objective at every one."""
+
+
+def scale_by_relative() -> optax.GradientTransformation:
+    """Multiply a gradient by the array that it belongs to, normalised.
+
+    For a square array S with gradient G the update is S G / |G S| (Frobenius), for any other
+    array s G / max|s G|; both times the root mean square of the array's singular values
+    (entries). The refit's Hessian is the curvature that S should invert, so that S G is
+    Newton's direction once S is right; a step does not depend on the scale of G or S.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = scale_by_relative()
+      >>> updates, _ = tx.update([jnp.array([2.0, 0.0])], tx.init(None), [jnp.array([1.0, 1.0])])
+      >>> updates[0].tolist()
+      [1.0, 0.0]
+    """
+
+    def one(g: Array, s: Array) -> Array:
+        square = s.ndim == 2 and s.shape[0] == s.shape[1]
+        if square:
+            step, size = s @ g, jnp.sqrt(jnp.sum((g @ s) ** 2))
+            typical = jnp.sqrt(jnp.sum(s * s) / s.shape[0])
+        else:
+            step, size = s * g, jnp.max(jnp.abs(s * g), initial=0.0)
+            typical = jnp.sqrt(jnp.mean(s * s))
+        scale = jnp.where(size > 0, typical / jnp.where(size > 0, size, 1.0), 0.0)
+        return (scale * step).astype(g.dtype)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(one, updates, params))
+
+
+def _clip_each(limit: float) -> optax.GradientTransformation:
+    """Scale every array to an L2 norm of at most `limit`."""
+
+    def clip(x: Array) -> Array:
+        norm = jnp.sqrt(jnp.sum(x * x))
+        return x * jnp.minimum(1.0, limit / jnp.maximum(norm, jnp.finfo(x.dtype).tiny))
+
+    return optax.stateless(lambda updates, _: jax.tree.map(clip, updates))
+
+
+# --- linear conjugate gradients ------------------------------------------------------------------
+
+
+class _CGState(NamedTuple):
+    residual: PyTree  # -gradient of Phi
+    direction: PyTree
+    squared: Array  # of the residual
+    value: Array  # Phi
+
+
+def _cg_init(learned: PyTree, found: tuple[Array, PyTree]) -> _CGState:
+    del learned
+    value, gradient = found
+    residual = jax.tree.map(jnp.negative, gradient)
+    return _CGState(residual, residual, vdot(residual, residual), value)
+
+
+def _cg_step(
+    phi: Objective, learned: PyTree, state: _CGState, rate: Number
+) -> tuple[PyTree, _CGState, Array]:
+    """One step; it stays where it is once solved, or where Phi curves down."""
+    del rate
+    p = state.direction
+    q = phi.product(p)
+    curvature = vdot(p, q)
+    alpha = jnp.where(curvature > 0, state.squared / jnp.where(curvature > 0, curvature, 1.0), 0.0)
+    moved = jax.tree.map(lambda b, d: (b + alpha * d).astype(b.dtype), learned, p)
+    residual = jax.tree.map(lambda r, x: (r - alpha * x).astype(r.dtype), state.residual, q)
+    squared = vdot(residual, residual)
+    beta = jnp.where(state.squared > 0, squared / jnp.where(state.squared > 0, state.squared, 1), 0)
+    beta = jnp.where(alpha > 0, beta, 0.0)
+    direction = jax.tree.map(lambda r, d: (r + beta * d).astype(r.dtype), residual, p)
+    value = state.value - alpha * state.squared / 2  # exact on a quadratic
+    return moved, _CGState(residual, direction, squared, value), state.value
+
+
+# --- nonlinear conjugate gradients ---------------------------------------------------------------
+
+
+class _NonlinearState(NamedTuple):
+    gradient: PyTree  # the last one
+    direction: PyTree
+    started: Bool[Array, ""]
+
+
+def _nonlinear_init(learned: PyTree, _: Any) -> _NonlinearState:
+    zeros = jax.tree.map(jnp.zeros_like, learned)
+    return _NonlinearState(zeros, zeros, jnp.array(False))
+
+
+def _nonlinear_step(
+    phi: Objective,
+    learned: PyTree,
+    state: _NonlinearState,
+    beta: Callable[[PyTree, PyTree, PyTree], Array],
+    search: Callable[[Callable[[Array], Array], Array, Array], Array],
+) -> tuple[PyTree, _NonlinearState, Array]:
+    value, g = phi.gradient(learned)
+    change = jax.tree.map(jnp.subtract, g, state.gradient)
+    b = jnp.where(state.started, beta(g, change, state.direction), 0.0)
+    d = jax.tree.map(lambda x, last: (b * last - x).astype(x.dtype), g, state.direction)
+    downhill = vdot(g, d) < 0
+    d = jax.tree.map(lambda d, x: jnp.where(downhill, d, -x), d, g)  # restart
+    zero = jnp.zeros_like(value)
+    _, slope, curved = phi.along(learned, d, zero)
+    # The Newton length along the line, so that the search starts near its end.
+    guess = jnp.where(curved > 0, -slope / jnp.where(curved > 0, curved, 1.0), 1.0)
+    line = jax.tree.map(lambda x: (guess * x).astype(x.dtype), d)
+
+    # A custom rule: the slope is known from tangent sweeps, no transpose is needed.
+    @jax.custom_jvp
+    def along(t: Array) -> Array:
+        return phi.along(learned, line, t)[0]
+
+    @along.defjvp
+    def _rule(primals: Any, tangents: Any) -> Any:
+        found, slope, _ = phi.along(learned, line, *primals)
+        return found, slope * tangents[0]
+
+    t = search(along, value, (guess * slope).astype(value.dtype))
+    t = jnp.where(jnp.isfinite(t), t, 0.0)
+    moved = jax.tree.map(lambda b, x: (b + t * x).astype(b.dtype), learned, line)
+    return moved, _NonlinearState(g, d, jnp.array(True)), value
+
+
+def _polak_ribiere(g: PyTree, y: PyTree, d: PyTree) -> Array:
+    del d
+    last = jax.tree.map(jnp.subtract, g, y)
+    return jnp.maximum(_ratio(vdot(g, y), vdot(last, last)), 0.0)
+
+
+def _hager_zhang(g: PyTree, y: PyTree, d: PyTree) -> Array:
+    dy = vdot(d, y)
+    twice = 2 * _ratio(vdot(y, y), dy)
+    direction = jax.tree.map(lambda y, d: y - twice * d, y, d)
+    return jnp.clip(_ratio(vdot(direction, g), dy), -BETA_LIMIT, BETA_LIMIT)
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    return jnp.where(b != 0, a / jnp.where(b != 0, b, 1.0), 0.0)
+
+
+def _zoom(function: Callable[[Array], Array], value: Array, slope: Array) -> Array:
+    search = optax.scale_by_zoom_linesearch(LINE_SEARCH_STEPS, initial_guess_strategy="one")
+    return _search(search, function, value, slope)
+
+
+def _backtracking(function: Callable[[Array], Array], value: Array, slope: Array) -> Array:
+    search = optax.scale_by_backtracking_linesearch(LINE_SEARCH_STEPS, decrease_factor=0.5)
+    return _search(search, function, value, slope)
+
+
+def _search(search: Any, function: Any, value: Array, slope: Array) -> Array:
+    """The length found by an optax line search on a function of one number."""
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+        zero, one = jnp.zeros_like(value), jnp.ones_like(value)
+        length, _ = search.update(
+            one, search.init(zero), zero, value=value, grad=slope, value_fn=function
+        )
+    return length
