@@ -206,49 +206,134 @@ def fisher_sum(case: Case) -> np.ndarray:
 
 
 # --- structures: P as Kronecker products, and the closed forms of its pull-back ---------------
+#
+# Arrays as the library stores them, by slot; a vector in the place of a side is its diagonal,
+# and a side without arrays is the identity.
+
+Slots = dict[str, np.ndarray]
 
 
-def product(name: str, arrays: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
-    """Return P X for the matrix view X [m, n] (a column for joint blocks)."""
+def side(name: str, arrays: Slots, slot: str, d: int) -> np.ndarray:
+    """Return the left or right side of a structure as a dense matrix."""
+    main, scale, eye = arrays.get(slot), arrays.get(f"{slot}_scale"), np.eye(d)
+    if name == "h-kfac":
+        q = eye
+        for v in arrays[f"{slot}_vectors"]:
+            q = q @ (eye - 2 * np.outer(v, v) / (v @ v))
+        return q @ np.diag(scale) @ q.T
+    if main is None:
+        return eye
+    if main.ndim == 1:
+        return np.diag(main)
+    if name.startswith("low-rank-memory"):
+        out = eye
+        for u, v in zip(main, arrays.get(f"{slot}_other", main), strict=True):
+            out = (eye + np.outer(u, v)) @ out
+        return out
+    t = np.tril(main)
+    if name == "sym-kfac":
+        return t + t.T - np.diag(np.diag(t))
+    if name == "psd-sym-kfac":
+        return t @ t.T
+    if name.startswith("sds-sym-kfac"):
+        return t @ np.diag(scale / np.abs(scale).max() if name.endswith("norm-d") else scale) @ t.T
+    return main
+
+
+def spectrum(name: str, arrays: Slots) -> np.ndarray | None:
+    """Return D, the numbers between the sides, if the structure has them."""
+    if "left_spectrum" in arrays:
+        return np.outer(_root(name, arrays["left_spectrum"]), _root(name, arrays["right_spectrum"]))
+    if "spectrum" not in arrays:
+        return None
+    d = _root(name, arrays["spectrum"])
+    if "rms_norm" in name:
+        d = d / np.sqrt(np.mean(d**2))
+    if "max_norm" in name:
+        d = d / np.abs(d).max()
+    return arrays.get("spectrum_scale", 1.0) * d
+
+
+def _root(name: str, r: np.ndarray) -> np.ndarray:
+    return r**2 + 1e-12 if name.startswith("psd-") else r
+
+
+def product(name: str, arrays: Slots, x: np.ndarray) -> np.ndarray:
+    """Return P X for the matrix view X [m, n] (a column for a whole module)."""
+    d = spectrum(name, arrays)
     if name in ("scalar", "diagonal"):
-        return arrays["spectrum"] * x
-    if name == "dense":
-        return arrays["left"] @ x
-    if name == "diag-kfac":
-        return np.diag(arrays["left"]) @ x @ np.diag(arrays["right"])
-    u, w = arrays["left"], arrays["right"]
-    if name == "kfac":
-        return u @ x @ w.T
-    return u @ (_spectrum(name, arrays) * (u.T @ x @ w)) @ w.T
+        return d * x
+    a, b = (side(name, arrays, s, n) for s, n in zip(("left", "right"), x.shape, strict=True))
+    y = a @ x @ b.T if d is None else a @ (d * (a.T @ x @ b)) @ b.T
+    return arrays.get("scale", 1.0) * y
 
 
-def pull_back(
-    name: str, arrays: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Return the gradient of <y, P X> in each array: the table of closed forms."""
+def kronecker(name: str, arrays: Slots, shape: tuple[int, ...]) -> np.ndarray:
+    """Return P on row-major flattened blocks of the given shape."""
+    d = spectrum(name, arrays)
+    if name in ("scalar", "diagonal"):
+        return np.diag(np.broadcast_to(d, shape).ravel())
+    a, b = (side(name, arrays, s, n) for s, n in zip(("left", "right"), shape, strict=True))
+    ab = np.kron(a, b)
+    return arrays.get("scale", 1.0) * (ab if d is None else ab @ np.diag(d.ravel()) @ ab.T)
+
+
+def install(name: str, arrays: Slots, learned: Slots) -> Slots:
+    """Return arrays with what was learned: Sherman and Morrison, or first in, first out."""
+    out = dict(arrays)
+    for slot, value in learned.items():
+        where, _, letter = slot.partition("_fresh_")
+        u, s = learned.get(f"{where}_fresh_u"), arrays.get(where)
+        if not letter:
+            out[slot] = value
+        elif name.startswith("low-rank-memory"):
+            key = where if letter == "u" else f"{where}_other"
+            out[key] = np.stack([*list(arrays[key])[1:], value])
+        elif letter == "u":
+            v = learned.get(f"{where}_fresh_v", u)
+            out[where] = s - np.outer(s @ u, v @ s) / (1 + v @ s @ u)
+    return out
+
+
+def differences(f: Callable[[Slots], np.ndarray], arrays: Slots, step: float = 1e-6) -> Slots:
+    """Return the gradient of a number in each array, by central differences."""
+    out = {}
+    for slot, a in arrays.items():
+        moved = lambda e, slot=slot, a=a: f(arrays | {slot: a + e.reshape(a.shape)})  # noqa: E731
+        rows = step * np.eye(a.size)
+        out[slot] = np.array([(moved(e) - moved(-e)) / (2 * step) for e in rows]).reshape(a.shape)
+    return out
+
+
+def pull_back(name: str, arrays: Slots, x: np.ndarray, y: np.ndarray) -> Slots:
+    """Return the gradient of <y, P X> in each array that has a closed form in the papers."""
     if name == "scalar":
         return {"spectrum": np.sum(y * x)}
     if name == "diagonal":
         return {"spectrum": y * x}
     if name == "dense":
         return {"left": np.outer(y, x)}
-    u, w = arrays["left"], arrays["right"]
-    if name == "diag-kfac":
-        u, w = np.diag(u), np.diag(w)
-        return {"left": np.diag(y @ w @ x.T), "right": np.diag(y.T @ u @ x)}
-    if name == "kfac":
-        return {"left": y @ w @ x.T, "right": y.T @ u @ x}
-    d = _spectrum(name, arrays)
-    x_hat, y_hat = u.T @ x @ w, u.T @ y @ w
-    z, e = d * x_hat, d * y_hat
-    sides = {"left": y @ w @ z.T + x @ w @ e.T, "right": y.T @ u @ z + x.T @ u @ e}
-    if name == "e-kfac":
-        return {**sides, "spectrum": y_hat * x_hat}
-    a, g, dd = arrays["left_spectrum"], arrays["right_spectrum"], y_hat * x_hat
-    return {**sides, "left_spectrum": dd @ g, "right_spectrum": a @ dd}
-
-
-def _spectrum(name: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    if name == "e-kfac":
-        return arrays["spectrum"]
-    return np.outer(arrays["left_spectrum"], arrays["right_spectrum"])
+    if name not in ("kfac", "diag-kfac") and ("e-kfac" not in name or "swm" in name):
+        return {}
+    u, w = side(name, arrays, "left", x.shape[0]), side(name, arrays, "right", x.shape[1])
+    y = arrays.get("scale", 1.0) * y
+    d = spectrum(name, arrays)
+    if d is None:
+        out = {"left": y @ w @ x.T, "right": y.T @ u @ x}
+    else:
+        x_hat, y_hat = u.T @ x @ w, u.T @ y @ w
+        z, e, dd = d * x_hat, d * y_hat, y_hat * x_hat
+        out = {"left": y @ w @ z.T + x @ w @ e.T, "right": y.T @ u @ z + x.T @ u @ e}
+        slope = lambda slot: 2 * arrays[slot] if name.startswith("psd-") else 1.0  # noqa: E731
+        if "left_spectrum" in arrays:
+            a, g = (_root(name, arrays[f"{s}_spectrum"]) for s in ("left", "right"))
+            out["left_spectrum"] = slope("left_spectrum") * (dd @ g)
+            out["right_spectrum"] = slope("right_spectrum") * (a @ dd)
+        elif "norm" not in name:
+            out["spectrum"] = slope("spectrum") * dd
+        if "spectrum_scale" in arrays:
+            out["spectrum_scale"] = np.sum(dd * d) / arrays["spectrum_scale"]
+    for slot in ("left", "right"):
+        if arrays[slot].ndim == 1:
+            out[slot] = np.diag(out[slot])
+    return out

@@ -8,7 +8,8 @@ Example:
 from llqr import diagnostics as diagnostics
 from llqr import lqr as lqr
 from llqr import metrics as metrics
-from llqr.diagnostics import Description, Quality, describe, quality
+from llqr import solvers as solvers
+from llqr.diagnostics import Description, Quality, Report, describe, inspect, quality
 from llqr.exact_steps import exact
 from llqr.learning import Refit, RefitInfo
 from llqr.metrics import Metric
@@ -28,6 +29,7 @@ __all__ = [
     "Quality",
     "Refit",
     "RefitInfo",
+    "Report",
     "Route",
     "Rule",
     "Structure",
@@ -35,6 +37,7 @@ __all__ = [
     "diagnostics",
     "exact",
     "find",
+    "inspect",
     "linearize",
     "llqr",
     "lqr",
@@ -42,4 +45,5 @@ __all__ = [
     "quality",
     "refresh",
     "scale_by_llqr",
+    "solvers",
 ]

@@ -29,7 +29,7 @@ def unknown(kind: str, value: object, legal: Iterable[str], *, see: str | None =
 def check_choice(name: str, value: object, legal: Iterable[str]) -> None:
     """Raise ValueError if `value` is not one of the names."""
     names = list(legal)
-    if value not in names:
+    if not isinstance(value, str) or value not in names:
         raise ValueError(unknown(name, value, names))
 
 

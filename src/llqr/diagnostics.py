@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from llqr.quadratic import QuadraticModel
 from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
 from llqr.structures.plan import StructureLike
-from llqr.transform import plans_of
+from llqr.transform import find, plans_of
 
 MAX_STEPS = 5000
 """Of conjugate gradients in `quality`."""
@@ -119,6 +121,117 @@ def _bytes(size: int) -> str:
     while value >= 1024 and unit < len(units) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:.0f} {units[unit]}" if unit == 0 else f"{value:.1f} {units[unit]}"
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What a preconditioner's arrays look like, and what the last refit did to one block."""
+
+    leaf: str  # path of the first leaf
+    status: str  # a word of `llqr.learning.STATUS`
+    cosine: float  # of P h and h at the last refit
+    minimum: float  # over the block's arrays
+    maximum: float
+    norm: float
+    skew: dict[str, tuple[float, float]]  # slot -> asymmetry (Frobenius, spectral)
+
+
+@dataclass(frozen=True)
+class Report:
+    """State of a preconditioner; `print` it to read the table."""
+
+    refits: int
+    steps: int  # inner steps of the last refit
+    objective_before: float
+    objective_after: float
+    cosine: float  # of P h and h, all blocks together
+    blocks: tuple[BlockReport, ...]
+
+    def __str__(self) -> str:
+        head = ("leaf", "last refit", "cos(Ph, h)", "smallest", "largest", "norm")
+        body = [
+            (b.leaf, b.status, f"{b.cosine:.3f}", f"{b.minimum:.3g}", f"{b.maximum:.3g}",
+             f"{b.norm:.4g}")
+            for b in self.blocks
+        ]  # fmt: skip
+        return _table([head, *body], 2)
+
+
+def inspect(
+    tx: optax.GradientTransformation, state: Any, params: Params, *, asymmetry: bool = False
+) -> Report:
+    """Report on the arrays of P and on the last refit, block by block.
+
+    Everything is measured on the device in one call, and fetched once.
+
+    Args:
+      tx: an optimizer with `llqr.llqr` or `llqr.scale_by_llqr` in it.
+      state: its state.
+      params: the parameters (their structure and shapes).
+      asymmetry: also measure how far each two-dimensional array A is from symmetric:
+        |A - A^T| / |A + A^T| in the Frobenius norm and |A - A^T| / |A| in the spectral norm
+        (25 power iterations). Arrays that are not square have none.
+
+    Raises:
+      ValueError: there is no LLQR state in `state`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, llqr
+      >>> params = {"kernel": jnp.ones((2, 3))}
+      >>> tx = llqr.llqr(optax.sgd(0.1), structure="kfac")
+      >>> report = llqr.inspect(tx, tx.init(params), params, asymmetry=True)
+      >>> report.blocks[0].status, report.blocks[0].maximum, report.blocks[0].skew["left"]
+      ('none', 1.0, (0.0, 0.0))
+    """
+    ours = find(state)
+    plan = plans_of(tx, params)[0]
+    blocks = plans.unpack(plan, ours.blocks, params)
+    measured, skew, info = jax.device_get((*_measure(blocks, asymmetry), ours.refit))
+    rows = []
+    for block, status, cosine, (low, high, norm), skews in zip(
+        plan, info.status, info.cosines, measured, skew, strict=True
+    ):
+        pairs = {slot: (float(a), float(b)) for slot, (a, b) in skews.items()}
+        word = learning.STATUS[int(status)]
+        rows.append(
+            BlockReport(
+                block.names[0], word, float(cosine), float(low), float(high), float(norm), pairs
+            )
+        )
+    before, after = float(info.objective_before), float(info.objective_after)
+    counts = int(info.refits), int(info.steps)
+    return Report(*counts, before, after, float(info.cosine), tuple(rows))
+
+
+@partial(jax.jit, static_argnames="asymmetry")
+def _measure(blocks: learning.Blocks, asymmetry: bool) -> Any:
+    """Per block: (smallest, largest, norm) of its arrays, and asymmetry by slot."""
+    numbers, skew = [], []
+    for arrays in blocks:
+        values = list(arrays.values())
+        low = jnp.min(jnp.stack([jnp.min(x) for x in values]))
+        high = jnp.max(jnp.stack([jnp.max(x) for x in values]))
+        numbers.append((low, high, jnp.sqrt(vdot(values, values))))
+        square = {k: x for k, x in arrays.items() if x.ndim == 2 and x.shape[0] == x.shape[1]}
+        skew.append({k: _skew(x) for k, x in square.items()} if asymmetry else {})
+    return numbers, skew
+
+
+def _skew(a: Array) -> tuple[Array, Array]:
+    difference, total = a - a.T, a + a.T
+    frobenius = jnp.linalg.norm(difference) / (jnp.linalg.norm(total) + 1e-12)
+    return frobenius, _spectral_norm(difference) / (_spectral_norm(a) + 1e-12)
+
+
+def _spectral_norm(a: Array) -> Array:
+    """Largest singular value by 25 power iterations on A^T A from the vector of ones."""
+
+    def step(_: int, v: Array) -> Array:
+        w = a.T @ (a @ v)
+        return w / jnp.maximum(jnp.linalg.norm(w), 1e-30)
+
+    v = jnp.full((a.shape[1],), a.shape[1] ** -0.5, a.dtype)
+    return jnp.linalg.norm(a @ jax.lax.fori_loop(0, 25, step, v))
 
 
 @dataclass(frozen=True)

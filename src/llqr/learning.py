@@ -54,6 +54,8 @@ Blocks: TypeAlias = tuple[Arrays, ...]
 WHOLE = Route()
 SUBSET = 0.25
 """Share of the refit batch's rows in one minibatch probe."""
+FISHER_FLOOR = 0.1
+"""Share of the damping in the covariance of a fisher probe."""
 EVALUATION_PROBES = 4
 """Random directions on which a refit is judged: the same before and after it."""
 
@@ -90,7 +92,8 @@ class Refit:
         blocks are not clamped to >= 1e-8 and blocks with h.Ph <= 0 are not guarded.
       probe: directions h. "gradient": the refit batch's own, the published method;
         "minibatch": the gradient of a quarter of its rows; "gaussian": N(0, I); "fisher": the
-        gradient for labels drawn from the model, with covariance C.
+        gradient for labels drawn from the model, with covariance C (and a tenth of the damping
+        on top, so that directions in which the batch has no curvature stay where they are).
       probes: how many directions at once; 1 with "gradient".
       fresh_batches: a batch of its own for every inner step: the objective's batch then has
         one more axis in front, of length `steps`.
@@ -152,6 +155,8 @@ class Refit:
             why = "fresh_batches change the objective at every step: tolerance must be 0"
         elif self.fresh_batches and self.solver in solvers.DETERMINISTIC:
             why = f"solver={self.solver!r} needs one objective for all steps: no fresh_batches"
+        elif self.until is not None and self.until < self.start:
+            why = f"until={self.until} lies before start={self.start}"
         if why:
             raise ValueError(f"Refit: {why}.")
 
@@ -183,7 +188,7 @@ class RefitInfo(NamedTuple):
 
     def count(self, *words: str) -> Int[Array, ""]:
         """Return how many blocks have one of these words of `STATUS`."""
-        found = [jnp.sum(self.status == STATUS.index(word)) for word in words]
+        found = [jnp.sum(self.status == STATUS.index(w), dtype=jnp.int32) for w in words]
         return sum(found, start=jnp.zeros((), jnp.int32))
 
     @property
@@ -630,10 +635,7 @@ def _draw(
     """One random direction."""
     probe = problem.refit.probe
     if probe == "gaussian":
-        leaves, treedef = jax.tree.flatten(model.gradient)
-        keys = jax.random.split(key, max(len(leaves), 1))
-        drawn = [jax.random.normal(k, g.shape, g.dtype) for k, g in zip(keys, leaves, strict=False)]
-        return treedef.unflatten(drawn)
+        return _normal(model.gradient, key)
     if probe == "minibatch":
         rows = jax.random.bernoulli(key, SUBSET, (_rows(model.cotangent),))
 
@@ -646,7 +648,16 @@ def _draw(
     mask = objective.mask()
     cotangent = metrics.sample(problem.metric.tree, key, model.outputs, mask, rows)
     h = model.pull_back(cotangent)
-    return jax.tree.map(lambda x: (x / jnp.sqrt(model.scale)).astype(x.dtype), h)
+    scale, floor = jnp.sqrt(model.scale), jnp.sqrt(FISHER_FLOOR * model.damping)
+    noise = _normal(model.gradient, jax.random.fold_in(key, 1))
+    return jax.tree.map(lambda x, n: (x / scale + floor * n).astype(x.dtype), h, noise)
+
+
+def _normal(like: Params, key: Array) -> Params:
+    leaves, treedef = jax.tree.flatten(like)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    drawn = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=False)]
+    return treedef.unflatten(drawn)
 
 
 def _rows(cotangent: PyTree) -> int:
@@ -682,7 +693,7 @@ def _finish(
     installed = _choose([decreased] * len(plan), proposed, old)
     status = [
         _status(f, u, decreased, _same(a, b))
-        for f, u, a, b in zip(finite, upright, installed, old, strict=True)
+        for f, u, a, b in zip(finite, upright, new, old, strict=True)
     ]
     cosines = [cosine for _, cosine in judge.alignment(installed)]
     record = RefitInfo(
@@ -772,10 +783,10 @@ def _same(a: Arrays, b: Arrays) -> Bool[Array, ""]:
 
 def _status(finite: Array, upright: Array, decreased: Array, same: Array) -> Int[Array, ""]:
     code = {word: i for i, word in enumerate(STATUS)}
-    choice = jnp.where(same, code["kept"], code["updated"])
-    choice = jnp.where(decreased, choice, code["rejected"])
+    choice = jnp.where(decreased, code["updated"], code["rejected"])
     choice = jnp.where(upright, choice, code["inverted"])
-    return jnp.where(finite, choice, code["nonfinite"])
+    choice = jnp.where(finite, choice, code["nonfinite"])
+    return jnp.where(same, code["kept"], choice)
 
 
 def _choose(flags: list[Array], new: Blocks, old: Blocks) -> Blocks:

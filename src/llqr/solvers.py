@@ -98,7 +98,7 @@ def make(
 
         return Solver(_nonlinear_init, step)
     named = isinstance(solver, str)
-    chain = []
+    chain = [optax.identity()]
     if clip_norm is not None:
         chain.append(_clip_each(clip_norm))
     if clip_value is not None:

@@ -1,7 +1,7 @@
 """From the config to schedules, optimizer and preconditioner."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import jax
@@ -11,11 +11,15 @@ import optax
 
 import llqr
 from llqr import schedules
+from llqr._tree import leaf_names
 from llqr._types import Schedule
+from llqr.learning import Probe
 from llqr.metrics import Reduction
+from llqr.quadratic import CheckpointPolicy, Memory
 from llqr.structures import catalogue
+from llqr.transform import Graft
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.spec import Config
+from llqr_experiments.spec import OPERATOR_MODES, Config
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,8 @@ def _decay_mask(parts: list[str]) -> Any:
     """A function from parameters to which of them decay."""
 
     def mask(params: Any) -> Any:
-        def decays(path: tuple[Any, ...], _: Any) -> bool:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return not any(part in name for part in parts)
-
-        return jax.tree_util.tree_map_with_path(decays, params)
+        decays = [not any(part in name for part in parts) for name in leaf_names(params)]
+        return jax.tree.unflatten(jax.tree.structure(params), decays)
 
     return mask
 
@@ -103,16 +104,46 @@ def optimizer(config: Config, horizon: Horizon) -> optax.GradientTransformationE
     try:
         return llqr.llqr(
             base,
-            structure=catalogue.get(config.block_structure),
-            metric=llqr.metrics.resolve(config.divergence, config.divergence_order_param),
+            structure=structure(config),
+            metric=metric(config),
             damping=config.damping,
             divergence_reduction=cast(Reduction, config.divergence_reduction),
             identity_scaling=config.precond_identity_scaling,
             max_dim=config.precond_max_dim,
+            graft=cast(Graft, config.precond_graft),
+            precondition="update" if config.precond_on_update else "gradient",
+            route=route(config),
             refit=refit_options(config, horizon),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def structure(config: Config) -> llqr.Structure:
+    """Return the structure of P."""
+    found = catalogue.get(config.block_structure)
+    return found if config.precond_rank is None else replace(found, rank=config.precond_rank)
+
+
+def metric(config: Config) -> Any:
+    """Return the metric of the step."""
+    return llqr.metrics.resolve(config.divergence, config.divergence_order_param)
+
+
+def route(config: Config) -> llqr.Route:
+    """Return how curvature products are computed.
+
+    Chunks of the batch and second derivatives example by example are one mechanism here:
+    the smaller number of examples decides.
+    """
+    sizes = (config.llqr_batch_update_chunk_size, config.llqr_second_order_chunk_size)
+    given = [size for size in sizes if size is not None]
+    return llqr.Route(
+        layerwise=not config.llqr_use_fast_paths,
+        memory=cast(Memory, OPERATOR_MODES[config.llqr_operator_mode]),
+        checkpoint_policy=cast(CheckpointPolicy, config.llqr_checkpoint_policy),
+        chunk_size=min(given) if given else None,
+    )
 
 
 def refit_options(config: Config, horizon: Horizon) -> llqr.Refit:
@@ -126,14 +157,20 @@ def refit_options(config: Config, horizon: Horizon) -> llqr.Refit:
         until=config.update_preconditioner_until or None,
         steps=config.precond_steps,
         learning_rate=schedule(config, "precond_lr_scheduler", config.precond_lr, horizon),
+        tolerance=config.precond_tolerance,
         solver=config.precond_solver,
-        momentum=config.momentum,
+        momentum=config.momentum if config.precond_momentum is None else config.precond_momentum,
         clip_norm=config.precond_clip_norm or None,
         clip_value=config.precond_clip_element_wise or None,
         warm_start=config.warm_start_precond,
         ema_decay=schedule(config, "ema_scheduler", config.ema_decay, horizon),
         normalize_gradient=config.normalize_grad_for_lqr,
         allow_grad_inversion=config.allow_grad_inversion,
+        probe=cast(Probe, config.precond_probe),
+        probes=config.precond_probes,
+        fresh_batches=config.multibatch_training,
+        per_example=not config.batch_solve_precond,
+        seed=config.rng_seed,
     )
 
 

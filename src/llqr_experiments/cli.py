@@ -17,7 +17,7 @@ from llqr_experiments.errors import ConfigError, RunError
 from llqr_experiments.spec import SCHEDULERS, Config, options
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-GROUPS = ("experiment", "dataset", "architecture", "logging", *SCHEDULERS)
+GROUPS = ("experiment", "method", "dataset", "architecture", "logging", *SCHEDULERS)
 
 EXAMPLES = """\
 Train a model with LLQR. Every option is key=value, every group is group=preset.

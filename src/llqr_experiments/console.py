@@ -1,5 +1,6 @@
 """What a person sees of a run: a progress bar, refit lines, a closing table."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,13 @@ from rich.progress import (
 from rich.table import Table
 
 import llqr
+
+REASONS = {
+    "nonfinite": "not finite",
+    "inverted": "direction turned",
+    "rejected": "objective not lower",
+}
+"""Why a block kept its old arrays, by the words of `llqr.learning.STATUS`."""
 
 
 class Display:
@@ -64,21 +72,17 @@ class Display:
         self._bar.update(self._task, completed=step)
         self.say(f"step {step:>6}   test loss {loss:.4f}   test accuracy [bold]{accuracy:.2f} %[/]")
 
-    def refit(self, step: int, info: llqr.RefitInfo, blocks: int, seconds: float) -> None:
+    def refit(self, step: int, report: llqr.Report, seconds: float) -> None:
         """Print what a refit did."""
-        before, after = float(info.objective_before), float(info.objective_after)
-        guarded = int(info.guarded)
+        guarded = Counter(b.status for b in report.blocks if b.status in REASONS)
         line = (
-            f"step {step:>6}   refit {int(info.refits)}: objective {before:.4g} -> {after:.4g}, "
-            f"{seconds:.2f} s, {guarded} of {blocks} blocks guarded"
+            f"step {step:>6}   refit {report.refits}: objective {report.objective_before:.4g} -> "
+            f"{report.objective_after:.4g}, {seconds:.2f} s, {guarded.total()} of "
+            f"{len(report.blocks)} blocks guarded"
         )
         if guarded:
-            reasons = {
-                "not finite": int(info.nonfinite),
-                "sign of the gradient turned": int(info.inverted),
-                "objective not lower": int(info.rejected),
-            }
-            line += " [yellow](" + ", ".join(f"{k}: {v}" for k, v in reasons.items() if v) + ")[/]"
+            reasons = [f"{REASONS[word]}: {n}" for word, n in guarded.items()]
+            line += " [yellow](" + ", ".join(reasons) + ")[/]"
         self.say(line)
 
     def closing(

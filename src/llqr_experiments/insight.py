@@ -1,16 +1,72 @@
-"""How near the learned steps come to the exact one, before and after training."""
+"""What a refit did, and how near the learned steps come to the exact one."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import jax
+import jax.numpy as jnp
 from matplotlib.figure import Figure
 
 import llqr
-from llqr._types import Params
+from llqr._tree import vdot
+from llqr._types import Array, Float, Params
+from llqr.metrics import Reduction
+from llqr_experiments import build
+from llqr_experiments.console import REASONS
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.spec import Config
 
 BARS = ("#8aa6c1", "#c8452c", "#5b8c5a")
+
+
+@partial(jax.jit, static_argnames="objective")
+def gradient_cosine(
+    objective: llqr.Objective, params: Params, refit: Any, training: Any
+) -> Float[Array, ""]:
+    """Return the cosine of the loss gradients on a refit batch and on a training batch.
+
+    Near 0, P is learned for a direction that training does not take: refit later
+    (`precond_start_step`) or on more examples.
+    """
+    a, b = (jax.grad(objective)(params, batch) for batch in (refit, training))
+    return vdot(a, b) / jnp.maximum(jnp.sqrt(vdot(a, a) * vdot(b, b)), 1e-30)
+
+
+def refit_record(report: llqr.Report, cosine: float) -> dict[str, float]:
+    """Return what is logged about a refit, as one record.
+
+    Args:
+      report: of the preconditioner after it.
+      cosine: of refit and training gradient.
+    """
+    blocks = report.blocks
+    kept = [b for b in blocks if b.status not in ("updated", "kept")]
+    record = {
+        "refit objective before": report.objective_before,
+        "refit objective after": report.objective_after,
+        "refit steps": float(report.steps),
+        "refit guarded blocks": float(len(kept)),
+        "refit cosine Pg and g": report.cosine,
+        "refit cosine refit and training gradient": cosine,
+        "Maximum across preconditioner": max(b.maximum for b in blocks),
+        "Minimum across preconditioner": min(b.minimum for b in blocks),
+        "Preconditioner l2 norm": sum(b.norm**2 for b in blocks) ** 0.5,
+    }
+    for b in blocks:
+        record[f"{b.leaf} l2 norm"] = b.norm
+        record[f"{b.leaf} cosine Pg and g"] = b.cosine
+        if b.status in REASONS:
+            record[f"{b.leaf} guarded, {REASONS[b.status]}"] = 1.0
+        for slot, (frobenius, spectral) in b.skew.items():
+            record[f"{b.leaf}/{slot}/frob skew"] = frobenius
+            record[f"{b.leaf}/{slot}/spectral skew"] = spectral
+    skews = [pair for b in blocks for pair in b.skew.values()]
+    for i, kind in enumerate(("frob", "spectral")):
+        if skews:
+            mean = sum(pair[i] for pair in skews) / len(skews)
+            record[f"Average {kind} skew across preconditioner"] = mean
+    return record
 
 
 def measure(config: Config, objective: llqr.BoundObjective, params: Params) -> llqr.Quality:
@@ -24,9 +80,9 @@ def measure(config: Config, objective: llqr.BoundObjective, params: Params) -> l
             objective,
             params,
             structures=config.quality,
-            metric=llqr.metrics.resolve(config.divergence, config.divergence_order_param),
+            metric=build.metric(config),
             damping=config.damping,
-            divergence_reduction="mean" if config.divergence_reduction == "mean" else "sum",
+            divergence_reduction=cast(Reduction, config.divergence_reduction),
             max_dim=config.precond_max_dim,
         )
     except ValueError as error:  # no minimum, or too ill-conditioned

@@ -7,9 +7,12 @@ papers' guide, flat, so that its commands run verbatim.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
+import llqr
 from llqr._errors import unknown
+from llqr.learning import Probe
+from llqr.transform import Graft
 from llqr_experiments.errors import ConfigError
 
 T = TypeVar("T")
@@ -21,6 +24,14 @@ def _option(default: T, meaning: str, **rules: Any) -> T:
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+OPERATOR_MODES = {
+    "cached_exact": "cached",
+    "lowmem_exact_k": "curvature_recomputed",
+    "lowmem_exact_full": "recomputed",
+}
+"""The papers' names and ours."""
 
 
 @dataclass
@@ -112,11 +123,17 @@ class Config:
     # preconditioner
     use_preconditioner: bool = _option(True, "false runs the main optimizer alone")
     block_structure: str = _option("diagonal", "structure of P; see llqr.STRUCTURES")
+    block_structure_init: str = _option("identity", "where P starts", choices=("identity",))
+    precond_rank: int | None = _option(
+        None, "vectors kept by the low-rank-memory structures; null: 8", low=1
+    )
     precond_max_dim: int = _option(10_000, "dense sides longer than this become diagonal", low=1)
     divergence: str = _option("ngd", "metric of the step; see llqr.metrics")
     divergence_order_param: float = _option(0.5, "order of the renyi divergence", above=0)
     divergence_reduction: str = _option(
-        "sum", "of the divergence over rows", choices=("sum", "mean")
+        "sum",
+        "of the divergence over rows; unit: curvature scaled to largest eigenvalue 1",
+        choices=("sum", "mean", "unit"),
     )
     damping: float = _option(0.0, "added to the curvature of every parameter", low=0)
     update_preconditioner_every: int = _option(1000, "steps between refits", low=1)
@@ -126,8 +143,54 @@ class Config:
     precond_start_step: int = _option(0, "step of the first refit", low=0)
     precond_batch_size: int = _option(64, "examples in a refit", low=1)
     precond_steps: int = _option(50, "inner steps of a refit", low=1)
+    precond_tolerance: float = _option(
+        0.0,
+        "stop a refit when a step changes its objective by less than this share; 0: never",
+        low=0,
+    )
     precond_lr: float = _option(1e-3, "of the inner solver", above=0)
-    precond_solver: str = _option("momentum", "inner solver", choices=("momentum", "sgd", "adam"))
+    precond_momentum: float | None = _option(
+        None, "of the inner solver; null: that of the main optimizer", low=0, high=1
+    )
+    precond_solver: str = _option("momentum", "inner solver", choices=llqr.solvers.SOLVERS)
+    precond_probe: str = _option(
+        "gradient", "direction that P is learned on", choices=get_args(Probe)
+    )
+    precond_probes: int = _option(1, "directions in an inner step", low=1)
+    precond_graft: str = _option(
+        "none", "length given to P g: its own, or that of g", choices=get_args(Graft)
+    )
+    precond_on_update: bool = _option(
+        False, "P multiplies the optimizer's update, not the gradient"
+    )
+    batch_solve_precond: bool = _option(
+        True, "one problem for the refit batch; false: the mean of one for each example"
+    )
+    multibatch_training: bool = _option(False, "a fresh batch at every inner step")
+    llqr_use_fast_paths: bool = _option(True, "fused products; false: layer by layer")
+    llqr_operator_mode: str = _option(
+        "cached_exact", "what a refit keeps in memory", choices=tuple(OPERATOR_MODES)
+    )
+    llqr_checkpoint_policy: str = _option(
+        "none", "of lowmem_exact_full", choices=("none", "dots_no_batch_dims")
+    )
+    llqr_batch_update_mode: str = _option(
+        "full_batch",
+        "refit on the batch as a whole or in chunks",
+        choices=("full_batch", "chunked_lqr_segment"),
+    )
+    llqr_batch_update_chunk_size: int | None = _option(
+        None, "examples in a chunk of chunked_lqr_segment", low=1
+    )
+    llqr_second_order_mode: str = _option(
+        "batched_exact",
+        "second derivatives of the batch at once or example by example",
+        choices=("batched_exact", "sample_separable_exact"),
+    )
+    llqr_second_order_chunk_size: int | None = _option(
+        None, "examples at once in sample_separable_exact; null: the refit batch", low=1
+    )
+    measure_asymmetry: bool = _option(False, "log how far each side of P is from symmetric")
     precond_clip_norm: float | None = _option(
         5.0, "largest L2 norm of the gradient of each stored array; null or 0: off", low=0
     )
@@ -149,9 +212,41 @@ class Config:
             raise ConfigError(
                 f"architecture.hidden={self.architecture.hidden}: give at least one width >= 1."
             )
+        for pair in self._contradictions():
+            raise ConfigError(pair)
         if self.main_optimizer.startswith("adamw") and self.weight_decay is None:
             name = self.main_optimizer
             raise ConfigError(f"main_optimizer={name} needs weight_decay: a number, 0 for none.")
+
+    def _contradictions(self) -> Iterator[str]:
+        """Pairs of options that exclude each other, with the reason."""
+        chunked = self.llqr_batch_update_mode == "chunked_lqr_segment"
+        if chunked and self.llqr_batch_update_chunk_size is None:
+            yield "llqr_batch_update_mode=chunked_lqr_segment needs llqr_batch_update_chunk_size."
+        if not chunked and self.llqr_batch_update_chunk_size is not None:
+            yield (
+                f"llqr_batch_update_chunk_size={self.llqr_batch_update_chunk_size} needs "
+                "llqr_batch_update_mode=chunked_lqr_segment."
+            )
+        separable = self.llqr_second_order_mode == "sample_separable_exact"
+        if not separable and self.llqr_second_order_chunk_size is not None:
+            yield (
+                f"llqr_second_order_chunk_size={self.llqr_second_order_chunk_size} needs "
+                "llqr_second_order_mode=sample_separable_exact."
+            )
+        full = self.llqr_operator_mode == "lowmem_exact_full"
+        if self.llqr_checkpoint_policy != "none" and not full:
+            yield (
+                f"llqr_checkpoint_policy={self.llqr_checkpoint_policy} needs "
+                "llqr_operator_mode=lowmem_exact_full: otherwise all residuals are kept."
+            )
+        if not self.llqr_use_fast_paths and (chunked or self.llqr_second_order_chunk_size):
+            yield "llqr_use_fast_paths=false takes the batch as a whole: no chunks."
+        if self.precond_rank is not None and not self.block_structure.startswith("low-rank"):
+            yield (
+                f"precond_rank={self.precond_rank} is for low-rank-memory structures only, not for "
+                f"block_structure={self.block_structure}."
+            )
 
 
 SCHEDULERS = ("lr_scheduler", "precond_lr_scheduler", "ema_scheduler", "precond_update_scheduler")

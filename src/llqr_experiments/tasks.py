@@ -11,6 +11,7 @@ from flax import nnx
 
 import llqr
 from llqr._types import Array, Float, Params
+from llqr.integrations.nnx import stages
 from llqr_experiments import data
 from llqr_experiments.models import MLP
 from llqr_experiments.spec import Config
@@ -49,17 +50,20 @@ def build(config: Config) -> Task:
         dataset.num_classes,
         rngs=nnx.Rngs(config.init_key),
     )
-    graphdef, params = nnx.split(model, nnx.Param)
+    staged, params = stages(model.stages())
+    forward = staged.as_forward(inputs=_flat_images)
     smoothing = config.label_smoothing
-
-    def forward(params: Params, batch: dict[str, Array]) -> Array:
-        return nnx.merge(graphdef, params)(batch["image"])
 
     def loss(outputs: Array, batch: dict[str, Array]) -> Float[Array, ""]:
         return jnp.mean(cross_entropy(outputs, batch["label"], smoothing))
 
     name = f"{config.dataset.name}_{config.architecture.name}"
-    return Task(name, dataset, nnx.as_pure(params), llqr.Objective(forward, loss))
+    return Task(name, dataset, params, llqr.Objective(forward, loss))
+
+
+def _flat_images(batch: dict[str, Array]) -> Array:
+    images = batch["image"]
+    return images.reshape(images.shape[0], -1)
 
 
 def cross_entropy(

@@ -1,7 +1,7 @@
 """A run, from config to plots: a loop of named phases."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 import llqr
@@ -151,10 +152,11 @@ def _loop(
             log(step, final)
         if step == last:
             break
+        batch = next(stream)
         if step in job.refit_steps:
-            state = _refit(job, state, next(refits), step, display, log, clock)
+            state = _refit(job, state, refits, batch, step, display, log, clock)
         with clock.phase("training"):
-            state, sums = train_step(job.task.objective, job.tx, state, next(stream))
+            state, sums = train_step(job.task.objective, job.tx, state, batch)
             if (step + 1) % config.logging_freq == 0 or step == 0:
                 _report(step + 1, _means(sums), display, log)
     return final, state.params
@@ -163,7 +165,8 @@ def _loop(
 def _refit(
     job: Run,
     state: TrainState,
-    batch: dict[str, Any],
+    batches: Iterator[dict[str, Any]],
+    training: dict[str, Any],
     step: int,
     display: Display,
     log: Callable[[int, dict[str, float]], None],
@@ -173,20 +176,21 @@ def _refit(
     before = clock.seconds["refit"]
     jax.block_until_ready(state)  # earlier training steps are not the refit's time
     with clock.phase("refit"):
-        objective = job.task.objective.bind(batch)
+        batch = batch_of_all = next(batches)
+        if job.config.multibatch_training:  # one for every inner step, on an axis of their own
+            more = [next(batches) for _ in range(job.config.precond_steps - 1)]
+            batch_of_all = jax.tree.map(lambda *leaves: np.stack(leaves), batch, *more)
+        objective = job.task.objective.bind(batch_of_all)
         opt_state = llqr.refresh(job.tx, state.opt_state, state.params, objective)
-        info = jax.device_get(llqr.find(opt_state).refit)
+        jax.block_until_ready(opt_state)
     seconds = clock.seconds["refit"] - before
-    assert job.blocks is not None
-    display.refit(step, info, len(job.blocks.rows), seconds)
-    log(
-        step,
-        {
-            "refit objective before": float(info.objective_before),
-            "refit objective after": float(info.objective_after),
-            "refit guarded blocks": float(info.guarded),
-        },
-    )
+    with clock.phase("insight"):
+        skew = job.config.measure_asymmetry
+        report = llqr.inspect(job.tx, opt_state, state.params, asymmetry=skew)
+        cosine = insight.gradient_cosine(job.task.objective, state.params, batch, training)
+        record = insight.refit_record(report, float(cosine))
+    display.refit(step, report, seconds)
+    log(step, record)
     return state._replace(opt_state=opt_state)
 
 

@@ -1,5 +1,6 @@
 """One tiny problem for the contract suite: it compiles fast and has leaves of rank 2, 1 and 0."""
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -69,20 +70,49 @@ BASES = {
     "adam": optax.adam(0.01),
 }
 
-NAMES = (*(f"scale_by_llqr({s})" for s in llqr.STRUCTURES), *(f"llqr({b})" for b in BASES))
+KINDS = (
+    "scalar", "diagonal", "dense", "kfac", "e-kfac", "psd-sym-kfac", "asym_swm_kfac",
+)  # fmt: skip
+"""Structures of every kind: the whole contract; each of the 25 names is checkpointed."""
+
+PROBE = {
+    "divergence_reduction": "unit",
+    "graft": "block",
+    "refit": llqr.Refit(every=4, steps=3, probe="fisher", probes=2, solver="relative"),
+}
+
+NAMES = (
+    *(f"scale_by_llqr({s})" for s in KINDS),
+    "scale_by_llqr(probe)",
+    *(f"llqr({b})" for b in BASES),
+    "llqr(update)",
+)
 """Every optimizer-like object that the contract holds for."""
+
+STRUCTURES = tuple(f"scale_by_llqr({s})" for s in llqr.STRUCTURES)
 
 
 @cache
 def optimizer(name: str) -> optax.GradientTransformationExtraArgs:
     kind, inside = name.rstrip(")").split("(")
+    if inside == "probe":
+        return llqr.scale_by_llqr(**options(**PROBE))
+    if inside == "update":
+        return llqr.llqr(BASES["momentum"], **options(precondition="update"))
     if kind == "scale_by_llqr":
-        return llqr.scale_by_llqr(**options(structure=inside))
+        # Fresh vectors are random: they need more steps than others to lower the objective.
+        memory = llqr.STRUCTURES[inside].has_memory
+        changes = (
+            {"refit": dataclasses.replace(REFIT, steps=10, solver="relative")} if memory else {}
+        )
+        return llqr.scale_by_llqr(**options(structure=inside, **changes))
     return llqr.llqr(BASES[inside], **options())
 
 
 def base(name: str) -> optax.GradientTransformation:
     """Return the optimizer that an object equals before the first refit."""
+    if name == "llqr(update)":
+        return BASES["momentum"]
     return BASES.get(name.rstrip(")").split("(")[1], optax.identity())
 
 

@@ -314,7 +314,7 @@ def test_state_can_be_donated(name: str) -> None:
     pb.assert_bitwise((params, state), (expected_params, expected))
 
 
-@pytest.mark.parametrize("name", pb.NAMES)
+@pytest.mark.parametrize("name", dict.fromkeys((*pb.NAMES, *pb.STRUCTURES)))
 def test_state_survives_a_checkpoint(name: str) -> None:
     """Leaves to numpy and back: the same bits, and the same next step."""
     with jax.numpy_dtype_promotion("standard"):  # optax's adam mixes dtypes

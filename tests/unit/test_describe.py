@@ -69,20 +69,42 @@ temperature    scalar  scalar   diagonal                   1     4 B            
         ("dense", {}, DENSE_TABLE),
         ("kfac", {"max_dim": 4}, LIMITED_TABLE),
     ],
-    ids=["per leaf", "joint", "max_dim"],
+    ids=["per leaf", "module", "max_dim"],
 )
 def test_table(structure: str, options: dict[str, Any], table: str) -> None:
     assert str(describe(structure, **options)) == table
 
+
+SQUARES = M**2 + N**2
+BOTH = M * M * N + M * N * N  # multiply-adds of A X B^T
+RANK, REFLECTIONS = 8, 4
 
 STORED = {
     "scalar": 1,
     "diagonal": M * N,
     "dense": (M * N) ** 2,
     "diag-kfac": M + N,
-    "kfac": M**2 + N**2,
-    "e-kfac": M**2 + N**2 + M * N,
-    "sep-e-kfac": M**2 + N**2 + M + N,
+    "kfac": SQUARES,
+    "sym-kfac": SQUARES,
+    "psd-sym-kfac": SQUARES,
+    "sds-sym-kfac": SQUARES + M + N,
+    "sds-sym-kfac_norm-d": SQUARES + M + N,
+    "h-kfac": (REFLECTIONS + 1) * (M + N),
+    "e-kfac": SQUARES + M * N,
+    "e-kfac-gpt": SQUARES + M * N,
+    "psd-e-kfac": SQUARES + M * N,
+    "rms_norm-e-kfac": SQUARES + M * N + 1,
+    "max_norm-e-kfac": SQUARES + M * N + 1,
+    "scaled-rms_norm-e-kfac": SQUARES + M * N + 1,
+    "scaled-max_norm-e-kfac": SQUARES + M * N + 1,
+    "sep-e-kfac": SQUARES + M + N,
+    "psd-sep-e-kfac": SQUARES + M + N,
+    "sym_swm_kfac": SQUARES,
+    "asym_swm_kfac": SQUARES,
+    "sym_swm_e-kfac": SQUARES + M * N,
+    "sym_swm_sep-e-kfac": SQUARES + M + N,
+    "low-rank-memory": RANK * M * N + 1,
+    "low-rank-memory-asym": 2 * RANK * M * N + 1,
 }
 
 COST = {
@@ -90,13 +112,34 @@ COST = {
     "diagonal": M * N,
     "dense": (M * N) ** 2,
     "diag-kfac": 2 * M * N,
-    "kfac": M * M * N + M * N * N,
-    "e-kfac": 2 * (M * M * N + M * N * N) + M * N,
-    "sep-e-kfac": 2 * (M * M * N + M * N * N) + 2 * M * N,
+    "kfac": BOTH,
+    "sym-kfac": BOTH,
+    # T (T^T X), with a diagonal between or without.
+    "psd-sym-kfac": 2 * BOTH,
+    "sds-sym-kfac": 2 * BOTH + 2 * M * N,
+    "sds-sym-kfac_norm-d": 2 * BOTH + 2 * M * N,
+    # A reflection x - 2 v (v.x) is two for each entry; Q and Q^T on both sides.
+    "h-kfac": 2 * (2 * REFLECTIONS * 2 + 1) * M * N,
+    "e-kfac": 2 * BOTH + M * N,
+    "e-kfac-gpt": 2 * BOTH + M * N,
+    "psd-e-kfac": 2 * BOTH + M * N,
+    "rms_norm-e-kfac": 2 * BOTH + M * N,
+    "max_norm-e-kfac": 2 * BOTH + M * N,
+    "scaled-rms_norm-e-kfac": 2 * BOTH + M * N,
+    "scaled-max_norm-e-kfac": 2 * BOTH + M * N,
+    "sep-e-kfac": 2 * BOTH + 2 * M * N,
+    "psd-sep-e-kfac": 2 * BOTH + 2 * M * N,
+    "sym_swm_kfac": BOTH,
+    "asym_swm_kfac": BOTH,
+    "sym_swm_e-kfac": 2 * BOTH + M * N,
+    "sym_swm_sep-e-kfac": 2 * BOTH + 2 * M * N,
+    "low-rank-memory": 2 * RANK * M * N,
+    "low-rank-memory-asym": 2 * RANK * M * N,
 }
 
 
 def test_tables_cover_every_structure() -> None:
+    assert len(STORED) == 25
     assert STORED.keys() == COST.keys() == llqr.STRUCTURES.keys()
 
 
@@ -138,19 +181,19 @@ def test_max_dim(max_dim: int, name: str, stored: int, cost: int) -> None:
     assert (row.structure, row.stored, row.cost) == (name, stored, cost)
 
 
-def test_max_dim_of_a_joint_block_counts_the_whole_module() -> None:
+def test_max_dim_counts_the_whole_module() -> None:
     rows = {row.leaf: row for row in describe("dense", max_dim=17).rows}
     assert rows["out/bias"].structure == "dense (left diagonal)"
     assert (rows["out/bias"].stored, rows["out/bias"].cost) == (18, 18)
     assert rows["norm/scale"].structure == "dense"
 
 
-def test_joint_rows_hold_all_leaves_of_a_module() -> None:
+def test_rows_of_a_module_hold_all_of_its_leaves() -> None:
     rows = {row.leaf: row for row in describe("scalar").rows}
     assert rows.keys() == {"norm/scale", "out/bias", "temperature"}
-    joint = rows["out/bias"]
-    assert (joint.more, joint.shape, joint.view) == (1, (N,), (N + M * N, 1))
-    assert (joint.parameters, joint.stored, joint.cost) == (18, 1, 18)
+    module = rows["out/bias"]
+    assert (module.more, module.shape, module.view) == (1, (N,), (N + M * N, 1))
+    assert (module.parameters, module.stored, module.cost) == (18, 1, 18)
     assert [row.more for row in rows.values()] == [0, 1, 0]
 
 

@@ -14,8 +14,8 @@ h-kfac                   the same with A = Q diag(s) Q^T            5 (m + n)
 e-kfac                   U (D * (U^T X W)) W^T                      m^2 + n^2 + m n
 e-kfac-gpt               the same; U diagonal for embeddings, W for lm_head/kernel
 psd-e-kfac               e-kfac with D = r^2 + 1e-12                m^2 + n^2 + m n
-rms_norm-e-kfac          e-kfac with D / rms(D)                     m^2 + n^2 + m n
-max_norm-e-kfac          e-kfac with D / max|D|                     m^2 + n^2 + m n
+rms_norm-e-kfac          e-kfac with D / rms(D)                     m^2 + n^2 + m n + 1
+max_norm-e-kfac          e-kfac with D / max|D|                     m^2 + n^2 + m n + 1
 scaled-rms_norm-e-kfac   alpha times rms_norm-e-kfac                m^2 + n^2 + m n + 1
 scaled-max_norm-e-kfac   alpha times max_norm-e-kfac                m^2 + n^2 + m n + 1
 sep-e-kfac               U (a g^T * (U^T X W)) W^T                  m^2 + n^2 + m + n

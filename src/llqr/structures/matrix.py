@@ -31,6 +31,8 @@ Arrays: TypeAlias = dict[str, Array]
 
 CLAMP = 1e-8
 """Smallest entry of an elementwise structure after a refit."""
+FRESH = 0.1
+"""Length of a fresh vector: the papers' 1 changes P by half before anything is learned."""
 POSITIVE = 1e-12
 """A positive spectrum is r^2 + POSITIVE."""
 
@@ -139,7 +141,7 @@ class Structure:
     def definite(self) -> bool:
         """Whether P is always positive semidefinite."""
         if self.spectrum != "none":
-            return self.positive
+            return self.positive and not self.scaled  # by a factor of either sign
         return all(side.definite for side in self.sides.values())
 
     @property
@@ -213,7 +215,7 @@ def start(
       structure: the structure.
       arrays: from which the refit starts.
       shape: of the block.
-      scale: sigma; fresh vectors have about this length.
+      scale: sigma; fresh vectors have about a tenth of it as length.
       key: of fresh vectors.
     """
     out = {slot: arrays[slot] for slot in structure.learned}
@@ -223,7 +225,7 @@ def start(
             for local, s in side.fresh(size).items():
                 key, one = jax.random.split(key)
                 dtype = next(iter(arrays.values())).dtype
-                vector = scale * jax.random.normal(one, s, dtype) / size**0.5
+                vector = FRESH * scale * jax.random.normal(one, s, dtype) / size**0.5
                 out[f"{slot}_fresh_{local}"] = vector
     return out
 
@@ -265,8 +267,9 @@ def as_matrix(
     if structure.elementwise:
         matrix = jnp.diag(jnp.broadcast_to(_spectrum(structure, arrays), shape).ravel())
     else:
+        dtype = next(iter(arrays.values())).dtype
         left, right = (
-            SIDES[name].times(_local(arrays, slot), jnp.eye(size), False)
+            SIDES[name].times(_local(arrays, slot), jnp.eye(size, dtype=dtype), False)
             for name, slot, size in zip(
                 (structure.left, structure.right), ("left", "right"), shape, strict=True
             )
@@ -358,5 +361,7 @@ def _spectrum(structure: Structure, arrays: Arrays) -> Array:
 
 
 def _normalize(structure: Structure, d: Array) -> Array:
-    norm = jnp.sqrt(jnp.mean(d * d)) if structure.normalize == "rms" else jnp.max(jnp.abs(d))
-    return d / jnp.maximum(norm, POSITIVE)
+    rms = structure.normalize == "rms"
+    size = jnp.mean(d * d) if rms else jnp.max(jnp.abs(d))
+    size = jnp.where(size > 0, size, 1)  # before the root, whose slope at zero is infinite
+    return d / (jnp.sqrt(size) if rms else size)

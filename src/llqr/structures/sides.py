@@ -119,7 +119,8 @@ def _congruent_times(arrays: SideArrays, x: Array, transpose: bool, *, unit: boo
 
 
 def _unit_max(s: Array) -> Array:
-    return s / jnp.maximum(jnp.max(jnp.abs(s)), _TINY)
+    largest = jnp.max(jnp.abs(s))
+    return s / jnp.where(largest > 0, largest, 1)
 
 
 def _congruent_init(

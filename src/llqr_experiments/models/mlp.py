@@ -1,6 +1,6 @@
 """The multilayer perceptron of the papers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import jax
@@ -37,6 +37,15 @@ class MLP(nnx.Module):
     def __call__(self, x: t.Float[t.Array, "batch ..."]) -> t.Float[t.Array, "batch classes"]:
         """Return log-probabilities."""
         x = x.reshape(x.shape[0], -1)
+        for _, stage in self.stages():
+            x = stage(x)
+        return x
+
+    def stages(self) -> list[tuple[str, Callable[[t.Array], t.Array]]]:
+        """Return (name, module or function) in order, from flattened inputs."""
+        parts: list[tuple[str, Callable[[t.Array], t.Array]]] = []
         for i in range(self.dense):
-            x = getattr(self, f"layers_{2 * i}")(x if i == 0 else nnx.relu(x))
-        return jax.nn.log_softmax(x)
+            parts.append((f"layers_{2 * i}", getattr(self, f"layers_{2 * i}")))
+            parts.append((f"layers_{2 * i + 1}", nnx.relu))
+        parts[-1] = (parts[-1][0], jax.nn.log_softmax)
+        return parts

@@ -1,0 +1,74 @@
+"""What all benchmarks share: the environment, medians with their spread, tables, JSON."""
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+MEBIBYTE = 2**20
+COUNT_ALL = {"xla_cpu_experimental_ynn_fusion_type": ""}
+"""On CPU, what XLA hands to a kernel library as a whole hides its buffers: hand over nothing."""
+
+
+def environment(**more: Any) -> dict[str, Any]:
+    """Return where the figures were measured."""
+    return {
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **more,
+    }
+
+
+def spread(values: Iterable[float]) -> list[float]:
+    """Return [median, smallest, largest]."""
+    values = list(values)
+    return [f(values) for f in (statistics.median, min, max)]
+
+
+def temporary_mebibytes(function: Any, *arguments: Any) -> float:
+    """Return XLA's temporary memory of a function, in MiB: compiled, not run."""
+    lowered = jax.jit(function).lower(*arguments)
+    options = COUNT_ALL if jax.default_backend() == "cpu" else None
+    analysis = lowered.compile(options).memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes / MEBIBYTE
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print a table."""
+    table = Table(title=title)
+    for column, value in rows[0].items():
+        table.add_column(column, justify="left" if isinstance(value, str) else "right")
+    for row in rows:
+        table.add_row(*map(_cell, row.values()))
+    Console(width=160).print(table)
+
+
+def write(name: str, environment: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write results/<name>.json."""
+    RESULTS.mkdir(exist_ok=True)
+    out = RESULTS / f"{name}.json"
+    out.write_text(json.dumps({"environment": environment, "rows": rows}, indent=2) + "\n")
+    print(f"written to {out}")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        middle, low, high = value
+        return f"{middle:.2f} ({low:.2f} - {high:.2f})"
+    if value is None:
+        return ""
+    if isinstance(value, str | int):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

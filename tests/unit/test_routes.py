@@ -1,0 +1,183 @@
+"""Every route gives the numbers of the default: products, and whole refits."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llqr
+from llqr import lqr
+from llqr.quadratic import Route
+from tests import cases, oracle, staged
+from tests.cases import Case
+
+ROUTES = {
+    "curvature_recomputed": Route(memory="curvature_recomputed"),
+    "recomputed": Route(memory="recomputed"),
+    "rematerialized": Route(memory="recomputed", checkpoint_policy="dots_no_batch_dims"),
+    "chunks of 2": Route(chunk_size=2),
+    "chunks of 4": Route(chunk_size=4),  # does not divide the batch
+    "one chunk": Route(chunk_size=100),
+}
+
+
+def bound(case: Case) -> llqr.BoundObjective:
+    """The objective, with what its examples share marked as such."""
+    if case is cases.CNN:
+        axes = lambda batch: {"x": 0, "y": 0, "stats": None}  # noqa: E731
+        return replace(case.objective, batch_axes=axes).bind(case.batch)
+    return case.bound
+
+
+@jax.jit
+def numbers(model: llqr.QuadraticModel, u: Any) -> Any:
+    value, slope = model.value_and_gradient(u)
+    return {"loss": model.loss, "J": value, "slope": slope, "inner": model.inner(u, u)}
+
+
+CHOSEN = [
+    (cases.MLP_TANH, "ngd"),
+    (cases.MLP_TANH, "newton"),
+    (cases.MLP_TANH, "renyi_2"),
+    (cases.MLP_RELU, "reverse_kl"),
+    (cases.MLP_MASKED, "gauss_newton"),
+    (cases.MLP_MASKED, "newton"),
+    (cases.CNN, "renyi(2)"),
+    (cases.CNN, "newton"),
+    (cases.ATTENTION, "ngd"),
+    (cases.ATTENTION, "newton"),
+    (cases.TWO_HEADS, {"class": "ngd", "value": "gaussian"}),
+    (cases.TWO_HEADS, "newton"),
+]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "unit"])
+@pytest.mark.parametrize(("case", "name"), CHOSEN, ids=cases.label)
+def test_routes_agree(case: Case, name: Any, reduction: Any) -> None:
+    u = case.control(3)
+    build = lambda route: llqr.linearize(  # noqa: E731
+        bound(case), case.params, cases.metric(name), damping=0.3,
+        divergence_reduction=reduction, route=route,
+    )  # fmt: skip
+    with jax.numpy_dtype_promotion("standard"):
+        expected = numbers(build(None), u)
+        scale = np.abs(oracle.flat(expected)).max()
+        for route in ROUTES.values():
+            for traced in (False, True):
+                if traced and route.chunk_size is None:
+                    continue
+                make = jax.jit(lambda route=route: build(route)) if traced else lambda: build(route)  # noqa: B023
+                oracle.close(oracle.flat(numbers(make(), u)), oracle.flat(expected), scale)
+
+
+@pytest.mark.parametrize("memory", ["cached", "curvature_recomputed", "recomputed"])
+@pytest.mark.parametrize("metric", ["ngd", "newton", "reverse_kl", "renyi_2"])
+@pytest.mark.parametrize("case", staged.STAGED[:6], ids=lambda c: c.name)
+def test_layerwise_equals_fused(case: staged.Staged, metric: str, memory: Any) -> None:
+    params, inputs, loss = case.build()
+    objective, batch = staged_objective(case, inputs, loss)
+    rng = np.random.default_rng(0)
+    u = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
+    found = [
+        llqr.linearize(objective.bind(batch), params, metric, damping=0.2, route=route)
+        for route in (Route(), Route(layerwise=True, memory=memory))
+    ]
+    fused, layerwise = (oracle.flat(numbers(model, u)) for model in found)
+    oracle.close(layerwise, fused)
+    w = jax.tree.map(jnp.cos, found[0].outputs)
+    oracle.close(oracle.flat(found[1].pull_back(w)), oracle.flat(found[0].pull_back(w)))
+
+
+def staged_objective(case: staged.Staged, inputs: Any, loss: Any) -> tuple[llqr.Objective, Any]:
+    mask = None if case.rows is None else lambda batch: case.rows
+    forward = case.model.as_forward()
+    return llqr.Objective(forward, lambda z, batch: loss(z), mask), inputs
+
+
+def test_a_rematerialized_staged_model_is_cut_at_its_segments() -> None:
+    case = staged.STAGED[0]
+    params, inputs, loss = case.build()
+    objective, batch = staged_objective(case, inputs, loss)
+    route = Route(memory="recomputed", checkpoint_policy="dots_no_batch_dims")
+    model = llqr.linearize(objective.bind(batch), params, route=route)
+    text = str(jax.make_jaxpr(lambda u: model.pull_back(model.network.tangent(u)))(params))
+    assert text.count("checkpoint") + text.count("remat") >= len(case.model.segments)
+    for chosen in (route, replace(route, layerwise=True)):
+        other = llqr.linearize(objective.bind(batch), params, route=chosen)
+        plain = llqr.linearize(objective.bind(batch), params)
+        u = jax.tree.map(jnp.cos, params)
+        oracle.close(oracle.flat(other.product(u)), oracle.flat(plain.product(u)))
+
+
+# --- whole refits ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("name", ["ngd", "newton", "renyi(2)"])
+def test_refits_agree(name: str, normalize: bool) -> None:
+    case = cases.MLP_MASKED
+    refit = llqr.Refit(steps=3, learning_rate=1e-3, normalize_gradient=normalize)
+
+    def run(route: Route | None, traced: bool = False) -> np.ndarray:
+        tx = llqr.scale_by_llqr(
+            structure="kfac", metric=cases.metric(name), damping=0.5, route=route, refit=refit
+        )
+        again = lambda state: llqr.refresh(tx, state, case.params, case.bound)  # noqa: E731
+        state = (jax.jit(again) if traced else again)(tx.init(case.params))
+        assert int(state.refit.guarded) == 0
+        return oracle.flat(state)
+
+    expected = run(None)
+    for route in ROUTES.values():
+        oracle.close(run(route), expected, rtol=1e-7)  # the record is kept in float32
+    oracle.close(run(Route(chunk_size=4), traced=True), expected, rtol=1e-7)
+
+
+def test_chunks_run_in_python_on_cpu_and_compile_once() -> None:
+    """XLA runs convolution gradients in a compiled loop 30 to 50 times slower there."""
+    case, shapes = cases.MLP_TANH, []
+
+    def counted(params: Any, batch: Any) -> Any:
+        shapes.append(batch["x"].shape[0])
+        return case.objective.forward(params, batch)
+
+    tx = llqr.scale_by_llqr(route=Route(chunk_size=4), refit=llqr.Refit(steps=4))
+    objective = replace(case.objective, forward=counted).bind(case.batch)
+    state = llqr.refresh(tx, tx.init(case.params), case.params, objective)
+    assert set(shapes) == {4, 6}  # six examples: the whole batch for its shape alone
+    first = shapes.count(4)
+    llqr.refresh(tx, state, case.params, objective)
+    assert shapes.count(4) == first
+
+
+# --- what cannot be split -------------------------------------------------------------------------
+
+
+def test_errors() -> None:
+    case = cases.MLP_TANH
+    with pytest.raises(ValueError, match="needs the stages of the model"):
+        llqr.linearize(case.bound, case.params, route=Route(layerwise=True))
+    scalar = llqr.Objective(lambda p, b: jnp.sum(p["in"]["bias"]) * b["x"].sum(), lambda z, b: z)
+    with pytest.raises(ValueError, match="examples on their first axis"):
+        llqr.linearize(scalar.bind(case.batch), case.params, route=Route(chunk_size=2))
+    uneven = {"x": case.batch["x"], "y": case.batch["y"][:-1]}
+    with pytest.raises(ValueError, match=r"the same number of them, not \[5, 6\]"):
+        case.objective.bind(uneven).split(2)
+    with pytest.raises(ValueError, match="chunk_size must lie in"):
+        Route(chunk_size=0)
+    with pytest.raises(ValueError, match="needs memory='recomputed'"):
+        Route(checkpoint_policy="dots_no_batch_dims")
+    with pytest.raises(ValueError, match="unknown Route: memory 'cashed': did you mean 'cached'"):
+        Route(memory="cashed")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="fused route"):
+        Route(layerwise=True, chunk_size=2)
+    watching = lqr.stages_from_functions([("a", lambda p, x: x @ p)]).as_forward(watch=["a"])
+    with pytest.raises(ValueError, match="without watch"):
+        llqr.linearize(
+            llqr.Objective(watching, lambda z, b: jnp.sum(z["output"])).bind(jnp.ones((2, 2))),
+            {"a": jnp.ones((2, 2))},
+            route=Route(layerwise=True),
+        )
