@@ -44,8 +44,9 @@ def _(
     cotangent = jax.tree.unflatten(jax.tree.structure(outputs), problem.cotangent)
     network = _Network(problem)
     g = network.pull_back(cotangent)
+    unused = jax.tree_util.Partial(_no_curvature)
     return QuadraticModel(
-        problem.loss, g, outputs, cotangent, network, _no_curvature, _Hessian(problem, g), damping
+        problem.loss, g, outputs, cotangent, network, unused, _Hessian(problem, g), damping
     )
 
 
