@@ -78,6 +78,8 @@ class Refit:
       tolerance: stop when an inner step changes the objective by less than this share of it;
         0: never.
       learning_rate: of the inner solver; a number > 0, or a schedule of the count.
+      anneal: let the learning rate fall linearly to zero over the refit, which averages out
+        the noise of random directions.
       solver: a name of `llqr.solvers.SOLVERS`, or any optax transformation, whose updates
         are then added as they are (learning_rate and momentum do not enter).
       momentum: of the solver "momentum".
@@ -113,6 +115,7 @@ class Refit:
     steps: int = 50
     tolerance: float = 0.0
     learning_rate: float | Schedule = 1e-3
+    anneal: bool = False
     solver: SolverLike = "momentum"
     momentum: float = 0.9
     clip_norm: float | None = 5.0
@@ -456,9 +459,10 @@ def _start(problem: Problem, inner: _Inner) -> _Carry:
 def _step(problem: Problem, carry: _Carry, inner: _Inner) -> _Carry:
     """One inner step."""
     phi = _Phi(problem, inner, carry.step)
-    learned, state, value = problem.solver.step(
-        phi, carry.learned, carry.solver, inner.hyper.learning_rate
-    )
+    rate = inner.hyper.learning_rate
+    if problem.refit.anneal:
+        rate = rate * (1 - carry.step.astype(carry.value.dtype) / problem.refit.steps)
+    learned, state, value = problem.solver.step(phi, carry.learned, carry.solver, rate)
     value = value.astype(carry.value.dtype)
     done = carry.done
     if problem.refit.tolerance:

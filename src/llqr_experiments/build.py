@@ -158,6 +158,7 @@ def refit_options(config: Config, horizon: Horizon) -> llqr.Refit:
         steps=config.precond_steps,
         learning_rate=schedule(config, "precond_lr_scheduler", config.precond_lr, horizon),
         tolerance=config.precond_tolerance,
+        anneal=config.precond_anneal,
         solver=config.precond_solver,
         momentum=config.momentum if config.precond_momentum is None else config.precond_momentum,
         clip_norm=config.precond_clip_norm or None,

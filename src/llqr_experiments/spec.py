@@ -149,6 +149,7 @@ class Config:
         low=0,
     )
     precond_lr: float = _option(1e-3, "of the inner solver", above=0)
+    precond_anneal: bool = _option(False, "precond_lr falls to zero over each refit")
     precond_momentum: float | None = _option(
         None, "of the inner solver; null: that of the main optimizer", low=0, high=1
     )
