@@ -2,6 +2,7 @@
 
 import enum
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -307,19 +308,26 @@ def find(state: Any) -> LLQRState:
 _recorder: ContextVar[list[plans.Plan] | None] = ContextVar("recorder", default=None)
 
 
-def plans_of(tx: optax.GradientTransformation, params: Params) -> list[plans.Plan]:
+def plans_of(tx: optax.GradientTransformation, params: Params) -> tuple[plans.Plan, ...]:
     """Return the plan of every LLQR transformation inside `tx`, however it is composed.
 
     A composed optax transformation does not show its parts; its `init` visits them all.
     """
+    leaves, treedef = jax.tree.flatten(params)
+    shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
+    return _visit(tx, treedef, shapes)
+
+
+@lru_cache(maxsize=64)
+def _visit(tx: Any, treedef: Any, shapes: tuple[Any, ...]) -> tuple[plans.Plan, ...]:
     found: list[plans.Plan] = []
     token = _recorder.set(found)
     try:
         # A new function each time: eval_shape does not trace one that it knows again.
-        jax.eval_shape(lambda p: tx.init(p), params)
+        jax.eval_shape(lambda p: tx.init(p), treedef.unflatten(shapes))
     finally:
         _recorder.reset(token)
-    return found
+    return tuple(found)
 
 
 def _grafted(plan: plans.Plan, graft: Graft, scaled: Params, updates: Params) -> Params:
