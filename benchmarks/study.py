@@ -70,26 +70,28 @@ def momentum() -> optax.GradientTransformation:
 SGD = partial(optax.sgd, 1.0)
 ADAM = partial(optax.adam, 1.0)
 GRID_SGD = (0.03, 0.1, 0.3, 1.0)
-GRID_MOMENTUM = (0.01, 0.03, 0.1, 0.3)
+GRID_MOMENTUM = (0.02, 0.05, 0.1, 0.2)
 GRID_ADAM = (3e-4, 1e-3, 3e-3, 1e-2)
-GRID_MUON = (1e-3, 2.5e-3, 5e-3, 1e-2)
+GRID_MUON = (2.5e-3, 5e-3, 1e-2, 2e-2)
 
 PUBLISHED = {"every": 100}
 PROBE = {
     "every": 100,
-    "steps": 100,
+    "steps": 50,
     "probe": "fisher",
-    "probes": 4,
+    "probes": 2,
     "solver": "relative",
-    "learning_rate": 0.02,
+    "learning_rate": 0.1,
+    "anneal": True,
     "clip_norm": None,
 }
 UNIT = {
     "divergence_reduction": "unit",
-    "damping": 3e-3,
+    "damping": 1e-3,
     "graft": "global",
-    "identity_scaling": 30.0,
+    "identity_scaling": 100.0,
 }
+"""PROBE and UNIT are `method=probe` of the runner, with a refit every 100 steps."""
 
 
 def published(name: str, structure: str, decay: float) -> Method:
