@@ -280,7 +280,7 @@ def table(name: str, rows: list[dict[str, Any]]) -> Table:
         out.add_row(
             row["method"],
             f"{row['rate']:g}",
-            "{:.4f} ± {:.4f}".format(*s["loss"]),
+            "{:.3g} ± {:.2g}".format(*s["loss"]),
             "{:.2f} ± {:.2f}".format(*s["accuracy"]),
             f"{s['gradients'][0]:,.0f}",
             f"{s['seconds'][0]:.1f}",

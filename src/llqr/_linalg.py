@@ -6,8 +6,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import vdot
+from llqr._tree import is_traced, vdot
 from llqr._types import Array, PyTree
+
+
+class NonConvexError(ValueError):
+    """The quadratic has no minimum: a direction of non-positive curvature was met."""
+
+
+NOT_CONVEX = (
+    "the curvature is not positive along a search direction, so that the step has no minimum. "
+    "Use a larger damping, or a positive semi-definite metric (ngd, gauss_newton) with some."
+)
 
 
 class CGInfo(NamedTuple):
@@ -71,3 +81,41 @@ def conjugate_gradients(
     end = jax.lax.while_loop(unfinished, step, start)
     residual = jnp.sqrt(end.rr / jnp.where(bb > 0, bb, 1.0))
     return end.x, CGInfo(end.steps, residual, end.convex)
+
+
+def solve(
+    product: Callable[[PyTree], PyTree],
+    b: PyTree,
+    *,
+    tolerance: float,
+    max_steps: int | None = None,
+    converge: bool = True,
+) -> tuple[PyTree, CGInfo]:
+    """Solve product(x) = b, or say that there is no solution.
+
+    Args:
+      product: x -> A x, symmetric.
+      b: right side.
+      tolerance: relative residual at which to stop.
+      max_steps: None: ten times the number of entries of b.
+      converge: whether running out of steps is an error.
+
+    Raises:
+      NonConvexError: A is not positive definite.
+      ValueError: it did not converge. Inside a trace, where nothing can be raised, x is NaN
+        in both cases.
+    """
+    x, info = conjugate_gradients(product, b, tolerance=tolerance, max_steps=max_steps)
+    solved = info.convex
+    if converge:
+        solved &= info.residual <= 1e3 * tolerance
+    if not is_traced(x):
+        if not info.convex:
+            raise NonConvexError(NOT_CONVEX)
+        if not solved:
+            raise ValueError(
+                f"conjugate gradients stopped after {int(info.steps)} steps at the relative "
+                f"residual {float(info.residual):.1e}: the problem is too ill-conditioned. Use a "
+                "larger damping, or more steps."
+            )
+    return jax.tree.map(lambda leaf: jnp.where(solved, leaf, jnp.nan), x), info

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from llqr import learning, metrics, quadratic
-from llqr._linalg import conjugate_gradients
+from llqr._linalg import solve
 from llqr._tree import freeze, leaf_names, vdot
 from llqr._types import Array, Params, PyTree
 from llqr.learning import Refit
-from llqr.lqr.riccati import NOT_CONVEX, NonConvexError
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
 from llqr.quadratic import QuadraticModel
@@ -393,14 +392,7 @@ def _approximation(
 
 def _solve(product: Callable[[PyTree], PyTree], g: PyTree, tolerance: float) -> PyTree:
     """-product^-1 g."""
-    found, info = conjugate_gradients(product, g, tolerance=tolerance, max_steps=MAX_STEPS)
-    if not info.convex:
-        raise NonConvexError(NOT_CONVEX)
-    if info.residual > 1e3 * tolerance:
-        raise ValueError(
-            f"conjugate gradients stopped after {MAX_STEPS} steps at the relative residual "
-            f"{info.residual:.1e}: the problem is too ill-conditioned. Use a larger damping."
-        )
+    found, _ = solve(product, g, tolerance=tolerance, max_steps=MAX_STEPS)
     return jax.tree.map(jnp.negative, found)
 
 

@@ -8,8 +8,7 @@ import optax
 
 from llqr import lqr, metrics, quadratic
 from llqr._errors import check_choice, check_range
-from llqr._linalg import conjugate_gradients
-from llqr._tree import is_traced
+from llqr._linalg import solve
 from llqr._types import Array, Float, Int, Number, Params
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
@@ -103,12 +102,9 @@ def exact(
                 damping=damping,
                 divergence_reduction=divergence_reduction,
             )
-            step, info = conjugate_gradients(
-                model.product, updates, tolerance=tolerance, max_steps=max_steps
+            step, info = solve(
+                model.product, updates, tolerance=tolerance, max_steps=max_steps, converge=False
             )
-            if not is_traced(step) and not info.convex:
-                raise lqr.NonConvexError(lqr.NOT_CONVEX)
-            step = jax.tree.map(lambda s: jnp.where(info.convex, s, jnp.nan), step)
             steps, residual = info.steps, info.residual.astype(jnp.float32)
         updates, base_state = base.update(step, state.base, params, **extra)
         return updates, ExactState(steps, residual, base_state)

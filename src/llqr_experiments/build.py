@@ -119,6 +119,26 @@ def optimizer(config: Config, horizon: Horizon) -> optax.GradientTransformationE
         raise ConfigError(str(error)) from error
 
 
+def warnings(config: Config) -> list[str]:
+    """Return what is legal but rarely meant."""
+    found = []
+    if not config.use_preconditioner:
+        return found
+    adam = config.main_optimizer.startswith("adam")
+    if adam and not config.precond_on_update and structure(config).elementwise:
+        found.append(
+            f"{config.main_optimizer} divides the scale of every gradient entry out: in front of "
+            f"it, a positive {config.block_structure} P does almost nothing. "
+            "precond_on_update=true puts P behind it."
+        )
+    if config.divergence == "newton" and config.damping == 0:
+        found.append(
+            "divergence=newton is indefinite: its objective has no lower bound, and only the "
+            "number of inner steps and the guards keep P bounded. Set damping, or use ngd."
+        )
+    return found
+
+
 def structure(config: Config) -> llqr.Structure:
     """Return the structure of P."""
     found = catalogue.get(config.block_structure)

@@ -259,6 +259,8 @@ def _announce(job: Run, display: Display) -> None:
             f"refits: {len(job.refit_steps)}, of {config.precond_steps} inner steps on "
             f"{config.precond_batch_size} examples\n{job.blocks}\n"
         )
+        for text in build.warnings(config):
+            display.say(f"[yellow]warning:[/] {text}\n")
     else:
         display.say(f"{config.main_optimizer} without a preconditioner\n")
 

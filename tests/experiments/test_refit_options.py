@@ -131,3 +131,14 @@ def test_contradictions_are_refused_with_the_reason(overrides, message):
 def test_what_the_library_refuses_is_a_config_error(overrides, message):
     with pytest.raises(ConfigError, match=message):
         build.optimizer(config(*overrides), HORIZON)
+
+
+def test_what_is_rarely_meant_is_said(tmp_path, capsys):
+    adam = ("main_optimizer=adam", "block_structure=diagonal")
+    assert "precond_on_update=true" in build.warnings(config(*adam))[0]
+    assert "no lower bound" in build.warnings(config("divergence=newton"))[0]
+    for fine in ((*adam, "precond_on_update=true"), (*adam, "use_preconditioner=false"),
+                 ("divergence=newton", "damping=0.1"), ()):  # fmt: skip
+        assert build.warnings(config(*fine)) == []
+    run(tmp_path, *SHORT, *adam)
+    assert "warning: adam divides the scale" in capsys.readouterr().out

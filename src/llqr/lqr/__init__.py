@@ -1,14 +1,13 @@
 """The exact layerwise LQR: the reference against which every fast path is proven."""
 
+from llqr._linalg import NonConvexError
 from llqr.lqr import layerwise as _layerwise  # registers the layerwise route  # noqa: F401
 from llqr.lqr.cost import cost, cost_and_gradient, gradient
 from llqr.lqr.linearization import linearize
 from llqr.lqr.problem import LQRProblem, Operator, Stage
 from llqr.lqr.riccati import (
     MAX_SIZE,
-    NOT_CONVEX,
     Feedback,
-    NonConvexError,
     Solution,
     riccati,
     solve,
@@ -18,7 +17,6 @@ from llqr.lqr.stages import Segment, StagedForward, StagedModel, stages_from_fun
 
 __all__ = [
     "MAX_SIZE",
-    "NOT_CONVEX",
     "Feedback",
     "LQRProblem",
     "NonConvexError",

@@ -12,23 +12,14 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
-from llqr._linalg import conjugate_gradients
+from llqr._linalg import NonConvexError
+from llqr._linalg import solve as solve_quadratic
 from llqr._types import Array
 from llqr.lqr.cost import cost_and_gradient
 from llqr.lqr.problem import Control, LQRProblem, Stage
 
 MAX_SIZE = 4096
 """Largest state or control, flattened, that the recursion accepts by default."""
-
-
-class NonConvexError(ValueError):
-    """The regulator has no minimum: some R_i + lambda + B_i^T V_{i+1} B_i is not positive."""
-
-
-NOT_CONVEX = (
-    "the curvature is not positive along a search direction, so that the step has no minimum. "
-    "Use a larger damping, or a positive semi-definite metric (ngd, gauss_newton) with some."
-)
 
 
 class Feedback(NamedTuple):
@@ -173,6 +164,7 @@ def solve_cg(
 
     Raises:
       NonConvexError: a direction of non-positive curvature was met.
+      ValueError: it did not converge. Inside `jit` the controls are NaN in both cases.
     """
     zeros = jax.tree.map(jnp.zeros_like, problem.params)
     _, g = cost_and_gradient(problem, zeros)
@@ -180,9 +172,7 @@ def solve_cg(
     def product(u: Control) -> Control:
         return jax.tree.map(jnp.subtract, cost_and_gradient(problem, u)[1], g)
 
-    solution, info = conjugate_gradients(product, g, tolerance=tolerance, max_steps=max_steps)
-    if not isinstance(info.convex, Tracer) and not info.convex:
-        raise NonConvexError(NOT_CONVEX)
+    solution, _ = solve_quadratic(product, g, tolerance=tolerance, max_steps=max_steps)
     return jax.tree.map(jnp.negative, solution)
 
 
