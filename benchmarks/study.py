@@ -321,7 +321,8 @@ def main() -> None:
     parser.add_argument("data", nargs="*", default=["digits", "fashion_mnist"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--only", default="", help="methods whose name contains this")
+    parser.add_argument("--only", default="", help="methods whose name contains this; the others' "
+                        "results are kept")  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="20 steps, one seed, nothing written")
     arguments = parser.parse_args()
     names = ["digits"] if arguments.smoke else arguments.data
@@ -329,17 +330,20 @@ def main() -> None:
     chosen = [m for m in METHODS if arguments.only in m.name]
     console = Console(width=140)
     for name in names:
-        source, rows = Data(name), []
-        out = RESULTS / f"study_{name}.json"
+        source, out = Data(name), RESULTS / f"study_{name}.json"
+        found: dict[str, Any] = {}
+        if arguments.only and out.exists() and not arguments.smoke:
+            found = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
         for method in track(chosen, f"{name}", console=console):
-            rows.append(study(method, source, seeds, steps))
-            console.print(f"{method.name}: {summary(rows[-1])['loss'][0]:.4f}")
-            if not (arguments.smoke or arguments.only):
+            found[method.name] = study(method, source, seeds, steps)
+            console.print(f"{method.name}: {summary(found[method.name])['loss'][0]:.4g}")
+            rows = [found[m.name] for m in METHODS if m.name in found]
+            if not arguments.smoke:
                 RESULTS.mkdir(exist_ok=True)
                 record = {"environment": environment(), "steps": steps, "rows": rows}
                 out.write_text(json.dumps(record, indent=1) + "\n")
         console.print(table(name, rows))
-        if not (arguments.smoke or arguments.only):
+        if not arguments.smoke:
             draw(name, rows)
 
 

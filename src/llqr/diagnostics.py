@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -167,9 +167,9 @@ def inspect(
       tx: an optimizer with `llqr.llqr` or `llqr.scale_by_llqr` in it.
       state: its state.
       params: the parameters (their structure and shapes).
-      asymmetry: also measure how far each two-dimensional array A is from symmetric:
-        |A - A^T| / |A + A^T| in the Frobenius norm and |A - A^T| / |A| in the spectral norm
-        (25 power iterations). Arrays that are not square have none.
+      asymmetry: also measure how far each dense side A is from symmetric: |A - A^T| / |A + A^T|
+        in the Frobenius norm and |A - A^T| / |A| in the spectral norm (25 power iterations).
+        Sides that are symmetric by construction, and all other arrays, have none.
 
     Raises:
       ValueError: there is no LLQR state in `state`.
@@ -185,7 +185,8 @@ def inspect(
     ours = find(state)
     plan = plans_of(tx, params)[0]
     blocks = plans.unpack(plan, ours.blocks, params)
-    measured, skew, info = jax.device_get((*_measure(blocks, asymmetry), ours.refit))
+    sides = tuple(_asymmetric_sides(block) if asymmetry else () for block in plan)
+    measured, skew, info = jax.device_get((*_measure(blocks, sides), ours.refit))
     rows = []
     for block, status, cosine, (low, high, norm), skews in zip(
         plan, info.status, info.cosines, measured, skew, strict=True
@@ -202,17 +203,22 @@ def inspect(
     return Report(*counts, before, after, float(info.cosine), tuple(rows))
 
 
-@partial(jax.jit, static_argnames="asymmetry")
-def _measure(blocks: learning.Blocks, asymmetry: bool) -> Any:
-    """Per block: (smallest, largest, norm) of its arrays, and asymmetry by slot."""
+def _asymmetric_sides(block: plans.Block) -> tuple[str, ...]:
+    """Slots of the block's square sides that are not symmetric by construction."""
+    sides = block.structure.sides.items()
+    return tuple(slot for slot, side in sides if side.square and not side.symmetric)
+
+
+@partial(jax.jit, static_argnames="sides")
+def _measure(blocks: learning.Blocks, sides: tuple[tuple[str, ...], ...]) -> Any:
+    """Per block: (smallest, largest, norm) of its arrays, and asymmetry of the given sides."""
     numbers, skew = [], []
-    for arrays in blocks:
+    for arrays, slots in zip(blocks, sides, strict=True):
         values = list(arrays.values())
         low = jnp.min(jnp.stack([jnp.min(x) for x in values]))
         high = jnp.max(jnp.stack([jnp.max(x) for x in values]))
         numbers.append((low, high, jnp.sqrt(vdot(values, values))))
-        square = {k: x for k, x in arrays.items() if x.ndim == 2 and x.shape[0] == x.shape[1]}
-        skew.append({k: _skew(x) for k, x in square.items()} if asymmetry else {})
+        skew.append({slot: _skew(arrays[slot]) for slot in slots})
     return numbers, skew
 
 
@@ -285,6 +291,7 @@ def quality(
     metric: MetricLike = "ngd",
     damping: float = 1e-3,
     divergence_reduction: Reduction = "sum",
+    identity_scaling: float = 1.0,
     refit: Refit | None = None,
     max_dim: int = 10_000,
     tolerance: float = 1e-6,
@@ -303,7 +310,8 @@ def quality(
       metric: with a convex J at this damping.
       damping: lambda > 0.
       divergence_reduction: "sum" or "mean".
-      refit: how the structures are learned; None: the papers' 50 steps.
+      identity_scaling: sigma.
+      refit: how the structures are learned, on this one batch; None: the papers' 50 steps.
       max_dim: see `scale_by_llqr`.
       tolerance: relative residual of the exact solves (conjugate gradients).
 
@@ -330,18 +338,20 @@ def quality(
     optimum = float(model.value(exact))
     steps: dict[str, Params] = {"gradient": jax.tree.map(jnp.negative, g)}
     frozen = freeze(metrics.resolve(metric))
-    refit = Refit() if refit is None else refit
+    refit = Refit() if refit is None else replace(refit, fresh_batches=False)
+    learning.check_options(refit, metrics.resolve(metric), divergence_reduction, learning.WHOLE)
     for chosen in structures:
         name = chosen if isinstance(chosen, str) else f"rules {len(steps)}"
         plan = plans.make_plan(params, plans.rule_table(chosen), max_dim)
-        problem = learning.Problem(plan, frozen, divergence_reduction, 1.0, refit)
+        problem = learning.Problem(plan, frozen, divergence_reduction, identity_scaling, refit)
         problem.check()
         hyper = learning.hyper_at(refit, jnp.zeros((), jnp.int32), damping)
         blocks = plans.identity(plan, 1.0)
         blocks, _ = learning.learn(
             problem, blocks, learning.no_refit(len(plan)), params, objective, hyper
         )
-        steps[name] = plans.multiply(plan, blocks, steps["gradient"])
+        scaled = plans.multiply(plan, blocks, steps["gradient"])
+        steps[name] = jax.tree.map(lambda x: x / identity_scaling, scaled)
     steps["block-diagonal"] = _block_diagonal_step(model, tolerance)
     steps["exact"] = exact
     rows = []

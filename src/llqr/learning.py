@@ -80,13 +80,15 @@ class Refit:
       learning_rate: of the inner solver; a number > 0, or a schedule of the count.
       anneal: let the learning rate fall linearly to zero over the refit, which averages out
         the noise of random directions.
-      solver: a name of `llqr.solvers.SOLVERS`, or any optax transformation, whose updates
-        are then added as they are (learning_rate and momentum do not enter).
+      solver: a name of `llqr.solvers.SOLVERS`, or any optax transformation that needs nothing
+        but gradients and parameters: it sees the clipped gradient, and its updates are added
+        as they are (learning_rate and momentum do not enter).
       momentum: of the solver "momentum".
       clip_norm: largest L2 norm of the gradient of each stored array; None: no clipping.
       clip_value: largest absolute entry of that gradient; None: no clipping.
-      warm_start: start from the current arrays; False: from the identity. Structures with a
-        memory always start from it.
+      warm_start: start from the current arrays; False: from the identity, and the guard then
+        asks whether the objective fell below the identity's. Structures with a memory always
+        start from it.
       ema_decay: d in [0, 1]; arrays become d old + (1 - d) new. A number or a schedule.
         Memories are left out.
       normalize_gradient: use h = -g / |g|.
@@ -100,7 +102,8 @@ class Refit:
       fresh_batches: a batch of its own for every inner step: the objective's batch then has
         one more axis in front, of length `steps`.
       per_example: the mean of one problem for each example, with that example's gradient
-        and curvature, in place of one problem for the batch.
+        and curvature, in place of one problem for the batch. It holds several copies of the
+        parameters for each example.
       seed: of probes and of the fresh vectors of structures with a memory; the number of the
         refit and the inner step are folded into it.
 
@@ -109,7 +112,7 @@ class Refit:
       TypeError: a value of a wrong type.
     """
 
-    every: Number | Schedule = 1000
+    every: int | Schedule = 1000
     start: int = 0
     until: int | None = None
     steps: int = 50
@@ -139,7 +142,13 @@ class Refit:
         if not isinstance(self.solver, optax.GradientTransformation):
             check_choice("solver", self.solver, SOLVERS)
         check_choice("probe", self.probe, get_args(Probe))
-        if not callable(self.every) and not isinstance(self.every, jax.Array):
+        for name in ("every", "learning_rate", "ema_decay", "clip_norm", "momentum", "tolerance"):
+            if isinstance(getattr(self, name), jax.Array):
+                raise TypeError(
+                    f"Refit: {name} must be a Python number, or a schedule where it may change "
+                    "(options are static), not an array."
+                )
+        if not callable(self.every):
             check_integer("Refit: every", self.every, low=1)
         check_range("Refit: learning_rate", self.learning_rate, low=0, open_low=True)
         check_range("Refit: tolerance", self.tolerance, low=0)
@@ -154,14 +163,20 @@ class Refit:
             why = f"per_example learns on each example's gradient, not on probe={self.probe!r}"
         elif self.normalize_gradient and self.probe != "gradient":
             why = f"normalize_gradient has no effect with probe={self.probe!r}"
-        elif self.fresh_batches and self.tolerance:
-            why = "fresh_batches change the objective at every step: tolerance must be 0"
+        elif self.tolerance and (self.fresh_batches or self._random):
+            why = "fresh batches and probes change the objective at every step: tolerance must be 0"
+        elif self.anneal and self.solver in solvers.DETERMINISTIC:
+            why = f"solver={self.solver!r} finds its own lengths: anneal has no effect"
         elif self.fresh_batches and self.solver in solvers.DETERMINISTIC:
             why = f"solver={self.solver!r} needs one objective for all steps: no fresh_batches"
         elif self.until is not None and self.until < self.start:
             why = f"until={self.until} lies before start={self.start}"
         if why:
             raise ValueError(f"Refit: {why}.")
+
+    @property
+    def _random(self) -> bool:
+        return self.probe != "gradient" and self.solver not in solvers.DETERMINISTIC
 
     @property
     def batched(self) -> bool:
@@ -264,29 +279,43 @@ class Problem:
         """Whether a block has a memory."""
         return any(block.structure.has_memory for block in self.plan)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether a refit must be one compiled function on every device.
+
+        The pieces of the reference route cannot cross `jit`, and a line search has a loop
+        of its own, which chunks that are looped over in Python cannot be inside of.
+        """
+        searches = self.refit.solver in ("cg_zoom_hz", "cg_back_pr+")
+        return self.route.layerwise or (searches and self.route.chunk_size is not None)
+
     def check(self) -> None:
         """Raise ValueError if the options exclude each other."""
-        refit = self.refit
-        why = None
-        if refit.solver == "cg":
-            curved = [b.structure.name for b in self.plan if not b.structure.linear]
-            if curved:
-                why = (
-                    "solver='cg' needs structures that are linear in their arrays (scalar, "
-                    f"diagonal, dense), but there is {curved[0]!r}; 'cg_zoom_hz' takes any"
-                )
-        if refit.probe == "fisher" and not metrics.can_sample(self.metric.tree):
-            why = (
-                "probe='fisher' needs a metric from which labels can be drawn: ngd, reverse_kl, "
-                "renyi or gaussian"
+        curved = [b.structure.name for b in self.plan if not b.structure.linear]
+        if self.refit.solver == "cg" and curved:
+            raise ValueError(
+                "solver='cg' needs structures that are linear in their arrays (scalar, "
+                f"diagonal, dense), but there is {curved[0]!r}; 'cg_zoom_hz' takes any."
             )
-        if refit.per_example and self.route.chunk_size is not None:
-            why = "per_example splits the batch already: chunk_size must be None"
-        if refit.per_example and self.reduction == "unit":
-            why = "per_example has one curvature for each example: divergence_reduction='unit' "
-            why += "needs that of the batch"
-        if why:
-            raise ValueError(f"{why}.")
+
+
+def check_options(refit: Refit, metric: PyTree, reduction: Reduction, route: Route) -> None:
+    """Raise ValueError if options of a refit exclude each other."""
+    why = None
+    if refit.probe == "fisher" and not metrics.can_sample(metric):
+        why = (
+            "probe='fisher' needs a metric from which labels can be drawn: ngd, reverse_kl, "
+            "renyi or gaussian"
+        )
+    elif refit.per_example and route.chunk_size is not None:
+        why = "per_example splits the batch already: chunk_size must be None"
+    elif refit.per_example and reduction == "unit":
+        why = (
+            "per_example has one curvature for each example: divergence_reduction='unit' needs "
+            "that of the batch"
+        )
+    if why:
+        raise ValueError(f"{why}.")
 
 
 class _Inner(NamedTuple):
@@ -334,7 +363,9 @@ def learn(
       The arrays to install and the new record. Never anything that is not finite, unless
       the old arrays were not.
     """
-    if is_traced(params) or _platform(params) != "cpu":
+    if problem.refit.fresh_batches:
+        _check_stacked(objective, problem.refit.steps)
+    if is_traced(params) or _platform(params) != "cpu" or problem.compiled:
         return _learn_compiled(problem, blocks, info, params, objective, hyper, base_state)
     # Chunks are looped over in Python too: their step is not one compiled function.
     driver = _Eager(compile_step=problem.route.chunk_size is None)
@@ -446,8 +477,9 @@ def _power(problem: Problem, v: Params, inner: _Inner) -> Params:
 def _start(problem: Problem, inner: _Inner) -> _Carry:
     """The carry before the first step."""
     key = jax.random.fold_in(inner.key, 0)
-    learned = plans.start(problem.plan, inner.blocks, problem.scale, key)
-    zero = jnp.zeros((), jnp.result_type(inner.model.loss))
+    learned = plans.start(problem.plan, inner.blocks, key)
+    # A bfloat16 loss could not tell the start of a refit from its end.
+    zero = jnp.zeros((), plans.at_least_float32(jnp.result_type(inner.model.loss)))
     found = None
     if problem.solver.needs_first_gradient:
         found = _Phi(problem, inner, jnp.zeros((), jnp.int32)).gradient(learned)
@@ -482,7 +514,8 @@ class _Phi:
         self._model = inner.model
         params, objective, base_state = inner.source
         if refit.fresh_batches:
-            model = _linearize(problem, _take(objective, step), params, inner.hyper)
+            objective = _take(objective, step)
+            model = _linearize(problem, objective, params, inner.hyper)
             self._model = replace(model, scale=inner.model.scale)
         # Solvers that compare steps need the same directions at every one.
         fixed = refit.solver in solvers.DETERMINISTIC
@@ -532,7 +565,7 @@ class _Phi:
             return function(self._model, controls, linear)
         if _has_axis(self._model):  # one model for each example
             return jax.vmap(function)(self._model, controls, linear)
-        return jax.vmap(partial(function, self._model))(controls, linear)
+        return _over(self._model, partial(function, self._model), controls, linear)
 
 
 def _value_and_gradient(
@@ -540,6 +573,15 @@ def _value_and_gradient(
 ) -> tuple[Float[Array, ""], Params]:
     curved = model.product(u)
     return vdot(linear, u) + 0.5 * vdot(u, curved), jax.tree.map(jnp.add, linear, curved)
+
+
+def _over(model: QuadraticModel, function: Callable[..., Any], *stacked: Any) -> Any:
+    """Map over the leading axis; in Python where the model's chunks are looped over in Python."""
+    if not model.loops_in_python or is_traced((model.gradient, stacked)):
+        return jax.vmap(function)(*stacked)
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    found = [function(*jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(count)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
 
 def _has_axis(model: QuadraticModel) -> bool:
@@ -597,6 +639,15 @@ def _linearize(
     return jax.vmap(lambda i: one(chunks[i]))(jnp.arange(len(chunks)))
 
 
+def _check_stacked(objective: BoundObjective, steps: int) -> None:
+    lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(objective.batch)}
+    if lengths != {(steps,)}:
+        raise ValueError(
+            f"fresh_batches needs one batch for each of the {steps} inner steps, stacked on a "
+            f"first axis of every leaf of the batch; found first axes {sorted(lengths)}."
+        )
+
+
 def _take(objective: BoundObjective, step: int | Int[Array, ""]) -> BoundObjective:
     return jax.tree.map(lambda x: x[step], objective)
 
@@ -613,7 +664,7 @@ def _directions(
             return jax.vmap(toward)(model.gradient), model.gradient
         return toward(model.gradient), model.gradient
     draw = partial(_draw, problem, model, objective, params)
-    h = jax.vmap(draw)(jax.random.split(key, probes))
+    h = _over(model, draw, jax.random.split(key, probes))
     return h, jax.tree.map(jnp.negative, h)
 
 
@@ -644,16 +695,18 @@ def _draw(
         rows = jax.random.bernoulli(key, SUBSET, (_rows(model.cotangent),))
 
         def subset(c: Array) -> Array:
+            if not c.ndim:  # no rows
+                return -c
             kept = rows[: c.shape[0]].reshape(-1, *[1] * (c.ndim - 1))
             return jnp.where(kept, -c / SUBSET, 0.0).astype(c.dtype)
 
         return model.pull_back(jax.tree.map(subset, model.cotangent))
     rows = "mean" if problem.reduction == "unit" else problem.reduction
-    mask = objective.mask()
+    mask, (key, isotropic) = objective.mask(), jax.random.split(key)
     cotangent = metrics.sample(problem.metric.tree, key, model.outputs, mask, rows)
     h = model.pull_back(cotangent)
     scale, floor = jnp.sqrt(model.scale), jnp.sqrt(FISHER_FLOOR * model.damping)
-    noise = _normal(model.gradient, jax.random.fold_in(key, 1))
+    noise = _normal(model.gradient, isotropic)
     return jax.tree.map(lambda x, n: (x / scale + floor * n).astype(x.dtype), h, noise)
 
 
@@ -746,8 +799,9 @@ class _Judge:
             return one(self._model, self._direction, self._linear)
         if _has_axis(self._model):
             return jnp.mean(jax.vmap(one)(self._model, self._direction, self._linear))
-        values = jax.vmap(partial(one, self._model))(self._direction, self._linear)
-        return jnp.mean(values)
+        return jnp.mean(
+            _over(self._model, partial(one, self._model), self._direction, self._linear)
+        )
 
     def alignment(self, blocks: Blocks) -> list[tuple[Bool[Array, ""], Float[Array, ""]]]:
         """Per block: whether its share of h.Ph is positive (or h is zero), and the cosine."""

@@ -35,7 +35,7 @@ Sources: Layerwise LQR (arXiv 2605.04230); rows reduced one by one, unlike there
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -116,6 +116,7 @@ def _sample_normal(key: Array, z: Array) -> Array:
     return jax.random.normal(key, z.shape, z.dtype)
 
 
+@lru_cache  # one object for each order: metrics are static values
 def renyi(order: float) -> Metric:
     """Return the Renyi divergence of the given order between categorical outputs.
 
@@ -271,7 +272,7 @@ def sample(
             drawn.append(jnp.zeros_like(z))
             continue
         c = m.sample(jax.random.fold_in(key, i), z)
-        rows = math.prod(z.shape[:-1]) if z.ndim > 1 else z.size
+        rows = math.prod(jax.eval_shape(m.divergence, z, z).shape)
         if k is not None:
             c = jnp.where(k.reshape(k.shape + (1,) * (c.ndim - k.ndim)), c, 0.0)
             rows = jnp.maximum(jnp.sum(k), 1).astype(c.dtype)

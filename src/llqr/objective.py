@@ -100,17 +100,21 @@ class BoundObjective:
         return None if self.objective.mask is None else self.objective.mask(self.batch)
 
     def split(self, size: int) -> "Chunks":
-        """Return the batch in chunks of `size` examples, the last one filled up by repetition.
+        """Return the batch in equal chunks of at most `size` examples.
+
+        Where they do not divide the batch, the last one is filled up by repetition.
 
         Raises:
           ValueError: no leaf has examples, or leaves disagree on their number.
         """
+        leaves, treedef = jax.tree.flatten(self.batch, is_leaf=_is_none)
         choose = self.objective.batch_axes
         if choose is None:
-            prefix = jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, self.batch)
+            prefix = jax.tree.unflatten(
+                treedef, [None if x is None or not jnp.ndim(x) else 0 for x in leaves]
+            )
         else:
             prefix = choose(self.batch)
-        leaves, treedef = jax.tree.flatten(self.batch)
         axes = jax.tree.leaves(
             jax.tree.broadcast(prefix, self.batch, is_leaf=_is_none), is_leaf=_is_none
         )
@@ -120,11 +124,12 @@ class BoundObjective:
                 "to split a batch, every leaf with examples must have the same number of them, "
                 f"not {sorted(counts)}; Objective(batch_axes=...) says where they are."
             )
+        examples = counts.pop()
+        size = -(-examples // -(-examples // size))  # as few in each as the count allows
         stacked = [
             x if a is None else _stack(jnp.moveaxis(x, a, 0), size, a)
             for x, a in zip(leaves, axes, strict=True)
         ]
-        examples = counts.pop()
         return Chunks(self.objective, tuple(stacked), tuple(axes), treedef, size, examples)
 
 

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from llqr import metrics
-from llqr._errors import check_choice, check_range
+from llqr._errors import check_choice, check_integer, check_range
 from llqr._tree import Frozen, check_inexact, freeze, is_traced, vdot
 from llqr._types import Array, Float, Number, Params, PyTree
 from llqr.metrics import Reduction
@@ -71,11 +71,16 @@ class Route:
     def __post_init__(self) -> None:
         check_choice("Route: memory", self.memory, get_args(Memory))
         check_choice("Route: checkpoint_policy", self.checkpoint_policy, get_args(CheckpointPolicy))
-        check_range("Route: chunk_size", self.chunk_size, low=1)
+        check_integer("Route: chunk_size", self.chunk_size, low=1)
         if self.checkpoint_policy != "none" and self.memory != "recomputed":
             raise ValueError(
                 f"Route: checkpoint_policy={self.checkpoint_policy!r} needs memory='recomputed'; "
                 f"with {self.memory!r} the residuals are kept anyway."
+            )
+        if self.chunk_size is not None and self.memory != "cached":
+            raise ValueError(
+                "Route: chunks keep nothing between products anyway: leave memory at 'cached' with "
+                f"chunk_size, not {self.memory!r}."
             )
         if self.layerwise and self.chunk_size is not None:
             raise ValueError("Route: chunk_size needs the fused route, layerwise=False.")
@@ -152,6 +157,11 @@ class QuadraticModel:
         if self.hessian is not None:
             return self.hessian(u)
         return self.network.pull_back(self.curvature(self.network.tangent(u)))
+
+    @property
+    def loops_in_python(self) -> bool:
+        """Whether its products, outside a trace, are loops over compiled chunks."""
+        return isinstance(self.network, _Chunked)
 
     def pull_back(self, w: PyTree) -> Params:
         """Return J^T w for a cotangent of the outputs."""
@@ -344,7 +354,7 @@ class _Recomputed:
         forward = self.objective.objective.forward
         cut = getattr(forward, "rematerialized", None)
         if cut is not None:
-            return lambda params: cut(params, self.objective.batch, policy)
+            return lambda params: cut(policy)(params, self.objective.batch)
         return jax.checkpoint(self.objective.outputs, policy=policy)
 
 

@@ -9,7 +9,7 @@ r"""Inner solvers: how a refit moves what it learns.
   momentum       m <- mu m + G, step -rate m
   sgd            step -rate G
   adam           Adam(0.9, 0.999)
-  relative       step -rate rms(S) S G / |G S| for a square array S (`scale_by_relative`): P
+  relative       step -rate rms(S) S G / |S G| for a side S (`scale_by_relative`): P
                  preconditions its own refit, whose Hessian is the C that P inverts
   cg             linear conjugate gradients, for structures linear in their arrays: Phi is
                  then a quadratic, and each step costs one product with C
@@ -131,12 +131,14 @@ DETERMINISTIC = ("cg", "cg_zoom_hz", "cg_back_pr+")
 
 
 def scale_by_relative() -> optax.GradientTransformation:
-    """Multiply a gradient by the array that it belongs to, normalised.
+    """Make steps relative to the array that is learned: the solver "relative".
 
-    For a square array S with gradient G the update is S G / |G S| (Frobenius), for any other
-    array s G / max|s G|; both times the root mean square of the array's singular values
-    (entries). The refit's Hessian is the curvature that S should invert, so that S G is
-    Newton's direction once S is right; a step does not depend on the scale of G or S.
+    A matrix side S (the entries "left" and "right" of a dict, square) with gradient G moves
+    along S G, or along G where that would not descend; its length is the root mean square
+    of S's singular values. The refit's Hessian is the curvature that S should invert, so
+    that S G is Newton's direction once S is right. Any other array s moves along |s| G, the
+    largest entry by the root mean square of s and no entry by more than itself: with a
+    learning rate below 1, none crosses zero. A step does not depend on the scale of G.
 
     Example:
       >>> import jax.numpy as jnp
@@ -146,18 +148,21 @@ def scale_by_relative() -> optax.GradientTransformation:
       [1.0, 0.0]
     """
 
-    def one(g: Array, s: Array) -> Array:
-        square = s.ndim == 2 and s.shape[0] == s.shape[1]
-        if square:
-            step, size = s @ g, jnp.sqrt(jnp.sum((g @ s) ** 2))
-            typical = jnp.sqrt(jnp.sum(s * s) / s.shape[0])
-        else:
-            step, size = s * g, jnp.max(jnp.abs(s * g), initial=0.0)
-            typical = jnp.sqrt(jnp.mean(s * s))
-        scale = jnp.where(size > 0, typical / jnp.where(size > 0, size, 1.0), 0.0)
-        return (scale * step).astype(g.dtype)
+    def one(path: Any, g: Array, s: Array) -> Array:
+        side = getattr(path[-1], "key", None) in ("left", "right") if path else False
+        if side and s.ndim == 2 and s.shape[0] == s.shape[1]:
+            step = s @ g
+            step = jnp.where(jnp.sum(step * g) > 0, step, g)
+            size, typical = jnp.sqrt(jnp.sum(step * step)), jnp.sqrt(jnp.sum(s * s) / s.shape[0])
+            return (_ratio(typical, size) * step).astype(g.dtype)
+        step = jnp.abs(s) * g
+        size = jnp.max(jnp.abs(step), initial=0.0)
+        step = _ratio(jnp.sqrt(jnp.mean(s * s)), size) * step
+        return jnp.clip(step, -jnp.abs(s), jnp.abs(s)).astype(g.dtype)
 
-    return optax.stateless(lambda updates, params: jax.tree.map(one, updates, params))
+    return optax.stateless(
+        lambda updates, params: jax.tree_util.tree_map_with_path(one, updates, params)
+    )
 
 
 def _clip_each(limit: float) -> optax.GradientTransformation:

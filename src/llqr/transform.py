@@ -94,7 +94,9 @@ def scale_by_llqr(
     route = Route() if route is None else route
     _check_options(damping, divergence_reduction, identity_scaling, max_dim, graft, refit)
     table = plans.rule_table(structure)
-    frozen_metric = freeze(metrics.resolve(metric))
+    resolved = metrics.resolve(metric)
+    learning.check_options(refit, resolved, divergence_reduction, route)
+    frozen_metric = freeze(resolved)
     slots = plans.slots(table)
 
     def problem_of(plan: plans.Plan, base: optax.GradientTransformation | None) -> Problem:
@@ -185,8 +187,9 @@ def llqr(
       max_dim: a dense side longer than this becomes diagonal.
       graft: length of P g.
       precondition: "gradient": `base` sees P g; "update": P multiplies the update of `base`
-        instead, and is learned on the update that `base` would make of the refit's gradient:
-        the way to combine P with Adam.
+        instead, the way to combine P with Adam. With Refit(probe="gradient") it is then learned
+        on the update that `base` would make of the refit's gradient; random probes do not
+        depend on `base`.
       route: how curvature products are computed.
       refit: when and how P is learned.
 

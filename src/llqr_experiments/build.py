@@ -102,9 +102,15 @@ def optimizer(config: Config, horizon: Horizon) -> optax.GradientTransformationE
     if not config.use_preconditioner:
         return base
     try:
+        chosen = structure(config)
+        if config.precond_solver == "cg" and not chosen.linear:
+            raise ConfigError(
+                "precond_solver=cg needs a structure that is linear in its arrays (scalar, "
+                f"diagonal, dense), not block_structure={chosen.name}; cg_zoom_hz takes any."
+            )
         return llqr.llqr(
             base,
-            structure=structure(config),
+            structure=chosen,
             metric=metric(config),
             damping=config.damping,
             divergence_reduction=cast(Reduction, config.divergence_reduction),
@@ -172,7 +178,7 @@ def refit_options(config: Config, horizon: Horizon) -> llqr.Refit:
         config, "precond_update_scheduler", config.update_preconditioner_every, horizon
     )
     return llqr.Refit(
-        every=every,
+        every=cast(int, every),
         start=config.precond_start_step,
         until=config.update_preconditioner_until or None,
         steps=config.precond_steps,

@@ -83,6 +83,8 @@ def measure(config: Config, objective: llqr.BoundObjective, params: Params) -> l
             metric=build.metric(config),
             damping=config.damping,
             divergence_reduction=cast(Reduction, config.divergence_reduction),
+            identity_scaling=config.precond_identity_scaling,
+            refit=build.refit_options(config, build.Horizon(1.0, config.total_epochs)),
             max_dim=config.precond_max_dim,
         )
     except ValueError as error:  # no minimum, or too ill-conditioned

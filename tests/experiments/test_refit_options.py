@@ -126,6 +126,8 @@ def test_contradictions_are_refused_with_the_reason(overrides, message):
         (["precond_probes=2"], "one fixed direction"),
         (["precond_probe=gaussian", "batch_solve_precond=false"], "each example's gradient"),
         (["multibatch_training=true", "precond_solver=cg"], "no fresh_batches"),
+        (["precond_solver=cg", "block_structure=kfac"], "not block_structure=kfac"),
+        (["precond_probe=fisher", "divergence=newton"], "labels can be drawn"),
     ],
 )
 def test_what_the_library_refuses_is_a_config_error(overrides, message):
@@ -142,3 +144,20 @@ def test_what_is_rarely_meant_is_said(tmp_path, capsys):
         assert build.warnings(config(*fine)) == []
     run(tmp_path, *SHORT, *adam)
     assert "warning: adam divides the scale" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["divergence=newton", "precond_lr=1e6", "precond_solver=sgd", "precond_clip_norm=null"],
+        ["precond_lr=1e30", "precond_solver=sgd", "precond_clip_norm=null"],
+    ],
+    ids=["the objective rises", "not finite"],
+)
+def test_a_refit_that_fails_changes_nothing_and_says_so(tmp_path, capsys, overrides):
+    plain, _ = last(tmp_path, "plain", "use_preconditioner=false")
+    guarded, refits = last(tmp_path, "guarded", "block_structure=kfac", *overrides)
+    assert guarded == plain
+    assert [row["refit guarded blocks"] for row in refits] == [6.0, 6.0, 6.0]
+    assert any("guarded, " in name for name in refits[0])
+    assert "6 of 6 blocks guarded" in capsys.readouterr().out

@@ -417,6 +417,9 @@ def test_schedules_of_the_count():
         ({"probe": "fisher", "normalize_gradient": True}, r"normalize_gradient has no effect"),
         ({"fresh_batches": True, "solver": "cg"}, r"'cg' needs one objective for all steps"),
         ({"fresh_batches": True, "tolerance": 0.1}, r"tolerance must be 0"),
+        ({"probe": "fisher", "tolerance": 0.1}, r"tolerance must be 0"),
+        ({"solver": "cg", "anneal": True}, r"anneal has no effect"),
+        ({"learning_rate": jnp.ones(())}, r"learning_rate must be a Python number, or a schedule"),
     ],
 )
 def test_bad_options_say_what_is_legal(options, message):

@@ -144,17 +144,45 @@ def test_adam_and_relative_by_name() -> None:
             np.testing.assert_allclose(flat(named), flat(given), rtol=1e-12)
 
 
-def test_relative_steps_do_not_depend_on_scales() -> None:
+def test_relative_steps() -> None:
     rng = np.random.default_rng(0)
-    s, g = rng.normal(size=(4, 4)), rng.normal(size=(4, 4))
-    tx = solvers.scale_by_relative()
-    run = lambda s, g: np.asarray(tx.update([jnp.asarray(g)], (), [jnp.asarray(s)])[0][0])  # noqa: E731
-    np.testing.assert_allclose(run(s, 5 * g), run(s, g))
-    np.testing.assert_allclose(run(7 * s, g), 7 * run(s, g))
-    np.testing.assert_array_equal(run(s, 0 * g), 0)
+    s, g = np.eye(4) + 0.3 * rng.normal(size=(4, 4)), rng.normal(size=(4, 4))
+
+    def run(slot: str, s: np.ndarray, g: np.ndarray) -> np.ndarray:
+        tx = solvers.scale_by_relative()
+        return np.asarray(
+            tx.update(({slot: jnp.asarray(g)},), (), ({slot: jnp.asarray(s)},))[0][0][slot]
+        )
+
+    step = s @ g if np.sum(s @ g * g) > 0 else g
     np.testing.assert_allclose(
-        run(s, g), np.linalg.norm(s) / 2 * s @ g / np.linalg.norm(g @ s), rtol=1e-12
+        run("left", s, g), np.linalg.norm(s) / 2 * step / np.linalg.norm(step), rtol=1e-12
     )
+    uphill = run("right", -np.eye(4), g)  # S G would climb
+    assert np.sum(uphill * g) > 0
+    np.testing.assert_allclose(run("left", 7 * s, g), 7 * run("left", s, g))
+    # A square spectrum is no matrix: entry by entry, downhill, and none crosses zero.
+    d = rng.normal(size=(4, 4)) * np.array([1e-3, 1.0, 10.0, 100.0])
+    found = run("spectrum", d, g)
+    assert (np.abs(found) <= np.abs(d)).all()
+    assert (found * g > 0).all()
+    for slot in ("left", "spectrum"):
+        np.testing.assert_allclose(run(slot, s, 5 * g), run(slot, s, g))
+        np.testing.assert_array_equal(run(slot, s, 0 * g), 0)
+
+
+def test_probe_refits_freeze_nothing() -> None:
+    """Stiff entries shrink from sigma towards their place, and never stick at the clamp."""
+    params, bound = problem()
+    refit = llqr.Refit(probe="fisher", probes=2, solver="relative", learning_rate=0.1, steps=50,
+                       anneal=True, clip_norm=None)  # fmt: skip
+    tx = llqr.scale_by_llqr(structure="kfac", damping=1e-3, divergence_reduction="unit",
+                            identity_scaling=100.0, graft="global", refit=refit)  # fmt: skip
+    state = tx.init(params)
+    for _ in range(4):
+        state = llqr.refresh(tx, state, params, bound)
+        assert int(state.refit.guarded) == 0
+        assert float(state.blocks["spectrum"]["b0"].min()) > 1e-3
 
 
 def test_momentum_is_its_own() -> None:
@@ -283,7 +311,35 @@ def test_probes_are_drawn_afresh_at_every_step_and_refit_from_the_seed() -> None
 
 def test_fisher_probes_need_a_metric_that_can_be_sampled() -> None:
     with pytest.raises(ValueError, match="needs a metric from which labels can be drawn"):
-        make(metric="newton", probe="fisher")
+        llqr.scale_by_llqr(metric="newton", refit=llqr.Refit(probe="fisher"))
+
+
+def test_one_batch_for_each_step_or_an_error() -> None:
+    params, bound = problem()
+    tx = llqr.scale_by_llqr(refit=llqr.Refit(fresh_batches=True, steps=3))
+    two = OBJECTIVE.bind(jax.tree.map(lambda x: jnp.stack([x, x]), bound.batch))
+    for wrong in (two, bound):
+        with pytest.raises(ValueError, match="one batch for each of the 3 inner steps"):
+            llqr.refresh(tx, tx.init(params), params, wrong)
+
+
+def test_a_single_row_of_classes_is_one_row() -> None:
+    """Logits of shape [K] are one row: the covariance of a draw is the Hessian of the mean."""
+    z = jnp.array([0.3, -1.0, 0.5, 0.1])
+    metric = llqr.metrics.resolve("ngd")
+    draw = lambda key: llqr.metrics.sample(metric, key, z, None, "mean")  # noqa: E731
+    c = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), 20_000)))
+    s = np.asarray(jax.nn.softmax(z))
+    np.testing.assert_allclose(c.T @ c / len(c), np.diag(s) - np.outer(s, s), atol=0.02)
+
+
+def test_a_bfloat16_loss_does_not_reject_the_refit() -> None:
+    params, bound = problem()
+    rounded = llqr.Objective(forward, lambda z, b: loss(z, b).astype(jnp.bfloat16))
+    with jax.numpy_dtype_promotion("standard"):
+        tx = llqr.scale_by_llqr(damping=0.2, refit=llqr.Refit(steps=1))
+        state = llqr.refresh(tx, tx.init(params), params, rounded.bind(bound.batch))
+    assert int(state.refit.count("updated")) == 3
 
 
 # --- what is preconditioned -----------------------------------------------------------------

@@ -20,7 +20,8 @@ ROUTES = {
     "recomputed": Route(memory="recomputed"),
     "rematerialized": Route(memory="recomputed", checkpoint_policy="dots_no_batch_dims"),
     "chunks of 2": Route(chunk_size=2),
-    "chunks of 4": Route(chunk_size=4),  # does not divide the batch
+    "chunks of 4": Route(chunk_size=4),
+    "chunks of 5": Route(chunk_size=5),
     "one chunk": Route(chunk_size=100),
 }
 
@@ -155,6 +156,53 @@ def test_refits_agree(name: str, normalize: bool) -> None:
     oracle.close(run(Route(chunk_size=4), traced=True), expected, rtol=1e-7)
 
 
+@pytest.mark.parametrize("memory", ["cached", "curvature_recomputed", "recomputed"])
+@pytest.mark.parametrize("name", ["ngd", "newton"])
+def test_layerwise_refits_agree(name: str, memory: Any) -> None:
+    case = next(c for c in staged.STAGED if c.name == "masked")
+    params, inputs, loss = case.build()
+    objective, batch = staged_objective(case, inputs, loss)
+    refit = llqr.Refit(steps=3)
+
+    def run(route: Route) -> np.ndarray:
+        tx = llqr.scale_by_llqr(metric=name, damping=0.5, route=route, refit=refit)
+        return oracle.flat(llqr.refresh(tx, tx.init(params), params, objective.bind(batch)))
+
+    oracle.close(run(Route(layerwise=True, memory=memory)), run(Route()), rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"probe": "fisher", "probes": 2},
+        {"probe": "minibatch", "probes": 2},
+        {"solver": "cg_zoom_hz"},
+        {"fresh_batches": True, "probe": "fisher"},
+    ],
+    ids=lambda options: "+".join(map(str, options.values())),
+)
+def test_chunks_with_every_kind_of_refit(options: Any) -> None:
+    """The same numbers; and the second refit compiles nothing."""
+    case = cases.MLP_MASKED
+    bound = case.bound
+    if "fresh_batches" in options:
+        bound = case.objective.bind(jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), case.batch))
+    refit = llqr.Refit(steps=2, **options)
+    found = []
+    for route in (Route(), Route(chunk_size=4)):
+        tx = llqr.scale_by_llqr(structure="diagonal", damping=0.5, route=route, refit=refit)
+        state = llqr.refresh(tx, tx.init(case.params), case.params, bound)
+        found.append(oracle.flat(state.blocks))
+    oracle.close(found[1], found[0], rtol=1e-9)
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    llqr.refresh(tx, state, case.params, bound)
+    jax.monitoring.clear_event_listeners()
+    assert compiled == []
+
+
 def test_chunks_run_in_python_on_cpu_and_compile_once() -> None:
     """XLA runs convolution gradients in a compiled loop 30 to 50 times slower there."""
     case, shapes = cases.MLP_TANH, []
@@ -166,10 +214,21 @@ def test_chunks_run_in_python_on_cpu_and_compile_once() -> None:
     tx = llqr.scale_by_llqr(route=Route(chunk_size=4), refit=llqr.Refit(steps=4))
     objective = replace(case.objective, forward=counted).bind(case.batch)
     state = llqr.refresh(tx, tx.init(case.params), case.params, objective)
-    assert set(shapes) == {4, 6}  # six examples: the whole batch for its shape alone
-    first = shapes.count(4)
+    assert set(shapes) == {3, 6}  # six examples: the whole batch for its shape alone
+    first = shapes.count(3)
     llqr.refresh(tx, state, case.params, objective)
-    assert shapes.count(4) == first
+    assert shapes.count(3) == first
+
+
+def test_chunks_are_as_small_as_their_count_allows() -> None:
+    batch = {"x": jnp.arange(10.0), "none": None, "shared": jnp.array(3.0)}
+    bound = llqr.Objective(lambda p, b: b["x"] * p, lambda z, b: jnp.sum(z)).bind(batch)
+    sizes = {size: (len(bound.split(size)), bound.split(size).size) for size in (1, 4, 6, 9, 1000)}
+    assert sizes == {1: (10, 1), 4: (3, 4), 6: (2, 5), 9: (2, 5), 1000: (1, 10)}
+    chunks = bound.split(4)
+    np.testing.assert_array_equal(chunks[2].batch["x"], [8, 9, 9, 9])
+    assert chunks[1].batch["none"] is None
+    assert float(chunks[1].batch["shared"]) == 3
 
 
 # --- what cannot be split -------------------------------------------------------------------------
@@ -185,8 +244,10 @@ def test_errors() -> None:
     uneven = {"x": case.batch["x"], "y": case.batch["y"][:-1]}
     with pytest.raises(ValueError, match=r"the same number of them, not \[5, 6\]"):
         case.objective.bind(uneven).split(2)
-    with pytest.raises(ValueError, match="chunk_size must lie in"):
+    with pytest.raises(ValueError, match="chunk_size must be >= 1"):
         Route(chunk_size=0)
+    with pytest.raises(ValueError, match="leave memory at 'cached' with chunk_size"):
+        Route(chunk_size=2, memory="recomputed")
     with pytest.raises(ValueError, match="needs memory='recomputed'"):
         Route(checkpoint_policy="dots_no_batch_dims")
     with pytest.raises(ValueError, match="unknown Route: memory 'cashed': did you mean 'cached'"):

@@ -42,11 +42,11 @@ def _(
     )
     outputs = objective.outputs(params)
     cotangent = jax.tree.unflatten(jax.tree.structure(outputs), problem.cotangent)
-    network = _Network(problem)
+    network, unused = _Network(problem), jax.tree_util.Partial(_no_curvature)
+    level = replace(problem, cotangent=jax.tree.map(jnp.zeros_like, problem.cotangent))
     g = network.pull_back(cotangent)
-    unused = jax.tree_util.Partial(_no_curvature)
     return QuadraticModel(
-        problem.loss, g, outputs, cotangent, network, unused, _Hessian(problem, g), damping
+        problem.loss, g, outputs, cotangent, network, unused, _Hessian(level), damping
     )
 
 
@@ -67,14 +67,12 @@ class _Network:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Hessian:
-    """C: rollout and adjoint sweep, less the gradient at u = 0."""
+    """C: rollout and adjoint sweep of the regulator without its linear term."""
 
     problem: LQRProblem
-    gradient: Params
 
     def __call__(self, u: Params) -> Params:
-        _, slope = cost_and_gradient(self.problem, u)
-        return jax.tree.map(jnp.subtract, slope, self.gradient)
+        return cost_and_gradient(self.problem, u)[1]
 
 
 def _no_curvature(v: PyTree) -> PyTree:

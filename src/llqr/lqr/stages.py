@@ -128,16 +128,18 @@ class StagedForward:
     def __call__(self, params: Mapping[str, PyTree], batch: Any) -> PyTree:
         """Return the final state, or a dict with the watched ones."""
         state, seen = self.inputs(batch), {}
+        if not self.watch:
+            return self.staged(params, state)
         for segment in self.staged.segments:
             for name, function in segment.members:
                 state = function(params.get(name), state)
                 if name in self.watch:
                     seen[name] = state
-        return {"output": state, **seen} if self.watch else state
+        return {"output": state, **seen}
 
-    def rematerialized(self, params: Mapping[str, PyTree], batch: Any, policy: Any) -> PyTree:
-        """Return the same, each segment a `jax.checkpoint`; without watched states."""
-        return self.staged.rematerialized(policy)(params, self.inputs(batch))
+    def rematerialized(self, policy: Any) -> "StagedForward":
+        """Return the same function, each segment a `jax.checkpoint` of its own."""
+        return StagedForward(self.staged.rematerialized(policy), self.inputs, self.watch)
 
 
 def stages_from_functions(stages: Iterable[tuple[str, StageFunction]]) -> StagedModel:

@@ -206,27 +206,28 @@ def init(structure: Structure, shape: tuple[int, ...], scale: float, dtype: jnp.
     return arrays
 
 
-def start(
-    structure: Structure, arrays: Arrays, shape: tuple[int, ...], scale: float, key: Array
-) -> Arrays:
+def start(structure: Structure, arrays: Arrays, shape: tuple[int, ...], key: Array) -> Arrays:
     """Return what a refit learns, at its start: slots of `learned`, or fresh vectors.
 
     Args:
       structure: the structure.
       arrays: from which the refit starts.
       shape: of the block.
-      scale: sigma; fresh vectors have about a tenth of it as length.
-      key: of fresh vectors.
+      key: of fresh vectors, which change P by about FRESH^2 of itself.
     """
     out = {slot: arrays[slot] for slot in structure.learned}
     for slot, side in structure.sides.items():
         if side.fresh:
             size = shape[0] if slot == "left" else shape[1]
+            length = FRESH / size**0.5
+            if side.square:  # x x^T is added to the inverse of these arrays
+                typical = jnp.mean(jnp.abs(jnp.diagonal(arrays[slot])))
+                length = length / jnp.sqrt(jnp.where(typical > 0, typical, 1.0))
             for local, s in side.fresh(size).items():
                 key, one = jax.random.split(key)
                 dtype = next(iter(arrays.values())).dtype
-                vector = FRESH * scale * jax.random.normal(one, s, dtype) / size**0.5
-                out[f"{slot}_fresh_{local}"] = vector
+                vector = jax.random.normal(one, s, dtype)
+                out[f"{slot}_fresh_{local}"] = (length * vector).astype(dtype)
     return out
 
 

@@ -127,9 +127,9 @@ class Block:
         """Return the arrays for which P = scale * identity."""
         return mx.init(self.structure, self.shape, scale, jnp.dtype(self.dtype))
 
-    def start(self, arrays: Arrays, scale: float, key: Array) -> Arrays:
+    def start(self, arrays: Arrays, key: Array) -> Arrays:
         """Return what a refit learns, at its start."""
-        return mx.start(self.structure, arrays, self.shape, scale, key)
+        return mx.start(self.structure, arrays, self.shape, key)
 
     def multiply(self, arrays: Arrays, xs: Sequence[Array]) -> list[Array]:
         """Return P x for the block's leaves, each in its own shape and dtype."""
@@ -236,10 +236,10 @@ def identity(plan: Plan, scale: float) -> tuple[Arrays, ...]:
     return tuple(block.init(scale) for block in plan)
 
 
-def start(plan: Plan, arrays: Sequence[Arrays], scale: float, key: Array) -> tuple[Arrays, ...]:
+def start(plan: Plan, arrays: Sequence[Arrays], key: Array) -> tuple[Arrays, ...]:
     """Return what a refit learns, block by block; `key` is for fresh vectors."""
     keys = jax.random.split(key, max(len(plan), 1))
-    return tuple(b.start(a, scale, k) for b, a, k in zip(plan, arrays, keys, strict=True))
+    return tuple(b.start(a, k) for b, a, k in zip(plan, arrays, keys, strict=True))
 
 
 def install(plan: Plan, arrays: Sequence[Arrays], learned: Sequence[Arrays]) -> tuple[Arrays, ...]:
