@@ -14,7 +14,7 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 MEBIBYTE = 2**20
-COUNT_ALL = {"xla_cpu_experimental_ynn_fusion_type": ""}
+COUNT_ALL: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 """On CPU, what XLA hands to a kernel library as a whole hides its buffers: hand over nothing."""
 
 
