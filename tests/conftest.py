@@ -1,5 +1,6 @@
 """Every test: float64 and strict promotion where numbers are checked; two CPU devices."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,14 @@ sys.path.insert(0, str(_HERE.parent))  # `from tests import cases` in importlib 
 
 _FLOAT32 = ("experiments", "frontends", "test_docs.py")
 """Folders whose tests run at JAX's own defaults: what users run is float32."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_functions() -> Iterator[None]:
+    """Each one holds memory mappings, and a process may have about 65,000 of them."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

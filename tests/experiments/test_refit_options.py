@@ -74,7 +74,6 @@ def test_options_reach_the_library():
     options = build.refit_options(
         config(
             "momentum=0.7",
-            "precond_tolerance=0.1",
             "precond_anneal=true",
             "precond_probe=gaussian",
             "precond_probes=3", "rng_seed=5", "update_preconditioner_until=9",
@@ -82,7 +81,8 @@ def test_options_reach_the_library():
         HORIZON,
     )  # fmt: skip
     assert options.momentum == 0.7  # that of the main optimizer
-    assert (options.tolerance, options.anneal, options.until) == (0.1, True, 9)
+    assert (options.anneal, options.until) == (True, 9)
+    assert build.refit_options(config("precond_tolerance=0.1"), HORIZON).tolerance == 0.1
     assert (options.probe, options.probes, options.seed) == ("gaussian", 3, 5)
     assert build.refit_options(config("precond_momentum=0.2"), HORIZON).momentum == 0.2
     route = build.route(config("llqr_operator_mode=lowmem_exact_k"))

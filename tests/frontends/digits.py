@@ -47,7 +47,7 @@ def assert_refit(info: Any, number: int) -> None:
     A block whose share of g.Pg turned negative may have kept its old arrays.
     """
     assert int(info.refits) == number
-    assert int(info.nonfinite) == int(info.rejected) == 0
+    assert int(info.count("nonfinite")) == int(info.count("rejected")) == 0
     assert float(info.objective_after) < float(info.objective_before)
 
 
