@@ -27,16 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from reporting import environment
+from reporting import RESULTS, environment
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import llqr
+from llqr.quadratic import POWER_STEPS
 from llqr_experiments import data
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 PICTURES = HERE.parent / "docs" / "images"
 HIDDEN = (100, 300)
 BATCH, STEPS, POINTS, EXAMPLES = 128, 1000, 10, 10_000
@@ -232,7 +232,7 @@ def run(method: Method, tx: Any, source: Data, rate: float, seed: int, steps: in
 def refit_work(method: Method) -> float:
     """Gradient evaluations of a refit, in training batches."""
     options = llqr.Refit(**method.refit)
-    power = 8 if (method.llqr or {}).get("divergence_reduction") == "unit" else 0
+    power = POWER_STEPS if (method.llqr or {}).get("divergence_reduction") == "unit" else 0
     products = 1 + power + options.steps * options.probes * (2 if options.probe == "fisher" else 1)
     return products * method.refit_batch / BATCH
 

@@ -51,6 +51,25 @@ def vdot(a: PyTree, b: PyTree) -> Float[Array, ""]:
     return jnp.asarray(sum(jnp.sum(x * y) for x, y in pairs))
 
 
+def norm(tree: PyTree) -> Float[Array, ""]:
+    """Euclidean length of all entries of a tree together."""
+    return jnp.sqrt(vdot(tree, tree))
+
+
+def cosine(a: PyTree, b: PyTree) -> Float[Array, ""]:
+    """Cosine of the angle between two trees; 0 where one of them is zero."""
+    lengths = norm(a) * norm(b)
+    return jnp.where(lengths > 0, vdot(a, b) / jnp.where(lengths > 0, lengths, 1.0), 0.0)
+
+
+def normal_like(tree: PyTree, key: Array) -> PyTree:
+    """Standard normal numbers in the shapes and dtypes of a tree."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    drawn = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=False)]
+    return treedef.unflatten(drawn)
+
+
 def all_finite(tree: PyTree) -> Array:
     """Whether no entry of any leaf is NaN or infinite: bool[]."""
     leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
@@ -80,6 +99,20 @@ def _is_explicit(x: Array) -> bool:
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
+def is_none(x: Any) -> bool:
+    """Whether x is None: as `is_leaf`, None is a leaf of its own."""
+    return x is None
+
+
+def spread(prefix: PyTree, tree: PyTree) -> list[Any]:
+    """The leaves of a prefix tree, one for each leaf of `tree`; None is a leaf of both.
+
+    Raises:
+      ValueError: `prefix` is no prefix of `tree`.
+    """
+    return jax.tree.leaves(jax.tree.broadcast(prefix, tree, is_leaf=is_none), is_leaf=is_none)
+
+
 @dataclass(frozen=True)
 class Frozen:
     """A pytree of hashable leaves, made hashable."""
@@ -95,5 +128,5 @@ class Frozen:
 
 def freeze(tree: PyTree) -> Frozen:
     """Make a pytree of hashable leaves a static value; None stays a leaf."""
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_none)
     return Frozen(tuple(leaves), treedef)

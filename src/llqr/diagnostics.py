@@ -12,7 +12,7 @@ import optax
 
 from llqr import learning, metrics, quadratic
 from llqr._linalg import solve
-from llqr._tree import freeze, leaf_names, vdot
+from llqr._tree import cosine, freeze, leaf_names, norm, vdot
 from llqr._types import Array, Params, PyTree
 from llqr.learning import Refit
 from llqr.metrics import MetricLike, Reduction
@@ -188,14 +188,20 @@ def inspect(
     sides = tuple(_asymmetric_sides(block) if asymmetry else () for block in plan)
     measured, skew, info = jax.device_get((*_measure(blocks, sides), ours.refit))
     rows = []
-    for block, status, cosine, (low, high, norm), skews in zip(
+    for block, status, angle, (low, high, length), skews in zip(
         plan, info.status, info.cosines, measured, skew, strict=True
     ):
         pairs = {slot: (float(a), float(b)) for slot, (a, b) in skews.items()}
         word = learning.STATUS[int(status)]
         rows.append(
             BlockReport(
-                block.names[0], word, float(cosine), float(low), float(high), float(norm), pairs
+                leaf=block.names[0],
+                status=word,
+                cosine=float(angle),
+                minimum=float(low),
+                maximum=float(high),
+                norm=float(length),
+                skew=pairs,
             )
         )
     before, after = float(info.objective_before), float(info.objective_after)
@@ -217,7 +223,7 @@ def _measure(blocks: learning.Blocks, sides: tuple[tuple[str, ...], ...]) -> Any
         values = list(arrays.values())
         low = jnp.min(jnp.stack([jnp.min(x) for x in values]))
         high = jnp.max(jnp.stack([jnp.max(x) for x in values]))
-        numbers.append((low, high, jnp.sqrt(vdot(values, values))))
+        numbers.append((low, high, norm(values)))
         skew.append({slot: _skew(arrays[slot]) for slot in slots})
     return numbers, skew
 
@@ -411,9 +417,8 @@ def _percent(share: float) -> str:
 
 
 def _part(u: PyTree, exact: PyTree) -> Part:
-    lengths = jnp.sqrt(vdot(u, u)), jnp.sqrt(vdot(exact, exact))
-    cosine = vdot(u, exact) / jnp.maximum(lengths[0] * lengths[1], 1e-30)
-    return Part(float(cosine), float(lengths[0] / jnp.maximum(lengths[1], 1e-30)))
+    length = norm(u) / jnp.maximum(norm(exact), 1e-30)
+    return Part(float(cosine(u, exact)), float(length))
 
 
 def _table(

@@ -35,7 +35,7 @@ import optax
 
 from llqr import metrics, quadratic, solvers
 from llqr._errors import check_choice, check_integer, check_range
-from llqr._tree import Frozen, all_finite, is_traced, vdot
+from llqr._tree import Frozen, all_finite, cosine, is_traced, norm, normal_like, vdot
 from llqr._types import Array, Bool, Float, Int, Number, Params, PyTree, Schedule
 from llqr.metrics import Reduction
 from llqr.objective import BoundObjective
@@ -286,7 +286,7 @@ class Problem:
         The pieces of the reference route cannot cross `jit`, and a line search has a loop
         of its own, which chunks that are looped over in Python cannot be inside of.
         """
-        searches = self.refit.solver in ("cg_zoom_hz", "cg_back_pr+")
+        searches = self.refit.solver in solvers.LINE_SEARCHES
         return self.route.layerwise or (searches and self.route.chunk_size is not None)
 
     def check(self) -> None:
@@ -387,7 +387,7 @@ class _Eager:
     compile_step: bool
 
     def run(self, function: Any, *arguments: Any) -> Any:
-        return (_jitted if self.compile_step else _plain)(function, *arguments)
+        return _jitted(function, *arguments) if self.compile_step else function(*arguments)
 
     def loop(self, function: Any, problem: Problem, carry: Any, inner: Any, steps: int) -> Any:
         for _ in range(steps):
@@ -420,10 +420,6 @@ class _Compiled:
 @partial(jax.jit, static_argnames=("function", "problem"))
 def _jitted(function: Any, problem: Problem, *arguments: Any) -> Any:
     return function(problem, *arguments)
-
-
-def _plain(function: Any, *arguments: Any) -> Any:
-    return function(*arguments)
 
 
 def _learn(
@@ -508,27 +504,19 @@ class _Phi:
     """The inner objective at one step, as a function of what is learned."""
 
     def __init__(self, problem: Problem, inner: _Inner, step: Int[Array, ""]):
-        refit = problem.refit
         self._plan, self._blocks = problem.plan, inner.blocks
-        self._batched = refit.batched
-        self._model = inner.model
-        params, objective, base_state = inner.source
-        if refit.fresh_batches:
-            objective = _take(objective, step)
-            model = _linearize(problem, objective, params, inner.hyper)
-            self._model = replace(model, scale=inner.model.scale)
+        self._batched = problem.refit.batched
+        self._model, objective = _at(problem, inner, step)
         # Solvers that compare steps need the same directions at every one.
-        fixed = refit.solver in solvers.DETERMINISTIC
+        fixed = problem.refit.solver in solvers.DETERMINISTIC
         key = jax.random.fold_in(inner.key, 1 if fixed else step + 1)
         self._direction, self._linear = _directions(
-            problem, self._model, key, params, objective, base_state, refit.probes
+            problem, self._model, objective, inner, key, problem.refit.probes
         )
 
     def gradient(self, learned: Blocks) -> tuple[Float[Array, ""], Blocks]:
         """Return Phi and its gradient: one product with C."""
-        controls, pull_back = _vjp(
-            self._plan, self._batched, self._blocks, learned, self._direction
-        )
+        controls, pull_back = self._vjp(learned)
         value, cotangent = self._each(_value_and_gradient, controls, self._linear)
         return _mean(value, self._batched), _pull(pull_back, _share(cotangent, self._batched))
 
@@ -561,11 +549,30 @@ class _Phi:
         return tuple(_mean(x, self._batched) for x in found)  # type: ignore[return-value]
 
     def _each(self, function: Callable[..., Any], controls: Any, linear: Params) -> Any:
-        if not self._batched:
-            return function(self._model, controls, linear)
-        if _has_axis(self._model):  # one model for each example
-            return jax.vmap(function)(self._model, controls, linear)
-        return _over(self._model, partial(function, self._model), controls, linear)
+        return _each(self._model, self._batched, function, controls, linear)
+
+
+def _at(
+    problem: Problem, inner: _Inner, step: Int[Array, ""]
+) -> tuple[QuadraticModel, BoundObjective]:
+    """The model and the objective of one step: with fresh batches, those of its batch."""
+    params, objective, _ = inner.source
+    if not problem.refit.fresh_batches:
+        return inner.model, objective
+    objective = _take(objective, step)
+    model = _linearize(problem, objective, params, inner.hyper)
+    return replace(model, scale=inner.model.scale), objective
+
+
+def _each(
+    model: QuadraticModel, batched: bool, function: Callable[..., Any], *arguments: Any
+) -> Any:
+    """function(model, *arguments), for each direction if there are several."""
+    if not batched:
+        return function(model, *arguments)
+    if _has_axis(model):  # one model for each example
+        return jax.vmap(function)(model, *arguments)
+    return _over(model, partial(function, model), *arguments)
 
 
 def _value_and_gradient(
@@ -611,7 +618,7 @@ def _controls(
 def _vjp(
     plan: Plan, batched: bool, blocks: Blocks, learned: Blocks, direction: Params
 ) -> tuple[Params, Any]:
-    """U = P h, and its pull-back to what is learned, for `_pull`."""
+    """Return u = P h, and its pull-back to what is learned, for `_pull`."""
     return jax.vjp(lambda x: _controls(plan, batched, blocks, x, direction), learned)
 
 
@@ -629,7 +636,7 @@ def _linearize(
             params,
             problem.metric.tree,
             damping=hyper.damping,
-            divergence_reduction="mean" if problem.reduction == "unit" else problem.reduction,
+            divergence_reduction=metrics.over_rows(problem.reduction),
             route=problem.route,
         )
 
@@ -653,44 +660,41 @@ def _take(objective: BoundObjective, step: int | Int[Array, ""]) -> BoundObjecti
 
 
 def _directions(
-    problem: Problem, model: QuadraticModel, key: Array, params: Params,
-    objective: BoundObjective, base_state: Any, probes: int,
+    problem: Problem, model: QuadraticModel, objective: BoundObjective, inner: _Inner,
+    key: Array, probes: int,
 ) -> tuple[Params, Params]:  # fmt: skip
     """Return h and the linear term, with a leading axis if there are several."""
     refit = problem.refit
     if refit.probe == "gradient":
-        toward = partial(_base_direction, problem, params=params, base_state=base_state)
+        toward = partial(_base_direction, problem, inner)
         if refit.per_example:
             return jax.vmap(toward)(model.gradient), model.gradient
         return toward(model.gradient), model.gradient
-    draw = partial(_draw, problem, model, objective, params)
+    draw = partial(_draw, problem, model, objective)
     h = _over(model, draw, jax.random.split(key, probes))
     return h, jax.tree.map(jnp.negative, h)
 
 
-def _base_direction(
-    problem: Problem, gradient: Params, *, params: Params, base_state: Any
-) -> Params:
+def _base_direction(problem: Problem, inner: _Inner, gradient: Params) -> Params:
     """-g, or the update that the base optimizer would make of g: both descend."""
     if problem.base is None:
         direction = jax.tree.map(jnp.negative, gradient)
     else:
+        params, _, base_state = inner.source
         base = optax.with_extra_args_support(problem.base)
         direction, _ = base.update(gradient, base_state, params)
         direction = jax.tree.map(lambda h, g: h.astype(g.dtype), direction, gradient)
     if problem.refit.normalize_gradient:
-        length = jnp.maximum(jnp.sqrt(vdot(direction, direction)), 1e-9)
+        length = jnp.maximum(norm(direction), 1e-9)
         direction = jax.tree.map(lambda h: h / length.astype(h.dtype), direction)
     return direction
 
 
-def _draw(
-    problem: Problem, model: QuadraticModel, objective: BoundObjective, params: Params, key: Array
-) -> Params:
+def _draw(problem: Problem, model: QuadraticModel, objective: BoundObjective, key: Array) -> Params:
     """One random direction."""
     probe = problem.refit.probe
     if probe == "gaussian":
-        return _normal(model.gradient, key)
+        return normal_like(model.gradient, key)
     if probe == "minibatch":
         rows = jax.random.bernoulli(key, SUBSET, (_rows(model.cotangent),))
 
@@ -701,20 +705,13 @@ def _draw(
             return jnp.where(kept, -c / SUBSET, 0.0).astype(c.dtype)
 
         return model.pull_back(jax.tree.map(subset, model.cotangent))
-    rows = "mean" if problem.reduction == "unit" else problem.reduction
+    reduction = metrics.over_rows(problem.reduction)
     mask, (key, isotropic) = objective.mask(), jax.random.split(key)
-    cotangent = metrics.sample(problem.metric.tree, key, model.outputs, mask, rows)
+    cotangent = metrics.sample(problem.metric.tree, key, model.outputs, mask, reduction)
     h = model.pull_back(cotangent)
     scale, floor = jnp.sqrt(model.scale), jnp.sqrt(FISHER_FLOOR * model.damping)
-    noise = _normal(model.gradient, isotropic)
+    noise = normal_like(model.gradient, isotropic)
     return jax.tree.map(lambda x, n: (x / scale + floor * n).astype(x.dtype), h, noise)
-
-
-def _normal(like: Params, key: Array) -> Params:
-    leaves, treedef = jax.tree.flatten(like)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    drawn = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=False)]
-    return treedef.unflatten(drawn)
 
 
 def _rows(cotangent: PyTree) -> int:
@@ -739,7 +736,7 @@ def _finish(
     judge = _Judge(problem, inner, last)
     upright = [jnp.array(True)] * len(plan)
     if not refit.allow_grad_inversion:
-        upright = [flag for flag, _ in judge.alignment(new)]
+        upright = judge.upright(new)
     keep = [f & u for f, u in zip(finite, upright, strict=True)]
     proposed = _choose(keep, new, old)
     # The first step has evaluated the start already, where that is what is installed.
@@ -752,13 +749,13 @@ def _finish(
         _status(f, u, decreased, _same(a, b))
         for f, u, a, b in zip(finite, upright, new, old, strict=True)
     ]
-    cosines = [cosine for _, cosine in judge.alignment(installed)]
+    whole, cosines = judge.cosines(installed)
     record = RefitInfo(
         refits=info.refits + 1,
         steps=carry.step,
         objective_before=before.astype(jnp.float32),
         objective_after=after.astype(jnp.float32),
-        cosine=judge.cosine(installed).astype(jnp.float32),
+        cosine=whole.astype(jnp.float32),
         status=jnp.stack(status).astype(jnp.int32) if plan else info.status,
         cosines=jnp.stack(cosines).astype(jnp.float32) if plan else info.cosines,
     )
@@ -769,24 +766,16 @@ class _Judge:
     """What decides about new arrays: the objective, and how P h lies to h."""
 
     def __init__(self, problem: Problem, inner: _Inner, step: Int[Array, ""]):
-        refit = problem.refit
-        self._plan, self._batched = problem.plan, refit.batched
-        params, objective, base_state = inner.source
-        model = inner.model
-        if refit.fresh_batches:
-            objective = _take(objective, step)
-            model = replace(
-                _linearize(problem, objective, params, inner.hyper), scale=inner.model.scale
-            )
-        self._model = model
+        self._plan, self._batched = problem.plan, problem.refit.batched
+        self._model, objective = _at(problem, inner, step)
         key = jax.random.fold_in(inner.key, 2**31 - 1)
         self._direction, self._linear = _directions(
-            problem, model, key, params, objective, base_state, EVALUATION_PROBES
+            problem, self._model, objective, inner, key, EVALUATION_PROBES
         )
-        gradient = model.gradient
-        if _has_axis(model):
+        gradient = self._model.gradient
+        if _has_axis(self._model):
             gradient = jax.tree.map(lambda g: jnp.mean(g, axis=0), gradient)
-        self._h = _base_direction(problem, gradient, params=params, base_state=base_state)
+        self._h = _base_direction(problem, inner, gradient)
 
     def objective(self, blocks: Blocks) -> Float[Array, ""]:
         """Return Phi."""
@@ -795,36 +784,34 @@ class _Judge:
             u = plans.multiply(self._plan, blocks, h)
             return vdot(linear, u) + 0.5 * model.inner(u, u)
 
-        if not self._batched:
-            return one(self._model, self._direction, self._linear)
-        if _has_axis(self._model):
-            return jnp.mean(jax.vmap(one)(self._model, self._direction, self._linear))
-        return jnp.mean(
-            _over(self._model, partial(one, self._model), self._direction, self._linear)
+        return jnp.mean(_each(self._model, self._batched, one, self._direction, self._linear))
+
+    def upright(self, blocks: Blocks) -> list[Bool[Array, ""]]:
+        """Per block: whether its share of h.Ph is positive, or its h is zero."""
+        return [
+            (vdot(h, ph) > 0) | jnp.all(jnp.stack([jnp.all(x == 0) for x in h]))
+            for h, ph in self._pairs(blocks)
+        ]
+
+    def cosines(self, blocks: Blocks) -> tuple[Float[Array, ""], list[Float[Array, ""]]]:
+        """Return the cosine of P h and h, as a whole and in each block."""
+        pairs = self._pairs(blocks)
+        whole = [[x for pair in pairs for x in pair[side]] for side in (0, 1)]
+        return cosine(*whole), [cosine(h, ph) for h, ph in pairs]
+
+    def _pairs(self, blocks: Blocks) -> list[tuple[list[Array], list[Array]]]:
+        """(h, P h) of each block."""
+        leaves, scaled = (
+            jax.tree.leaves(tree) for tree in (self._h, plans.multiply(self._plan, blocks, self._h))
         )
-
-    def alignment(self, blocks: Blocks) -> list[tuple[Bool[Array, ""], Float[Array, ""]]]:
-        """Per block: whether its share of h.Ph is positive (or h is zero), and the cosine."""
-        scaled = jax.tree.leaves(plans.multiply(self._plan, blocks, self._h))
-        leaves = jax.tree.leaves(self._h)
-        found = []
-        for block in self._plan:
-            h, ph = [leaves[i] for i in block.leaves], [scaled[i] for i in block.leaves]
-            share, lengths = vdot(h, ph), jnp.sqrt(vdot(h, h)) * jnp.sqrt(vdot(ph, ph))
-            idle = jnp.all(jnp.stack([jnp.all(x == 0) for x in h]))
-            cosine = jnp.where(lengths > 0, share / jnp.where(lengths > 0, lengths, 1.0), 0.0)
-            found.append(((share > 0) | idle, cosine))
-        return found
-
-    def cosine(self, blocks: Blocks) -> Float[Array, ""]:
-        """Return the cosine of P h and h."""
-        ph = plans.multiply(self._plan, blocks, self._h)
-        lengths = jnp.sqrt(vdot(self._h, self._h)) * jnp.sqrt(vdot(ph, ph))
-        return jnp.where(lengths > 0, vdot(self._h, ph) / jnp.where(lengths > 0, lengths, 1.0), 0.0)
+        return [
+            ([leaves[i] for i in block.leaves], [scaled[i] for i in block.leaves])
+            for block in self._plan
+        ]
 
 
 def _average(plan: Plan, old: Blocks, new: Blocks, decay: Number) -> Blocks:
-    """D old + (1 - d) new on what is learned; memories and constants stay new."""
+    """Return d old + (1 - d) new on what is learned; memories and constants stay new."""
     averaged = []
     for block, o, n in zip(plan, old, new, strict=True):
         mixed = {

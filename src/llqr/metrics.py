@@ -42,6 +42,7 @@ import jax
 import jax.numpy as jnp
 
 from llqr._errors import unknown
+from llqr._tree import spread
 from llqr._types import Array, Float, PyTree
 
 Divergence: TypeAlias = Callable[[Array, Array], Array]
@@ -215,6 +216,11 @@ def uses_loss(metric: PyTree) -> bool:
     return isinstance(metric, Metric) and metric.divergence is None
 
 
+def over_rows(reduction: Reduction) -> Literal["sum", "mean"]:
+    """How rows are reduced: "unit" is a mean, whose curvature is then scaled."""
+    return "mean" if reduction == "unit" else reduction
+
+
 def potential(
     metric: PyTree, outputs: PyTree, reference: PyTree, mask: PyTree | None, reduction: str
 ) -> Float[Array, ""]:
@@ -282,15 +288,13 @@ def sample(
 
 def _spread(prefix: PyTree, outputs: PyTree) -> list[Any]:
     """The leaves of a prefix tree, one for each output; None is a leaf."""
-    is_none = lambda x: x is None  # noqa: E731
     try:
-        spread = jax.tree.broadcast(prefix, outputs, is_leaf=is_none)
+        return spread(prefix, outputs)
     except ValueError as error:
         raise ValueError(
             f"the metric (or mask) {prefix!r} does not fit the outputs, "
             f"{jax.tree.structure(outputs)}: give one for each output, or one for all."
         ) from error
-    return jax.tree.leaves(spread, is_leaf=is_none)
 
 
 def _reduce(

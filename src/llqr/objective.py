@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llqr._tree import is_none, spread
 from llqr._types import Array, Float, Int, Params, PyTree
 
 
@@ -107,7 +108,7 @@ class BoundObjective:
         Raises:
           ValueError: no leaf has examples, or leaves disagree on their number.
         """
-        leaves, treedef = jax.tree.flatten(self.batch, is_leaf=_is_none)
+        leaves, treedef = jax.tree.flatten(self.batch, is_leaf=is_none)
         choose = self.objective.batch_axes
         if choose is None:
             prefix = jax.tree.unflatten(
@@ -115,9 +116,7 @@ class BoundObjective:
             )
         else:
             prefix = choose(self.batch)
-        axes = jax.tree.leaves(
-            jax.tree.broadcast(prefix, self.batch, is_leaf=_is_none), is_leaf=_is_none
-        )
+        axes = spread(prefix, self.batch)
         counts = {x.shape[a] for x, a in zip(leaves, axes, strict=True) if a is not None}
         if len(counts) != 1:
             raise ValueError(
@@ -131,10 +130,6 @@ class BoundObjective:
             for x, a in zip(leaves, axes, strict=True)
         ]
         return Chunks(self.objective, tuple(stacked), tuple(axes), treedef, size, examples)
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
 
 
 def _stack(x: Array, size: int, axis: int) -> Array:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from llqr import metrics
 from llqr._errors import check_choice, check_integer, check_range
-from llqr._tree import Frozen, check_inexact, freeze, is_traced, vdot
+from llqr._tree import Frozen, check_inexact, freeze, is_traced, norm, normal_like, vdot
 from llqr._types import Array, Float, Number, Params, PyTree
 from llqr.metrics import Reduction
 from llqr.objective import BoundObjective, Chunks
@@ -207,7 +207,7 @@ def linearize(
     check_choice("divergence_reduction", divergence_reduction, get_args(Reduction))
     metric = metrics.resolve(metric)
     route = Route() if route is None else route
-    rows = "mean" if divergence_reduction == "unit" else divergence_reduction
+    rows = metrics.over_rows(divergence_reduction)
     if route.layerwise:
         forward = objective.objective.forward
         model = layerwise_model(forward, objective, params, metric, damping, rows, route)
@@ -241,11 +241,7 @@ def layerwise_model(
 
 def power_start(model: QuadraticModel) -> Params:
     """Return the first vector of the power iteration: a fixed normal draw."""
-    leaves, treedef = jax.tree.flatten(model.gradient)
-    keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
-    return treedef.unflatten(
-        [jax.random.normal(k, g.shape, g.dtype) for k, g in zip(keys, leaves, strict=False)]
-    )
+    return normal_like(model.gradient, jax.random.key(0))
 
 
 def power_step(model: QuadraticModel, v: Params) -> Params:
@@ -255,13 +251,13 @@ def power_step(model: QuadraticModel, v: Params) -> Params:
 
 def with_unit_scale(model: QuadraticModel, v: Params) -> QuadraticModel:
     """Return the model with C divided by |v|, the estimate after power iterations."""
-    length = jnp.sqrt(vdot(v, v))
+    length = norm(v)
     usable = jnp.isfinite(length) & (length > 0)  # C = 0 stays 0
     return replace(model, scale=jnp.where(usable, length, 1.0))
 
 
 def _unit(v: Params) -> Params:
-    length = jnp.sqrt(vdot(v, v))
+    length = norm(v)
     length = jnp.where(length > 0, length, 1.0)
     return jax.tree.map(lambda x: (x / length).astype(x.dtype), v)
 
@@ -279,7 +275,6 @@ def _whole(
     else:
         outputs, tangent = jax.linearize(objective.outputs, params)
         network = _Cached(tangent, params)
-    loss, cotangent = jax.value_and_grad(objective.loss)(outputs)
     potential = Potential(objective, outputs, freeze(metric), reduction)
     hessian = None
     if full and route.memory == "cached":
@@ -290,6 +285,16 @@ def _whole(
         _, curvature = jax.linearize(jax.grad(potential), outputs)
     else:
         curvature = _CurvatureRecomputed(potential)
+    return _model(objective, outputs, network, curvature, hessian, damping)
+
+
+def _model(
+    objective: BoundObjective, outputs: PyTree, network: Network,
+    curvature: Callable[[PyTree], PyTree], hessian: Callable[[Params], Params] | None,
+    damping: Number,
+) -> QuadraticModel:  # fmt: skip
+    """Add what every fused route takes from the outputs: loss, cotangent and gradient."""
+    loss, cotangent = jax.value_and_grad(objective.loss)(outputs)
     gradient = network.pull_back(cotangent)
     return QuadraticModel(loss, gradient, outputs, cotangent, network, curvature, hessian, damping)
 
@@ -409,14 +414,12 @@ def _chunked(
     rows = tuple(leaf.shape[0] for leaf in jax.tree.leaves(shapes))
     network = _Chunked(chunks, params, rows)
     outputs = network.outputs()
-    loss, cotangent = jax.value_and_grad(objective.loss)(outputs)
     potential = Potential(objective, outputs, freeze(metric), reduction)
     curvature = _CurvatureRecomputed(potential)
     hessian = None
     if metrics.is_full(metric):
         hessian = _ChunkedHessian(network, jax.grad(potential)(outputs), curvature)
-    gradient = network.pull_back(cotangent)
-    return QuadraticModel(loss, gradient, outputs, cotangent, network, curvature, hessian, damping)
+    return _model(objective, outputs, network, curvature, hessian, damping)
 
 
 @jax.tree_util.register_dataclass

@@ -88,9 +88,8 @@ def make(
     """
     if solver == "cg":
         return Solver(_cg_init, _cg_step, needs_first_gradient=True)
-    if solver in ("cg_zoom_hz", "cg_back_pr+"):
-        beta = _hager_zhang if solver == "cg_zoom_hz" else _polak_ribiere
-        search = _zoom if solver == "cg_zoom_hz" else _backtracking
+    if isinstance(solver, str) and solver in LINE_SEARCHES:
+        beta, search = LINE_SEARCHES[solver]
 
         def step(phi: Objective, learned: PyTree, state: Any, rate: Number) -> Any:
             del rate
@@ -122,12 +121,6 @@ def make(
         return moved, state, value
 
     return Solver(lambda learned, _: tx.init(learned), first_order)
-
-
-SOLVERS = ("momentum", "sgd", "adam", "relative", "cg", "cg_zoom_hz", "cg_back_pr+")
-
-DETERMINISTIC = ("cg", "cg_zoom_hz", "cg_back_pr+")
-"""Solvers that compare steps: they need the same objective at every one."""
 
 
 def scale_by_relative() -> optax.GradientTransformation:
@@ -295,3 +288,15 @@ def _search(search: Any, function: Any, value: Array, slope: Array) -> Array:
             one, search.init(zero), zero, value=value, grad=slope, value_fn=function
         )
     return length
+
+
+LINE_SEARCHES = {
+    "cg_zoom_hz": (_hager_zhang, _zoom),
+    "cg_back_pr+": (_polak_ribiere, _backtracking),
+}
+"""Nonlinear conjugate gradients: beta and line search by name."""
+
+DETERMINISTIC = ("cg", *LINE_SEARCHES)
+"""Solvers that compare steps: they need the same objective at every one."""
+
+SOLVERS = ("momentum", "sgd", "adam", "relative", *DETERMINISTIC)

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from llqr import learning, metrics
 from llqr._errors import check_choice, check_integer, check_range
-from llqr._tree import check_inexact, freeze, vdot
+from llqr._tree import check_inexact, freeze, norm
 from llqr._types import Array, Int, Number, Params, PyTree
 from llqr.learning import Problem, Refit, RefitInfo
 from llqr.metrics import MetricLike, Reduction
@@ -342,7 +342,7 @@ def _grafted(plan: plans.Plan, graft: Graft, scaled: Params, updates: Params) ->
     out = list(ps)
     for group in groups:
         p, g = [ps[i] for i in group], [gs[i] for i in group]
-        have, want = jnp.sqrt(vdot(p, p)), jnp.sqrt(vdot(g, g))
+        have, want = norm(p), norm(g)
         ratio = jnp.where(have > 0, want / jnp.where(have > 0, have, 1.0), 1.0)
         for i, x in zip(group, p, strict=True):
             out[i] = (ratio * x).astype(x.dtype)

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from matplotlib.figure import Figure
 
 import llqr
-from llqr._tree import vdot
+from llqr._tree import cosine
 from llqr._types import Array, Float, Params
 from llqr.metrics import Reduction
 from llqr_experiments import build
@@ -30,25 +29,25 @@ def gradient_cosine(
     (`precond_start_step`) or on more examples.
     """
     a, b = (jax.grad(objective)(params, batch) for batch in (refit, training))
-    return vdot(a, b) / jnp.maximum(jnp.sqrt(vdot(a, a) * vdot(b, b)), 1e-30)
+    return cosine(a, b)
 
 
-def refit_record(report: llqr.Report, cosine: float) -> dict[str, float]:
+def refit_record(report: llqr.Report, agreement: float) -> dict[str, float]:
     """Return what is logged about a refit, as one record.
 
     Args:
       report: of the preconditioner after it.
-      cosine: of refit and training gradient.
+      agreement: cosine of refit and training gradient.
     """
     blocks = report.blocks
-    kept = [b for b in blocks if b.status not in ("updated", "kept")]
+    guarded = [b for b in blocks if b.status in REASONS]
     record = {
         "refit objective before": report.objective_before,
         "refit objective after": report.objective_after,
         "refit steps": float(report.steps),
-        "refit guarded blocks": float(len(kept)),
+        "refit guarded blocks": float(len(guarded)),
         "refit cosine Pg and g": report.cosine,
-        "refit cosine refit and training gradient": cosine,
+        "refit cosine refit and training gradient": agreement,
         "Maximum across preconditioner": max(b.maximum for b in blocks),
         "Minimum across preconditioner": min(b.minimum for b in blocks),
         "Preconditioner l2 norm": sum(b.norm**2 for b in blocks) ** 0.5,
@@ -56,11 +55,11 @@ def refit_record(report: llqr.Report, cosine: float) -> dict[str, float]:
     for b in blocks:
         record[f"{b.leaf} l2 norm"] = b.norm
         record[f"{b.leaf} cosine Pg and g"] = b.cosine
-        if b.status in REASONS:
-            record[f"{b.leaf} guarded, {REASONS[b.status]}"] = 1.0
         for slot, (frobenius, spectral) in b.skew.items():
             record[f"{b.leaf}/{slot}/frob skew"] = frobenius
             record[f"{b.leaf}/{slot}/spectral skew"] = spectral
+    for b in guarded:
+        record[f"{b.leaf} guarded, {REASONS[b.status]}"] = 1.0
     skews = [pair for b in blocks for pair in b.skew.values()]
     for i, kind in enumerate(("frob", "spectral")):
         if skews:

@@ -176,11 +176,11 @@ def _refit(
     before = clock.seconds["refit"]
     jax.block_until_ready(state)  # earlier training steps are not the refit's time
     with clock.phase("refit"):
-        batch = batch_of_all = next(batches)
+        batch = seen = next(batches)
         if job.config.multibatch_training:  # one for every inner step, on an axis of their own
             more = [next(batches) for _ in range(job.config.precond_steps - 1)]
-            batch_of_all = jax.tree.map(lambda *leaves: np.stack(leaves), batch, *more)
-        objective = job.task.objective.bind(batch_of_all)
+            seen = jax.tree.map(lambda *leaves: np.stack(leaves), batch, *more)
+        objective = job.task.objective.bind(seen)
         opt_state = llqr.refresh(job.tx, state.opt_state, state.params, objective)
         jax.block_until_ready(opt_state)
     seconds = clock.seconds["refit"] - before

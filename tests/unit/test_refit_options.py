@@ -253,8 +253,10 @@ def test_probes_have_the_mean_that_they_should() -> None:
 
     def draws(probe: str) -> np.ndarray:
         _, static = make(probe=probe, probes=4000)
+        numbers = learning.Hyper(1.0, 0.0, 0.0)
+        inner = learning._Inner((), numbers, jax.random.key(0), model, (params, bound, ()))
         h, linear = jax.jit(
-            lambda key: learning._directions(static, model, key, params, bound, (), 4000)
+            lambda key: learning._directions(static, model, bound, inner, key, 4000)
         )(jax.random.key(0))
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, -b), h, linear)
         return np.asarray(jax.vmap(lambda t: ravel_pytree(t)[0])(h))

@@ -247,16 +247,12 @@ def install(structure: Structure, arrays: Arrays, learned: Arrays) -> Arrays:
 def multiply(structure: Structure, arrays: Arrays, x: Float[Array, "*shape"]) -> Array:
     """Return P X, sigma included, in the shape of `x`."""
     if structure.elementwise:
-        y = _spectrum(structure, arrays) * x
+        y = _scale(structure, arrays, x)
     elif structure.spectrum == "none":
         y = _right(structure, arrays, _left(structure, arrays, x, False), False)
     else:
         y = _right(structure, arrays, _left(structure, arrays, x, True), True)
-        if structure.spectrum == "separable":
-            left, right = (_root(structure, arrays[f"{s}_spectrum"]) for s in ("left", "right"))
-            y = left[:, None] * y * right
-        else:
-            y = _spectrum(structure, arrays) * y
+        y = _scale(structure, arrays, y)
         y = _right(structure, arrays, _left(structure, arrays, y, False), False)
     return y if structure.holds_scale else arrays["scale"] * y
 
@@ -265,10 +261,10 @@ def as_matrix(
     structure: Structure, arrays: Arrays, shape: tuple[int, ...]
 ) -> Float[Array, "size size"]:
     """Return P as a dense matrix on row-major flattened blocks: for tests and small problems."""
+    dtype = next(iter(arrays.values())).dtype
     if structure.elementwise:
-        matrix = jnp.diag(jnp.broadcast_to(_spectrum(structure, arrays), shape).ravel())
+        matrix = jnp.diag(_scale(structure, arrays, jnp.ones(shape, dtype)).ravel())
     else:
-        dtype = next(iter(arrays.values())).dtype
         left, right = (
             SIDES[name].times(_local(arrays, slot), jnp.eye(size, dtype=dtype), False)
             for name, slot, size in zip(
@@ -277,12 +273,8 @@ def as_matrix(
         )
         matrix = jnp.kron(left, right)
         if structure.spectrum != "none":
-            if structure.spectrum == "separable":
-                a, g = (_root(structure, arrays[f"{s}_spectrum"]) for s in ("left", "right"))
-                spectrum = jnp.outer(a, g)
-            else:
-                spectrum = jnp.broadcast_to(_spectrum(structure, arrays), shape)
-            matrix = matrix @ (spectrum.ravel()[:, None] * matrix.T)
+            spectrum = _scale(structure, arrays, jnp.ones(shape, dtype)).ravel()
+            matrix = matrix @ (spectrum[:, None] * matrix.T)
     return matrix if structure.holds_scale else arrays["scale"] * matrix
 
 
@@ -354,11 +346,17 @@ def _root(structure: Structure, stored: Array) -> Array:
     return stored * stored + POSITIVE if structure.positive else stored
 
 
-def _spectrum(structure: Structure, arrays: Arrays) -> Array:
+def _scale(structure: Structure, arrays: Arrays, x: Array) -> Array:
+    """D * x, in the shape of x."""
+    if structure.spectrum == "separable":
+        left, right = (_root(structure, arrays[f"{s}_spectrum"]) for s in ("left", "right"))
+        return left[:, None] * x * right
     spectrum = _root(structure, arrays["spectrum"])
     if structure.normalize:
         spectrum = _normalize(structure, spectrum)
-    return arrays["spectrum_scale"] * spectrum if structure.scaled else spectrum
+    if structure.scaled:
+        spectrum = arrays["spectrum_scale"] * spectrum
+    return spectrum * x
 
 
 def _normalize(structure: Structure, d: Array) -> Array:
