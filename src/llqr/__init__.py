@@ -9,14 +9,26 @@ from llqr import diagnostics as diagnostics
 from llqr import lqr as lqr
 from llqr import metrics as metrics
 from llqr import solvers as solvers
+from llqr.accumulation import microbatched
 from llqr.diagnostics import Description, Quality, Report, describe, inspect, quality
 from llqr.exact_steps import exact
 from llqr.learning import Refit, RefitInfo
 from llqr.metrics import Metric
 from llqr.objective import BoundObjective, Objective
 from llqr.quadratic import QuadraticModel, Route, linearize
+from llqr.sharpness import (
+    Sharpness,
+    SharpnessInfo,
+    SharpnessOracle,
+    SharpnessState,
+    asam,
+    fisher_sam,
+    friendly_sam,
+    past_friendly_sam,
+    sam,
+)
 from llqr.structures import STRUCTURES, Rule, Structure
-from llqr.transform import LLQRState, find, llqr, refresh, scale_by_llqr
+from llqr.transform import LLQRState, find, llqr, precondition, refresh, scale_by_llqr
 
 __all__ = [
     "STRUCTURES",
@@ -32,18 +44,29 @@ __all__ = [
     "Report",
     "Route",
     "Rule",
+    "Sharpness",
+    "SharpnessInfo",
+    "SharpnessOracle",
+    "SharpnessState",
     "Structure",
+    "asam",
     "describe",
     "diagnostics",
     "exact",
     "find",
+    "fisher_sam",
+    "friendly_sam",
     "inspect",
     "linearize",
     "llqr",
     "lqr",
     "metrics",
+    "microbatched",
+    "past_friendly_sam",
+    "precondition",
     "quality",
     "refresh",
+    "sam",
     "scale_by_llqr",
     "solvers",
 ]

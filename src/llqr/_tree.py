@@ -51,6 +51,12 @@ def vdot(a: PyTree, b: PyTree) -> Float[Array, ""]:
     return jnp.asarray(sum(jnp.sum(x * y) for x, y in pairs))
 
 
+def accurate_dtype(tree: PyTree) -> Any:
+    """The widest dtype of a tree, float32 at least: in which to sum half-precision numbers."""
+    kinds = [jnp.dtype(jnp.float32), *(x.dtype for x in jax.tree.leaves(tree))]
+    return max(kinds, key=lambda kind: kind.itemsize)
+
+
 def norm(tree: PyTree) -> Float[Array, ""]:
     """Euclidean length of all entries of a tree together."""
     return jnp.sqrt(vdot(tree, tree))

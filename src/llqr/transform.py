@@ -78,11 +78,12 @@ def scale_by_llqr(
       refit: when and how P is learned.
 
     Returns:
-      A transformation whose `update` takes two more keywords. `objective`: a
+      A transformation whose `update` takes three more keywords. `objective`: a
       `BoundObjective`, required unless refresh=False. `refresh`: None follows the schedule,
-      a Python bool decides at trace time, a bool array at run time. Unknown keywords are
-      ignored. Called inside `jit`, the refit runs inside it too; on CPU with convolutions,
-      pass refresh=False there and call `llqr.refresh` outside.
+      a Python bool decides at trace time, a bool array at run time. `apply`: False leaves the
+      updates as they are, for steps that use P in another way (`precondition`). Unknown
+      keywords are ignored. Called inside `jit`, the refit runs inside it too; on CPU with
+      convolutions, pass refresh=False there and call `llqr.refresh` outside.
 
     Raises:
       ValueError: unknown name or value out of range.
@@ -109,7 +110,7 @@ def scale_by_llqr(
         plan = plans.make_plan(params, table, max_dim)
         problem_of(plan, None).check()
         if (recorder := _recorder.get()) is not None:
-            recorder.append(plan)
+            recorder.append(Visited(plan, identity_scaling))
         blocks = plans.identity(plan, identity_scaling)
         packed = plans.pack(plan, blocks, params, slots)
         return LLQRState(jnp.zeros((), jnp.int32), packed, learning.no_refit(len(plan)))
@@ -121,6 +122,7 @@ def scale_by_llqr(
         *,
         objective: BoundObjective | None = None,
         refresh: Refresh = None,
+        apply: bool = True,
         base: tuple[optax.GradientTransformation, Any] | None = None,
         **extra: Any,
     ) -> tuple[Params, Any]:
@@ -141,11 +143,9 @@ def scale_by_llqr(
         packed = plans.pack(plan, blocks, updates, slots)
         if refresh is _Only.REFIT:
             return updates, LLQRState(state.count, packed, info)
-        scaled = jax.tree.map(
-            lambda u: (u / identity_scaling).astype(u.dtype) if identity_scaling != 1 else u,
-            plans.multiply(plan, blocks, updates),
-        )
-        updates = _grafted(plan, graft, scaled, updates)
+        if apply:
+            scaled = _product(plan, blocks, identity_scaling, updates)
+            updates = _grafted(plan, graft, scaled, updates)
         return updates, LLQRState(_increment(state.count), packed, info)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -194,9 +194,9 @@ def llqr(
       refit: when and how P is learned.
 
     Returns:
-      A transformation like `base` whose `update` also takes `objective` and `refresh`
-      (see `scale_by_llqr`). All other keywords, and none of these two, reach `base`: line
-      searches are strict about theirs.
+      A transformation like `base` whose `update` also takes `objective`, `refresh` and
+      `apply` (see `scale_by_llqr`). All other keywords, and none of these, reach `base`:
+      line searches are strict about theirs.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, llqr
@@ -240,9 +240,10 @@ def llqr(
         *,
         objective: BoundObjective | None = None,
         refresh: Refresh = None,
+        apply: bool = True,
         **extra: Any,
     ) -> tuple[Params, Any]:
-        ours = {"objective": objective, "refresh": refresh}
+        ours = {"objective": objective, "refresh": refresh, "apply": apply}
         if precondition == "gradient":
             updates, learned = preconditioner.update(updates, state.preconditioner, params, **ours)
             if refresh is _Only.REFIT:
@@ -308,7 +309,41 @@ def find(state: Any) -> LLQRState:
     return found[0]
 
 
-_recorder: ContextVar[list[plans.Plan] | None] = ContextVar("recorder", default=None)
+def precondition(tx: optax.GradientTransformation, state: Any, vector: Params) -> Params:
+    """Return P v for the (first) preconditioner inside an optimizer, without a graft.
+
+    `functools.partial(llqr.precondition, tx, state)` is the product that `llqr.sam` takes as
+    `precondition=`.
+
+    Args:
+      tx: an optimizer with `llqr` or `scale_by_llqr` in it, however it is composed.
+      state: its state.
+      vector: v, a tree like the parameters.
+
+    Raises:
+      ValueError: there is no LLQR transformation in `tx`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, llqr
+      >>> tx = llqr.llqr(optax.sgd(0.1), structure="kfac")
+      >>> params = {"w": jnp.ones((3, 2))}
+      >>> llqr.precondition(tx, tx.init(params), params)["w"].tolist()  # P is I before a refit
+      [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    """
+    found = find(state)
+    plan, scaling = _visited(tx, vector)[0]
+    blocks = plans.unpack(plan, found.blocks, vector)
+    return _product(plan, blocks, scaling, vector)
+
+
+class Visited(NamedTuple):
+    """What a composed transformation does not show of an LLQR transformation inside."""
+
+    plan: plans.Plan
+    identity_scaling: float
+
+
+_recorder: ContextVar[list[Visited] | None] = ContextVar("recorder", default=None)
 
 
 def plans_of(tx: optax.GradientTransformation, params: Params) -> tuple[plans.Plan, ...]:
@@ -316,14 +351,18 @@ def plans_of(tx: optax.GradientTransformation, params: Params) -> tuple[plans.Pl
 
     A composed optax transformation does not show its parts; its `init` visits them all.
     """
+    return tuple(visited.plan for visited in _visited(tx, params))
+
+
+def _visited(tx: optax.GradientTransformation, params: Params) -> tuple[Visited, ...]:
     leaves, treedef = jax.tree.flatten(params)
     shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
     return _visit(tx, treedef, shapes)
 
 
 @lru_cache(maxsize=64)
-def _visit(tx: Any, treedef: Any, shapes: tuple[Any, ...]) -> tuple[plans.Plan, ...]:
-    found: list[plans.Plan] = []
+def _visit(tx: Any, treedef: Any, shapes: tuple[Any, ...]) -> tuple[Visited, ...]:
+    found: list[Visited] = []
     token = _recorder.set(found)
     try:
         # A new function each time: eval_shape does not trace one that it knows again.
@@ -331,6 +370,16 @@ def _visit(tx: Any, treedef: Any, shapes: tuple[Any, ...]) -> tuple[plans.Plan, 
     finally:
         _recorder.reset(token)
     return tuple(found)
+
+
+def _product(
+    plan: plans.Plan, blocks: learning.Blocks, identity_scaling: float, vector: Params
+) -> Params:
+    """P v, where sigma P is stored."""
+    product = plans.multiply(plan, blocks, vector)
+    if identity_scaling == 1:
+        return product
+    return jax.tree.map(lambda u: (u / identity_scaling).astype(u.dtype), product)
 
 
 def _grafted(plan: plans.Plan, graft: Graft, scaled: Params, updates: Params) -> Params:

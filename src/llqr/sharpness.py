@@ -1,0 +1,558 @@
+r"""Sharpness-aware minimization: gradients taken at a worse point nearby.
+
+A SAM oracle has the contract of `jax.value_and_grad`, so that it feeds any optax optimizer.
+With `precondition=` the worse point is sought in the geometry that LLQR has learned.
+
+symbol        meaning                                          here
+theta         parameters                                       params
+g             gradient at theta                                gradient
+gbar          moving average of gradients                      average
+w             base vector of the perturbation                  base
+P             inverse preconditioner                           precondition
+z             direction: w, P w or P w / |P w|                 direction
+rho, eps      radius, perturbation                             rho, perturbation
+e             guards divisions                                 epsilon
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llqr._errors import check_choice, check_integer, check_range
+from llqr._tree import accurate_dtype, check_inexact, leaf_names
+from llqr._types import Array, Float, Int, Number, Params, Schedule
+from llqr.accumulation import Axes, ValueAndGrad, mean_over_parts
+
+Direction: TypeAlias = Literal["ema_grad", "ema_precond_grad", "ema_direction"]
+Norm: TypeAlias = Literal["euclidean", "matrix_norm", "layer_euclidean", "layer_matrix_norm"]
+Sign: TypeAlias = Literal["ascent", "descent"]
+Kind: TypeAlias = Literal["sam", "friendly", "past_friendly", "asam", "fisher"]
+Product: TypeAlias = Callable[[Params], Params]
+
+GUARD = 1e-12
+"""Added under the root of asam's and fisher_sam's norm."""
+
+
+class SharpnessInfo(NamedTuple):
+    """What the steps so far and the last one did; scalars, on the device."""
+
+    active: Int[Array, ""]  # steps with a perturbation
+    evaluations: Int[Array, ""]  # gradients of the whole batch
+    guarded: Int[Array, ""]  # norms w.Pw that were not positive and gave way to |w|
+    perturbation_norm: Float[Array, ""]  # of the last step
+    clean_loss: Float[Array, ""]  # at theta; NaN where no pass went there
+    perturbed_loss: Float[Array, ""]  # at theta + eps; NaN where no pass went there
+
+
+class SharpnessState(NamedTuple):
+    """State of a SAM oracle: arrays only."""
+
+    count: Int[Array, ""]  # steps so far
+    average: Params | None  # gbar, in friendly modes
+    last: Params | None  # gradient of the step before, in past_friendly_sam
+    info: SharpnessInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharpness:
+    """How a perturbation is made: what `sam` and its kin return.
+
+    Call it with a loss function to get a `SharpnessOracle`.
+
+    Attributes:
+      kind: sam, friendly, past_friendly, asam or fisher.
+      rho: radius of the perturbation, a number or a schedule of the step.
+      direction: what is perturbed along, see `sam`.
+      norm: what has length rho, see `sam`.
+      epsilon: e > 0, under every root.
+      beta: decay of gbar.
+      eta: of asam and fisher.
+      sign: "descent" turns the perturbation round (for research).
+      start: the first step with a perturbation; before, the oracle is `jax.value_and_grad`.
+      groups: parts of the batch with a perturbation each (m-sharpness).
+      layer_of: name of a leaf, "encoder/layer0/kernel", to the name of its layer.
+    """
+
+    kind: Kind
+    rho: Number | Schedule
+    direction: Direction = "ema_grad"
+    norm: Norm = "euclidean"
+    epsilon: float = 1e-12
+    beta: float = 0.9
+    eta: float = 0.0
+    sign: Sign = "ascent"
+    start: int = 0
+    groups: int = 1
+    layer_of: Callable[[str], str] | None = None
+
+    def __post_init__(self) -> None:
+        check_range("rho", self.rho, low=0)
+        for name, legal in (("direction", Direction), ("norm", Norm), ("sign", Sign)):
+            check_choice(name, getattr(self, name), get_args(legal))
+        check_range("epsilon", self.epsilon, low=0, open_low=True)
+        check_range("beta", self.beta, low=0, high=1)
+        check_range("eta", self.eta, low=0)
+        check_integer("start", self.start, low=0)
+        check_integer("groups", self.groups, low=1)
+        if self.groups > 1 and self.kind == "past_friendly":
+            raise ValueError(
+                f"groups={self.groups}: past_friendly_sam perturbs along earlier gradients, which "
+                "are the same for every group; friendly_sam has a perturbation for each."
+            )
+
+    @property
+    def averages(self) -> bool:
+        """Whether there is a gbar."""
+        return self.kind in ("friendly", "past_friendly")
+
+    @property
+    def passes(self) -> int:
+        """Gradients that a perturbed step takes."""
+        return 1 if self.kind == "past_friendly" else 2
+
+    def __call__(
+        self,
+        function: Callable[..., Any],
+        *,
+        has_aux: bool = False,
+        value_and_grad: ValueAndGrad = jax.value_and_grad,
+        second_pass: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None,
+        in_axes: Axes = 0,
+        weight: Callable[..., Array] | None = None,
+    ) -> "SharpnessOracle":
+        """Return the oracle of a loss.
+
+        Args:
+          function: `(params, *args) -> loss`, or `(loss, aux)`; an `llqr.Objective` is one.
+          has_aux: whether it returns auxiliary data (model state, outputs). They are taken
+            from the perturbed pass; those of the clean pass are dropped, so that batch
+            statistics are updated once.
+          value_and_grad: how a gradient is taken: `llqr.microbatched(4)` for example.
+          second_pass: `(args) -> args`, arguments of the perturbed pass made from those of the
+            clean one; for another dropout key. None: the same.
+          in_axes: with groups, where the examples are; see `llqr.microbatched`.
+          weight: with groups, how much each counts; see `llqr.microbatched`.
+        """
+        if not callable(function):
+            raise TypeError(f"SAM needs a loss function, got {function!r}.")
+        return SharpnessOracle(
+            self, function, has_aux, value_and_grad, second_pass, in_axes, weight
+        )
+
+    def perturbation(
+        self, params: Params, base: Params, rho: Number, precondition: Product | None = None
+    ) -> tuple[Params, Int[Array, ""]]:
+        """Return eps for a base vector w, and how many norms were guarded.
+
+        A matrix norm sqrt(w.Pw) does not exist where P is not positive along w. There (for
+        the layer, with layer norms) the perturbation is the Euclidean one along w.
+
+        Args:
+          params: theta.
+          base: w, like params.
+          rho: radius.
+          precondition: the product with P; None where `direction` has no P in it.
+        """
+        names, leaves, treedef = leaf_names(base), *jax.tree.flatten(base)
+        kind = accurate_dtype(leaves)
+        wide = lambda tree: [x.astype(kind) for x in treedef.flatten_up_to(tree)]  # noqa: E731
+        w, rho, guarded = wide(base), jnp.asarray(rho, kind), jnp.zeros((), jnp.int32)
+        if self.kind == "asam":
+            t = [
+                jnp.ones_like(x) if name.split("/")[-1] == "bias" else jnp.abs(x) + self.eta
+                for name, x in zip(names, wide(params), strict=True)
+            ]
+            tw = [a * b for a, b in zip(t, w, strict=True)]
+            scale = rho / jnp.sqrt(_dot(tw, tw) + GUARD)
+            eps = [scale * a * b for a, b in zip(t, tw, strict=True)]
+        elif self.kind == "fisher":
+            f = [_ratio(g, g * g + self.eta) for g in w]
+            scale = rho / jnp.sqrt(_dot(w, f) + GUARD)
+            eps = [scale * x for x in f]
+        else:
+            z = w if precondition is None else wide(precondition(base))
+            if self.direction == "ema_direction":
+                length = jnp.sqrt(_dot(z, z) + self.epsilon)
+                z = [x / length for x in z]
+            eps, guarded = self._scaled(names, w, z, rho)
+        turn = 1 if self.sign == "ascent" else -1
+        eps = [(turn * e).astype(x.dtype) for e, x in zip(eps, leaves, strict=True)]
+        return jax.lax.stop_gradient(treedef.unflatten(eps)), guarded
+
+    def _scaled(
+        self, names: list[str], w: list[Array], z: list[Array], rho: Array
+    ) -> tuple[list[Array], Int[Array, ""]]:
+        """Give z the length rho in `norm`, as a whole or layer by layer."""
+        name = self.layer_of or (lambda leaf: leaf.split("/")[0])
+        layers: dict[str, list[int]] = {}
+        for i, leaf in enumerate(names):
+            layers.setdefault(name(leaf) if self.norm.startswith("layer") else "", []).append(i)
+        share = rho / math.sqrt(max(len(layers), 1))
+        out, guarded = list(z), jnp.zeros((), jnp.int32)
+        for layer in layers.values():
+            ws, zs = [w[i] for i in layer], [z[i] for i in layer]
+            if self.norm.endswith("euclidean"):
+                square = _dot(zs, zs) + self.epsilon
+            else:
+                square = _dot(ws, zs) + self.epsilon
+                bad = ~(square > 0)
+                guarded += bad.astype(jnp.int32)
+                zs = [jnp.where(bad, a, b) for a, b in zip(ws, zs, strict=True)]
+                square = jnp.where(bad, _dot(ws, ws) + self.epsilon, square)
+            for i, x in zip(layer, zs, strict=True):
+                out[i] = share / jnp.sqrt(square) * x
+        return out, guarded
+
+
+@dataclass(frozen=True)
+class SharpnessOracle:
+    """Loss and SAM gradient of a function: `sam(...)(function)`."""
+
+    method: Sharpness
+    function: Callable[..., Any]
+    has_aux: bool = False
+    value_and_grad: ValueAndGrad = jax.value_and_grad
+    second_pass: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
+    in_axes: Axes = 0
+    weight: Callable[..., Array] | None = None
+
+    def init(self, params: Params) -> SharpnessState:
+        """Return the state before the first step.
+
+        Raises:
+          TypeError: a leaf of `params` cannot be differentiated.
+        """
+        check_inexact(params)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        count, real = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        return SharpnessState(
+            count,
+            zeros if self.method.averages else None,
+            zeros if self.method.kind == "past_friendly" else None,
+            SharpnessInfo(count, count, count, real, real, real),
+        )
+
+    def __call__(self, params: Params, *args: Any, precondition: Product | None = None) -> Any:
+        """Return what `jax.value_and_grad(function, has_aux)` does, at the perturbed point.
+
+        Raises:
+          ValueError: the method has a state (a schedule, a delayed start, a moving average):
+            use `step`.
+        """
+        method = self.method
+        if method.averages or callable(method.rho) or method.start:
+            raise ValueError(
+                "this oracle has a state (a moving average, a schedule of rho or a delayed start): "
+                "state = oracle.init(params), then value, grads, state = oracle.step(...)."
+            )
+        value, grads, _ = self.step(params, self.init(params), *args, precondition=precondition)
+        return value, grads
+
+    def step(
+        self,
+        params: Params,
+        state: SharpnessState,
+        *args: Any,
+        precondition: Product | None = None,
+        base: Params | None = None,
+        active: bool | Array | None = None,
+    ) -> tuple[Any, Params, SharpnessState]:
+        """Return value (with `has_aux`: value and aux), gradient and new state.
+
+        Value, aux and gradient are those of the last pass, at theta + eps.
+
+        Args:
+          params: theta; the update is to be made from here.
+          state: of the step before, or from `init`.
+          *args: of the function.
+          precondition: the product with P, for the directions that have it:
+            `functools.partial(llqr.precondition, tx, opt_state)`.
+          base: in place of the gradient as base vector w (for research); sam and friendly_sam.
+          active: whether this step is perturbed. None follows `start`; a Python bool decides
+            at trace time, so that no `cond` is compiled.
+
+        Raises:
+          ValueError: `precondition` is missing, or would not be used.
+        """
+        self._check(precondition, base)
+        if active is None:
+            active = True if not self.method.start else state.count >= self.method.start
+        plain = lambda: self._plain(params, state, args)  # noqa: E731
+        perturbed = lambda: self._perturbed(params, state, args, precondition, base)  # noqa: E731
+        if isinstance(active, jax.Array):
+            return jax.lax.cond(active, perturbed, plain)
+        return perturbed() if active else plain()
+
+    def _check(self, precondition: Any, base: Any) -> None:
+        method = self.method
+        special = method.kind in ("asam", "fisher")
+        if method.direction == "ema_grad" or special:
+            if precondition is not None:
+                raise ValueError(
+                    f"precondition is given, and nothing uses it with {method.kind}, "
+                    f"direction={method.direction!r}: choose ema_precond_grad or ema_direction of "
+                    "sam, friendly_sam or past_friendly_sam, or leave it out."
+                )
+        elif precondition is None:
+            raise ValueError(
+                f"direction={method.direction!r} needs precondition=functools.partial("
+                "llqr.precondition, tx, opt_state)."
+            )
+        if base is not None and method.kind not in ("sam", "friendly"):
+            raise ValueError(f"base is for sam and friendly_sam, not for {method.kind}.")
+
+    def _take(self, params: Params, args: tuple[Any, ...]) -> tuple[Array, Any, Params]:
+        value, grads = self.value_and_grad(self.function, has_aux=self.has_aux)(params, *args)
+        return (*value, grads) if self.has_aux else (value, (), grads)
+
+    def _value(self, loss: Array, aux: Any) -> Any:
+        return (loss, aux) if self.has_aux else loss
+
+    def _plain(
+        self, params: Params, state: SharpnessState, args: tuple[Any, ...]
+    ) -> tuple[Any, Params, SharpnessState]:
+        """One gradient at theta; buffers stay."""
+
+        def part(*args: Any) -> tuple[Any, Any]:
+            loss, aux, grads = self._take(params, args)
+            return (loss, grads), aux
+
+        (loss, grads), aux = self._over_groups(part, args)
+        nowhere = jnp.float32(jnp.nan)
+        info = state.info._replace(
+            evaluations=state.info.evaluations + 1,
+            perturbation_norm=jnp.float32(0),
+            clean_loss=loss.astype(jnp.float32),
+            perturbed_loss=nowhere,
+        )
+        return self._value(loss, aux), grads, state._replace(count=state.count + 1, info=info)
+
+    def _perturbed(
+        self,
+        params: Params,
+        state: SharpnessState,
+        args: tuple[Any, ...],
+        precondition: Product | None,
+        base: Params | None,
+    ) -> tuple[Any, Params, SharpnessState]:
+        method = self.method
+        rho = method.rho(state.count) if callable(method.rho) else method.rho
+        single = method.kind == "past_friendly"
+        second = self.second_pass or (lambda args: args)
+
+        def part(*args: Any) -> tuple[Any, Any]:
+            clean, gradient = jnp.float32(jnp.nan), state.last
+            if not single:
+                clean, _, gradient = self._take(params, args)
+            w = gradient if base is None else base
+            if method.averages:
+                w = jax.tree.map(jnp.subtract, w, state.average)
+            eps, guarded = method.perturbation(params, w, rho, precondition)
+            there = optax.apply_updates(params, eps)
+            loss, aux, grads = self._take(there, args if single else second(args))
+            length = _length(eps)
+            kept = gradient if method.averages else ()
+            return (loss, grads, kept, clean, length), (aux, guarded)
+
+        (loss, grads, gradient, clean, length), (aux, guarded) = self._over_groups(part, args)
+        old = state.info
+        info = SharpnessInfo(
+            old.active + 1,
+            old.evaluations + method.passes,
+            old.guarded + jnp.sum(guarded, dtype=jnp.int32),
+            *(x.astype(jnp.float32) for x in (length, clean, loss)),
+        )
+        average, last = state.average, grads if single else None
+        if method.averages:
+            average = self._averaged(state.average, gradient)
+        new = SharpnessState(state.count + 1, average, last, info)
+        return self._value(loss, aux), grads, new
+
+    def _averaged(self, average: Params, gradient: Params) -> Params:
+        """Gbar <- beta gbar + (1 - beta) g, of length 1 for ema_direction."""
+        beta = self.method.beta
+        new = jax.tree.map(
+            lambda a, g: (beta * a + (1 - beta) * g).astype(a.dtype), average, gradient
+        )
+        if self.method.direction != "ema_direction":
+            return new
+        length = _length(new)
+        length = jnp.where(length > 0, length, 1.0)
+        return jax.tree.map(lambda x: (x / length).astype(x.dtype), new)
+
+    def _over_groups(self, part: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
+        return mean_over_parts(
+            part, args, self.method.groups, in_axes=self.in_axes, weight=self.weight
+        )
+
+
+def sam(
+    rho: Number | Schedule = 0.1,
+    *,
+    direction: Direction = "ema_grad",
+    norm: Norm = "euclidean",
+    epsilon: float = 1e-12,
+    sign: Sign = "ascent",
+    start: int = 0,
+    groups: int = 1,
+    layer_of: Callable[[str], str] | None = None,
+) -> Sharpness:
+    """Sharpness-aware minimization: w is the gradient at theta. Two gradients a step.
+
+    Args:
+      rho: radius of the perturbation, >= 0; a number or a schedule of the step.
+      direction: z. "ema_grad": w. "ema_precond_grad": P w. "ema_direction": P w of length 1
+        (and gbar, where there is one, is normalised after its update).
+      norm: what has length rho. "euclidean": |z|. "matrix_norm": sqrt(w.z), for z = P w the
+        length of eps in the metric P^-1. "layer_euclidean", "layer_matrix_norm": the same in
+        every layer, with rho / sqrt(number of layers) each.
+      epsilon: e > 0, added under every root.
+      sign: "descent" turns the perturbation round.
+      start: the first perturbed step.
+      groups: parts of the batch that are perturbed each on its own (m-sharpness, of batch /
+        groups examples). Part i holds the examples i, i + groups, ..., whatever the devices.
+        Auxiliary data then have the parts on a new first axis.
+      layer_of: a leaf's name, "encoder/layer0/kernel", to its layer's; None: the first part,
+        "encoder".
+
+    Returns:
+      The method; `sam(...)(loss)` is the oracle.
+
+    Raises:
+      ValueError: a value out of range, or an unknown name (the nearest is given).
+
+    Example:
+      >>> import jax.numpy as jnp, llqr
+      >>> def loss(w):
+      ...     return 0.5 * jnp.sum(w**2)
+      >>> value, grad = llqr.sam(0.5)(loss)(jnp.array([3.0, 4.0]))
+      >>> [round(float(g), 3) for g in grad]  # the gradient at w (1 + 0.5 / |w|)
+      [3.3, 4.4]
+
+    References:
+      Foret et al., Sharpness-Aware Minimization, arXiv 2010.01412.
+    """
+    return Sharpness(
+        kind="sam", rho=rho, direction=direction, norm=norm, epsilon=epsilon, sign=sign,
+        start=start, groups=groups, layer_of=layer_of,
+    )  # fmt: skip
+
+
+def friendly_sam(
+    rho: Number | Schedule = 0.1,
+    *,
+    beta: float = 0.9,
+    direction: Direction = "ema_grad",
+    norm: Norm = "euclidean",
+    epsilon: float = 1e-12,
+    sign: Sign = "ascent",
+    start: int = 0,
+    groups: int = 1,
+    layer_of: Callable[[str], str] | None = None,
+) -> Sharpness:
+    """Friendly SAM: w = g - gbar, the part of the gradient that is the batch's own.
+
+    gbar <- beta gbar + (1 - beta) g after the step, from zero, without bias correction. Two
+    gradients a step.
+
+    Args:
+      rho: radius, see `sam`; likewise what is not listed here.
+      beta: decay of gbar, in [0, 1].
+      direction: z.
+      norm: what has length rho.
+      epsilon: under every root.
+      sign: of the perturbation.
+      start: the first perturbed step.
+      groups: parts of the batch.
+      layer_of: name of a leaf's layer.
+
+    References:
+      Li et al., Friendly Sharpness-Aware Minimization, arXiv 2403.12350.
+    """
+    return Sharpness(
+        kind="friendly", rho=rho, beta=beta, direction=direction, norm=norm, epsilon=epsilon,
+        sign=sign, start=start, groups=groups, layer_of=layer_of,
+    )  # fmt: skip
+
+
+def past_friendly_sam(
+    rho: Number | Schedule = 0.1,
+    *,
+    beta: float = 0.9,
+    direction: Direction = "ema_grad",
+    norm: Norm = "euclidean",
+    epsilon: float = 1e-12,
+    start: int = 0,
+    layer_of: Callable[[str], str] | None = None,
+) -> Sharpness:
+    """Friendly SAM from earlier gradients: w = g_last - gbar. One gradient a step.
+
+    After the step, gbar <- beta gbar + (1 - beta) g_last, and g_last is the gradient just
+    taken, at theta + eps. The first step has no perturbation.
+
+    Args:
+      rho: radius, see `sam`; likewise what is not listed here.
+      beta: decay of gbar, in [0, 1].
+      direction: z.
+      norm: what has length rho.
+      epsilon: under every root.
+      start: the first perturbed step.
+      layer_of: name of a leaf's layer.
+    """
+    return Sharpness(
+        kind="past_friendly", rho=rho, beta=beta, direction=direction, norm=norm,
+        epsilon=epsilon, start=start, layer_of=layer_of,
+    )  # fmt: skip
+
+
+def asam(
+    rho: Number | Schedule = 0.1, *, eta: float = 0.01, start: int = 0, groups: int = 1
+) -> Sharpness:
+    """Adaptive SAM: eps = rho T T g / |T g| with T = |theta| + eta; T = 1 for leaves named bias.
+
+    Args:
+      rho: radius, in units of the parameters' size.
+      eta: >= 0, keeps small parameters movable.
+      start: the first perturbed step.
+      groups: parts of the batch, see `sam`.
+
+    References:
+      Kwon et al., ASAM, arXiv 2102.11600.
+    """
+    return Sharpness(kind="asam", rho=rho, eta=eta, start=start, groups=groups)
+
+
+def fisher_sam(
+    rho: Number | Schedule = 0.1, *, eta: float = 0.1, start: int = 0, groups: int = 1
+) -> Sharpness:
+    """Fisher SAM: eps = rho f / sqrt(g.f) with f = g / (g^2 + eta), entry by entry.
+
+    Args:
+      rho: radius in the diagonal Fisher metric.
+      eta: >= 0, added to the squared gradient.
+      start: the first perturbed step.
+      groups: parts of the batch, see `sam`.
+
+    References:
+      Kim et al., Fisher SAM, arXiv 2206.04920.
+    """
+    return Sharpness(kind="fisher", rho=rho, eta=eta, start=start, groups=groups)
+
+
+def _dot(a: list[Array], b: list[Array]) -> Float[Array, ""]:
+    return jnp.asarray(sum(jnp.sum(x * y) for x, y in zip(a, b, strict=True)))
+
+
+def _length(tree: Params) -> Float[Array, ""]:
+    wide = [x.astype(accurate_dtype(tree)) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(_dot(wide, wide))
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    """A / b, and 0 where b is."""
+    return jnp.where(b != 0, a / jnp.where(b != 0, b, 1), 0)
