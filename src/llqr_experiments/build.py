@@ -16,6 +16,7 @@ from llqr._types import Schedule
 from llqr.learning import Probe
 from llqr.metrics import Reduction
 from llqr.quadratic import CheckpointPolicy, Memory
+from llqr.sharpness import Sign
 from llqr.structures import catalogue
 from llqr.transform import Graft
 from llqr_experiments.errors import ConfigError
@@ -125,11 +126,87 @@ def optimizer(config: Config, horizon: Horizon) -> optax.GradientTransformationE
         raise ConfigError(str(error)) from error
 
 
+@dataclass(frozen=True)
+class Ascent:
+    """How a run perturbs its parameters.
+
+    Attributes:
+      method: of the perturbation.
+      source: of the base vector, as in `sam_research_base_vector_source`.
+      configured: whether P multiplies the gradient of a perturbed step as it does others'.
+    """
+
+    method: llqr.Sharpness
+    source: str
+    configured: bool
+
+    @property
+    def uses_preconditioner(self) -> bool:
+        """Whether the perturbation is along P w."""
+        return self.method.direction != "ema_grad"
+
+
+def ascent(config: Config, horizon: Horizon) -> Ascent | None:
+    """Return how parameters are perturbed; None without SAM."""
+    mode = config.sam_mode
+    if mode is None:
+        return None
+    rho = schedule(config, "perturbation_rho_scheduler", config.perturbation_rho, horizon)
+    common: dict[str, Any] = {"rho": rho, "start": config.start_sam_after_step or 0}
+    shape: dict[str, Any] = {
+        "direction": config.perturb_mode,
+        "norm": config.norm_mode,
+        "epsilon": config.gbar_eps,
+    }
+    beta, groups = config.gbar_beta, config.sam_groups
+    sign = cast(Sign, config.sam_research_perturb_sign)
+    method = {
+        "base_sam": lambda: llqr.sam(**common, **shape, groups=groups, sign=sign),
+        "base_fsam": lambda: llqr.friendly_sam(
+            **common, **shape, beta=beta, groups=groups, sign=sign
+        ),
+        "past_fsam": lambda: llqr.past_friendly_sam(**common, **shape, beta=beta),
+        "asam": lambda: llqr.asam(**common, groups=groups, eta=config.asam_eta),
+        "fisher_sam": lambda: llqr.fisher_sam(**common, groups=groups, eta=config.fisher_sam_eta),
+    }[mode]()
+    vanilla = mode == "fisher_sam" or not config.sam_use_preconditioner_on_update
+    return Ascent(method, config.sam_research_base_vector_source, not vanilla)
+
+
+def momentum_of(opt_state: Any) -> Any:
+    """Return the momentum in the state of a main optimizer: its trace or Adam's first moment.
+
+    Raises:
+      ConfigError: there is none, or more than one.
+    """
+    kinds = (optax.TraceState, optax.ScaleByAdamState)
+    is_one = lambda x: isinstance(x, kinds)  # noqa: E731
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(x)]
+    if len(found) != 1:
+        raise ConfigError(
+            "sam_research_base_vector_source=main_optimizer_momentum: the optimizer has "
+            f"{len(found)} momentum buffers, and needs exactly one."
+        )
+    return found[0].trace if isinstance(found[0], optax.TraceState) else found[0].mu
+
+
 def warnings(config: Config) -> list[str]:
     """Return what is legal but rarely meant."""
     found = []
+    scheduled = config.perturbation_rho_scheduler["name"] != "constant"
+    if config.sam_mode and config.start_sam_after_step and scheduled:
+        found.append(
+            "perturbation_rho_scheduler counts from step 0, also where "
+            f"start_sam_after_step={config.start_sam_after_step} delays SAM."
+        )
     if not config.use_preconditioner:
         return found
+    unused = config.sam_mode == "fisher_sam" or not config.sam_use_preconditioner_on_update
+    if config.sam_mode and unused and config.perturb_mode == "ema_grad":
+        found.append(
+            f"sam_mode={config.sam_mode}: neither the perturbation nor the update of a perturbed "
+            "step uses P, and refits are made all the same. use_preconditioner=false saves them."
+        )
     adam = config.main_optimizer.startswith("adam")
     if adam and not config.precond_on_update and structure(config).elementwise:
         found.append(

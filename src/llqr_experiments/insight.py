@@ -1,5 +1,6 @@
 """What a refit did, and how near the learned steps come to the exact one."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -66,6 +67,21 @@ def refit_record(report: llqr.Report, agreement: float) -> dict[str, float]:
             mean = sum(pair[i] for pair in skews) / len(skews)
             record[f"Average {kind} skew across preconditioner"] = mean
     return record
+
+
+def sharpness_record(info: llqr.SharpnessInfo) -> dict[str, float]:
+    """Return what is logged of SAM; a loss that no pass has taken is left out."""
+    host = jax.device_get(info)
+    record = {
+        "sam active steps": float(host.active),
+        "sam gradient evaluations": float(host.evaluations),
+        "sam guarded norms": float(host.guarded),
+        "sam perturbation norm": float(host.perturbation_norm),
+        "sam clean loss": float(host.clean_loss),
+        "sam perturbed loss": float(host.perturbed_loss),
+        "sam sharpness": float(host.perturbed_loss - host.clean_loss),
+    }
+    return {name: value for name, value in record.items() if not math.isnan(value)}
 
 
 def measure(config: Config, objective: llqr.BoundObjective, params: Params) -> llqr.Quality:

@@ -87,6 +87,7 @@ class Config:
     precond_lr_scheduler: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
     ema_scheduler: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
     precond_update_scheduler: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
+    perturbation_rho_scheduler: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
 
     # training
     batch_size: int = _option(128, "examples in a training step", low=1)
@@ -204,6 +205,43 @@ class Config:
     warm_start_precond: bool = _option(True, "start a refit from the current P, not the identity")
     ema_decay: float = _option(0.0, "weight of the old P after a refit", low=0, high=1)
 
+    # sharpness-aware minimization
+    sam_mode: str | None = _option(
+        None,
+        "gradient at a perturbed point; null: plain gradient",
+        choices=("base_sam", "base_fsam", "past_fsam", "asam", "fisher_sam"),
+    )
+    perturbation_rho: float = _option(0.1, "radius of the perturbation", low=0)
+    perturb_mode: str = _option(
+        "ema_grad",
+        "direction: w, P w, or P w of length 1",
+        choices=("ema_grad", "ema_precond_grad", "ema_direction"),
+    )
+    norm_mode: str = _option(
+        "euclidean",
+        "what has length rho",
+        choices=("euclidean", "matrix_norm", "layer_euclidean", "layer_matrix_norm"),
+    )
+    gbar_beta: float = _option(0.9, "decay of the mean gradient of the fsam modes", low=0, high=1)
+    gbar_eps: float = _option(1e-12, "added under the roots of the perturbation", above=0)
+    asam_eta: float = _option(0.01, "added to |parameter| by asam", low=0)
+    fisher_sam_eta: float = _option(0.1, "added to the squared gradient by fisher_sam", low=0)
+    start_sam_after_step: int | None = _option(
+        None, "first step with a perturbation; null: 0", low=0
+    )
+    sam_use_preconditioner_on_update: bool = _option(
+        True, "P also multiplies the gradient at the perturbed point (fisher_sam: never)"
+    )
+    sam_groups: int = _option(1, "parts of the batch with a perturbation each (m-sharpness)", low=1)
+    sam_research_base_vector_source: str = _option(
+        "current_gradient",
+        "what is perturbed along, for research",
+        choices=("current_gradient", "main_optimizer_momentum", "random_direction"),
+    )
+    sam_research_perturb_sign: str = _option(
+        "ascent", "sign of the perturbation, for research", choices=("ascent", "descent")
+    )
+
     def __post_init__(self) -> None:
         for name, option, value in options(self):
             _check(name, option.metadata, value)
@@ -248,9 +286,57 @@ class Config:
                 f"precond_rank={self.precond_rank} is for low-rank-memory structures only, not for "
                 f"block_structure={self.block_structure}."
             )
+        yield from self._sam_contradictions()
+
+    def _sam_contradictions(self) -> Iterator[str]:
+        mode, uses_p = self.sam_mode, self.perturb_mode != "ema_grad"
+        source = self.sam_research_base_vector_source
+        researched = source != "current_gradient" or self.sam_research_perturb_sign != "ascent"
+        if researched and mode not in ("base_sam", "base_fsam"):
+            yield (
+                "the switches sam_research_base_vector_source and sam_research_perturb_sign are "
+                f"for sam_mode=base_sam and base_fsam, not for {mode or 'null'}."
+            )
+        if source == "main_optimizer_momentum" and self.main_optimizer == "sgd":
+            yield (
+                f"sam_research_base_vector_source={source}: main_optimizer=sgd has no momentum; "
+                "polyak and the adam family have."
+            )
+        if mode is None:  # the other options may stay: one sweep runs with and without SAM
+            return
+        if self.toy.name:
+            yield f"sam_mode={mode} is for training, not for toy.name={self.toy.name}."
+        own_geometry = mode in ("asam", "fisher_sam")
+        if own_geometry and (uses_p or self.norm_mode != "euclidean"):
+            yield (
+                f"sam_mode={mode} has a perturbation of its own: perturb_mode={self.perturb_mode}, "
+                f"norm_mode={self.norm_mode} must be ema_grad, euclidean."
+            )
+        outer = mode != "fisher_sam" and self.sam_use_preconditioner_on_update
+        if outer and not self.use_preconditioner:
+            yield (
+                "sam_use_preconditioner_on_update=true needs use_preconditioner=true; for SAM "
+                "without LLQR set both to false."
+            )
+        if uses_p and not self.use_preconditioner:
+            yield (
+                f"perturb_mode={self.perturb_mode} needs use_preconditioner=true; without a "
+                "preconditioner it is ema_grad."
+            )
+        if mode == "past_fsam" and self.sam_groups > 1:
+            yield (
+                f"sam_groups={self.sam_groups}: past_fsam perturbs along earlier gradients, which "
+                "are the same for every group."
+            )
 
 
-SCHEDULERS = ("lr_scheduler", "precond_lr_scheduler", "ema_scheduler", "precond_update_scheduler")
+SCHEDULERS = (
+    "lr_scheduler",
+    "precond_lr_scheduler",
+    "ema_scheduler",
+    "precond_update_scheduler",
+    "perturbation_rho_scheduler",
+)
 
 
 def options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

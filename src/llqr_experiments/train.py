@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 import llqr
+from llqr._tree import normal_like
 from llqr._types import Array, Params
 from llqr_experiments import build, data, insight, plots, records, tasks
 from llqr_experiments.clock import Clock
@@ -28,6 +29,7 @@ class TrainState(NamedTuple):
 
     params: Params
     opt_state: Any
+    sharpness: llqr.SharpnessState | None  # None without SAM
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Run:
       config: validated options.
       task: data, initial parameters, objective.
       tx: the optimizer.
+      ascent: how SAM perturbs; None without.
       total_steps: loop indices, see `build.Horizon`.
       refit_steps: steps before which P is refitted.
       blocks: of the preconditioner; None without one.
@@ -48,6 +51,7 @@ class Run:
     config: Config
     task: tasks.Task
     tx: optax.GradientTransformationExtraArgs
+    ascent: build.Ascent | None
     total_steps: int
     refit_steps: frozenset[int]
     blocks: llqr.Description | None
@@ -95,6 +99,11 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, float]:
         "test accuracy": f"{final['test accuracy']:.2f} %",
         "test loss": f"{final['test loss']:.4f}",
     }
+    if job.ascent:
+        results["gradients"] = (
+            f"{final['sam gradient evaluations']:,.0f} in {job.total_steps - 1:,} steps, "
+            f"{final['sam active steps']:,.0f} of them perturbed"
+        )
     display.closing(results, clock.seconds, clock.elapsed(), records.shorten(out_dir))
     return final
 
@@ -102,33 +111,80 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, float]:
 def _prepare(config: Config) -> Run:
     # Options are checked before the data is read: a schedule or a structure that does not
     # exist costs nothing to find.
-    build.optimizer(config, build.Horizon(1.0, config.total_epochs))
+    early = build.Horizon(1.0, config.total_epochs)
+    build.optimizer(config, early)
+    build.ascent(config, early)
     task = tasks.build(config)
     train, test = (data.Source.of(task.dataset, split) for split in ("train", "test"))
     horizon = build.Horizon(data.epoch_length(train, config.batch_size), config.total_epochs)
     tx = build.optimizer(config, horizon)
     refits = build.refit_steps(config, horizon)
     blocks = llqr.describe(tx, task.params) if config.use_preconditioner else None
-    return Run(config, task, tx, horizon.total_steps, refits, blocks, train, test)
+    ascent = build.ascent(config, horizon)
+    return Run(config, task, tx, ascent, horizon.total_steps, refits, blocks, train, test)
 
 
-@partial(jax.jit, static_argnames=("objective", "tx"), donate_argnames="state")
+@partial(
+    jax.jit,
+    static_argnames=("objective", "tx", "ascent", "active", "seed"),
+    donate_argnames="state",
+)
 def train_step(
     objective: llqr.Objective,
     tx: optax.GradientTransformationExtraArgs,
+    ascent: build.Ascent | None,
+    active: bool,
+    seed: int,
     state: TrainState,
     batch: dict[str, Array],
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update; also sums over the batch (before the update), see `tasks.measure`."""
+    """One update; also sums over the batch (before the update), see `tasks.measure`.
 
-    def loss(params: Params) -> tuple[Array, Array]:
+    Args:
+      objective: model and loss.
+      tx: the optimizer.
+      ascent: how SAM perturbs; None without.
+      active: whether this step is perturbed.
+      seed: of random perturbations.
+      state: before the step.
+      batch: of the step.
+    """
+
+    def loss(params: Params, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         outputs = objective.forward(params, batch)
-        return objective.loss(outputs, batch), outputs
+        return objective.loss(outputs, batch), tasks.measure(outputs, batch)
 
-    (_, outputs), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params, refresh=False)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(params, opt_state), tasks.measure(outputs, batch)
+    params, sharpness = state.params, state.sharpness
+    if ascent is None or sharpness is None:
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        apply = True
+    else:
+        product = partial(llqr.precondition, tx, state.opt_state)
+        (_, sums), grads, sharpness = ascent.method(loss, has_aux=True).step(
+            params,
+            sharpness,
+            batch,
+            precondition=product if ascent.uses_preconditioner else None,
+            base=_base_vector(ascent, seed, state) if active else None,
+            active=active,
+        )
+        apply = ascent.configured or not active
+        if ascent.method.groups > 1:
+            sums = jax.tree.map(lambda x: x.sum(0), sums)
+    updates, opt_state = tx.update(grads, state.opt_state, params, refresh=False, apply=apply)
+    params = optax.apply_updates(params, updates)
+    return TrainState(params, opt_state, sharpness), sums
+
+
+def _base_vector(ascent: build.Ascent, seed: int, state: TrainState) -> Params | None:
+    """What the research switch perturbs along, in place of the gradient; None: the gradient."""
+    if ascent.source == "main_optimizer_momentum":
+        return build.momentum_of(state.opt_state)
+    if ascent.source == "random_direction":
+        assert state.sharpness is not None
+        key = jax.random.fold_in(jax.random.key(seed), state.sharpness.count)
+        return normal_like(state.params, key)
+    return None
 
 
 def _loop(
@@ -140,7 +196,9 @@ def _loop(
     refits = data.refit_stream(
         job.train, batch_size=config.precond_batch_size, seed=config.rng_seed, num_threads=0
     )
-    state = TrainState(job.task.params, job.tx.init(job.task.params))
+    params, ascent = job.task.params, job.ascent
+    sharpness = ascent.method(job.task.objective).init(params) if ascent else None
+    state = TrainState(params, job.tx.init(params), sharpness)
     state = jax.tree.map(jax.numpy.array, state)  # steps donate their state: own the buffers
     log = partial(_log, trackers, clock)
     final: dict[str, float] = {}
@@ -156,10 +214,24 @@ def _loop(
         if step in job.refit_steps:
             state = _refit(job, state, refits, batch, step, display, log, clock)
         with clock.phase("training"):
-            state, sums = train_step(job.task.objective, job.tx, state, batch)
+            active = ascent is not None and step >= ascent.method.start
+            state, sums = train_step(
+                job.task.objective, job.tx, ascent, active, config.rng_seed, state, batch
+            )
+            if ascent and step == ascent.method.start:
+                display.say(f"step {step:>6}   {config.sam_mode} becomes active")
+                log(step, {"sam becomes active": float(step)})
             if (step + 1) % config.logging_freq == 0 or step == 0:
-                _report(step + 1, _means(sums), display, log)
+                _report(step + 1, _means(sums) | _sharpness(state), display, log)
+    if ascent:
+        log(last, _sharpness(state))
+        final |= _sharpness(state)
     return final, state.params
+
+
+def _sharpness(state: TrainState) -> dict[str, float]:
+    """What is logged of SAM."""
+    return {} if state.sharpness is None else insight.sharpness_record(state.sharpness.info)
 
 
 def _refit(
@@ -253,19 +325,35 @@ def _announce(job: Run, display: Display) -> None:
         f"{len(job.test):,} test examples   {job.total_steps - 1:,} steps of {config.batch_size}   "
         f"{jax.devices()[0].platform.upper()}"
     )
+    if job.ascent:
+        display.say(_describe_ascent(config, job.ascent))
+    for text in build.warnings(config):
+        display.say(f"[yellow]warning:[/] {text}\n")
     if config.use_preconditioner:
         display.say(
             f"LLQR on {config.main_optimizer}: {config.block_structure}, {config.divergence}, "
             f"refits: {len(job.refit_steps)}, of {config.precond_steps} inner steps on "
             f"{config.precond_batch_size} examples\n{job.blocks}\n"
         )
-        for text in build.warnings(config):
-            display.say(f"[yellow]warning:[/] {text}\n")
     else:
         display.say(f"{config.main_optimizer} without a preconditioner\n")
+
+
+def _describe_ascent(config: Config, ascent: build.Ascent) -> str:
+    rho = config.perturbation_rho_scheduler["name"]
+    rho = f"{config.perturbation_rho:g}" if rho == "constant" else f"by {rho}"
+    own = config.sam_mode in ("asam", "fisher_sam")
+    along = "" if own else f" along {config.perturb_mode} in {config.norm_mode}"
+    update = "with" if ascent.configured and config.use_preconditioner else "without"
+    passes = ascent.method.passes
+    return (
+        f"{config.sam_mode}: radius {rho}{along}, update {update} P, {passes} "
+        f"gradient{'s' if passes > 1 else ''} a step from step {ascent.method.start} on"
+    )
 
 
 def _title(config: Config) -> str:
     name = f"{config.dataset.name}, {config.architecture.name}: {config.main_optimizer}"
     name += f" {config.learning_rate:g}"
-    return name + (f" + LLQR {config.block_structure}" if config.use_preconditioner else "")
+    name += f" + LLQR {config.block_structure}" if config.use_preconditioner else ""
+    return name + (f" + {config.sam_mode}" if config.sam_mode else "")

@@ -1,6 +1,7 @@
 """Whole runs of the quick preset: what it reaches, writes, repeats and never does."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -134,12 +135,15 @@ def test_no_host_sync_between_logged_steps(tmp_path, monkeypatch):
 
 def test_the_training_step_calls_no_host_function():
     job = train._prepare(support.config("experiment=quick-local-test"))
-    state = train.TrainState(job.task.params, job.tx.init(job.task.params))
+    params = job.task.params
     batch = next(data.train_stream(job.train, batch_size=128, seed=0))
-    jaxpr = jax.make_jaxpr(lambda s, b: train.train_step(job.task.objective, job.tx, s, b))(
-        state, batch
-    )
-    assert "callback" not in str(jaxpr)
+    ascent = build.ascent(support.config("sam_mode=base_sam"), build.Horizon(1.0, 1.0))
+    assert ascent is not None
+    for how in (None, ascent):
+        sharpness = how.method(job.task.objective).init(params) if how else None
+        state = train.TrainState(params, job.tx.init(params), sharpness)
+        step = partial(train.train_step, job.task.objective, job.tx, how, how is not None, 0)
+        assert "callback" not in str(jax.make_jaxpr(step)(state, batch))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
