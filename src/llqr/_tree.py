@@ -53,8 +53,13 @@ def vdot(a: PyTree, b: PyTree) -> Float[Array, ""]:
 
 def accurate_dtype(tree: PyTree) -> Any:
     """The widest dtype of a tree, float32 at least: in which to sum half-precision numbers."""
-    kinds = [jnp.dtype(jnp.float32), *(x.dtype for x in jax.tree.leaves(tree))]
-    return max(kinds, key=lambda kind: kind.itemsize)
+    kinds = [jnp.result_type(x) for x in jax.tree.leaves(tree)]
+    return max([jnp.dtype(jnp.float32), *kinds], key=lambda kind: kind.itemsize)
+
+
+def widen(tree: PyTree) -> PyTree:
+    """Each leaf in float32 at least."""
+    return jax.tree.map(lambda x: jnp.asarray(x, accurate_dtype(x)), tree)
 
 
 def norm(tree: PyTree) -> Float[Array, ""]:

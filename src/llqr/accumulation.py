@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from llqr._errors import check_integer
-from llqr._tree import accurate_dtype, is_none, spread
+from llqr._tree import accurate_dtype, is_none, replicate, spread, widen
 from llqr._types import Array, PyTree
 
 ValueAndGrad: TypeAlias = Callable[..., Callable[..., Any]]
@@ -33,13 +33,14 @@ def microbatched(
     Args:
       number: of parts; it must divide the number of examples.
       in_axes: where the examples are in the arguments after `params`, as in `jax.vmap`; None
-        for what all parts share. Scalars (and typed PRNG keys) are always shared.
+        for what all parts share. Scalars are always shared, typed PRNG keys among them: every
+        part draws the same numbers, unless `thread` advances the key.
       weight: `(*args) -> scalar`, how much a part counts; for example its number of valid
         targets, where the loss is a mean over those. None: all alike.
       thread: `(args, aux) -> args` puts what one part returned as auxiliary data, such as batch
         statistics, into the arguments of the next (into those that are shared). The result's
         auxiliary data is then the last part's; without it, that of all parts on a new first
-        axis.
+        axis (of a single part as it is).
 
     Returns:
       A function like `jax.value_and_grad`: `(fun, has_aux=False) -> (params, *args) -> ...`.
@@ -99,7 +100,6 @@ def mean_over_parts(
     leaves, treedef = jax.tree.flatten(args, is_leaf=is_none)
     axes = _axes(in_axes, args, leaves)
     stacked = [_split(x, a, number) for x, a in zip(leaves, axes, strict=True) if a is not None]
-    shared = [x for x, a in zip(leaves, axes, strict=True) if a is None]
 
     def arguments(shared: list[Any], parts: list[Array]) -> tuple[Any, ...]:
         ours, theirs = iter(parts), iter(shared)
@@ -107,36 +107,53 @@ def mean_over_parts(
             [next(theirs) if a is None else jnp.moveaxis(next(ours), 0, a) for a in axes]
         )
 
-    def run(shared: list[Any], parts: list[Array]) -> tuple[PyTree, Array, PyTree, list[Any]]:
+    def run(shared: list[Any], parts: list[Array]) -> tuple[PyTree, Array, PyTree, PyTree]:
         given = arguments(shared, parts)
         found, aux = function(*given)
         share = jnp.asarray(1.0 if weight is None else weight(*given), jnp.float32)
+        counted = share > 0  # a mean over no targets may be NaN
         weighted = jax.tree.map(
-            lambda x: x.astype(accurate_dtype(x)) * share.astype(accurate_dtype(x)), found
+            lambda x: jnp.where(counted, widen(x) * share.astype(accurate_dtype(x)), 0), found
         )
-        if thread is not None:
-            following = jax.tree.leaves(thread(given, aux), is_leaf=is_none)
-            shared = [x for x, a in zip(following, axes, strict=True) if a is None]
-        return weighted, share, aux, shared
+        return weighted, share, aux, found
+
+    def threaded(shared: list[Any], parts: list[Array], aux: PyTree) -> list[Any]:
+        if thread is None:
+            return shared
+        following = jax.tree.leaves(thread(arguments(shared, parts), aux), is_leaf=is_none)
+        return [x for x, a in zip(following, axes, strict=True) if a is None]
+
+    # The first part by itself: what it returns has the shapes, dtypes and shardings of the sum.
+    shared = [x for x, a in zip(leaves, axes, strict=True) if a is None]
+    first = [x[0] for x in stacked]
+    total, shares, aux, found = run(shared, first)
+    shared = threaded(shared, first, aux)
+    moving = [thread is not None and hasattr(x, "shape") for x in shared]  # what a loop carries
 
     def body(carry: Any, parts: list[Array]) -> tuple[Any, Any]:
-        total, shares, _, shared = carry
-        weighted, share, aux, shared = run(shared, parts)
+        total, shares, _, moved = carry
+        ours = iter(moved)
+        now = [next(ours) if m else x for m, x in zip(moving, shared, strict=True)]
+        weighted, share, aux, _ = run(now, parts)
         total = jax.tree.map(jnp.add, total, weighted)
-        last = () if thread is None else aux
-        return (total, shares + share, last, shared), (aux if thread is None else ())
+        kept, each = (aux, ()) if thread is not None else ((), aux)
+        now = threaded(now, parts, aux)
+        moved = [x for m, x in zip(moving, now, strict=True) if m]
+        return (total, shares + share, kept, moved), each
 
-    first = [x[0] for x in stacked]
-    shapes = jax.eval_shape(run, shared, first)
-    total, shares, last = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:3])
-    start = (total, shares, () if thread is None else last, shared)
+    moved = [x for m, x in zip(moving, shared, strict=True) if m]
+    start = (total, shares, () if thread is None else aux, moved)
     # A gradient of a convolution is slow inside a compiled loop on CPU: no loop there.
     unroll = number if jax.default_backend() == "cpu" else 1
-    (total, shares, last, _), auxes = jax.lax.scan(body, start, stacked, unroll=unroll)
+    rest = [x[1:] for x in stacked]
+    (total, shares, last, _), others = jax.lax.scan(body, start, rest, unroll=unroll)
     shares = jnp.where(shares > 0, shares, 1.0)
-    kinds = jax.eval_shape(lambda *args: function(*args)[0], *arguments(shared, first))
-    mean = jax.tree.map(lambda x, k: (x / shares.astype(x.dtype)).astype(k.dtype), total, kinds)
-    return mean, (auxes if thread is None else last)
+    mean = jax.tree.map(
+        lambda x, like: (x / shares.astype(x.dtype)).astype(like.dtype), total, found
+    )
+    if thread is not None:
+        return mean, last
+    return mean, jax.tree.map(lambda x, more: jnp.concatenate([x[None], more]), aux, others)
 
 
 def _axes(in_axes: Axes, args: tuple[Any, ...], leaves: list[Any]) -> list[int | None]:
@@ -144,7 +161,7 @@ def _axes(in_axes: Axes, args: tuple[Any, ...], leaves: list[Any]) -> list[int |
     prefix = in_axes if isinstance(in_axes, int) or in_axes is None else tuple(in_axes)
     chosen = spread(prefix, args)
     return [
-        None if a is None or x is None or not jnp.ndim(x) else a
+        a if a is not None and getattr(x, "ndim", 0) else None
         for x, a in zip(leaves, chosen, strict=True)
     ]
 
@@ -152,6 +169,8 @@ def _axes(in_axes: Axes, args: tuple[Any, ...], leaves: list[Any]) -> list[int |
 def _split(x: Array, axis: int, number: int) -> Array:
     """[.., examples, ..] -> [number, examples / number, ...]; part i has i, i + number, ..."""
     x = jnp.moveaxis(jnp.asarray(x), axis, 0)
+    if (x.shape[0] // number) % jax.typeof(x).sharding.mesh.size:
+        x = replicate(x)  # over explicit axes, a part must divide evenly
     if x.shape[0] % number:
         raise ValueError(
             f"cannot cut {x.shape[0]} examples (an argument of shape {x.shape}) into {number} "

@@ -16,15 +16,17 @@ e             guards divisions                                 epsilon
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from llqr._errors import check_choice, check_integer, check_range
-from llqr._tree import accurate_dtype, check_inexact, leaf_names
+from llqr._tree import accurate_dtype, check_inexact, leaf_names, norm, vdot, widen
 from llqr._types import Array, Float, Int, Number, Params, Schedule
 from llqr.accumulation import Axes, ValueAndGrad, mean_over_parts
 
@@ -37,13 +39,16 @@ Product: TypeAlias = Callable[[Params], Params]
 GUARD = 1e-12
 """Added under the root of asam's and fisher_sam's norm."""
 
+RIGHT_ANGLE = 1e-6
+"""Cosine of w and P w up to which w.Pw is no length: a P > 0 with it has condition 4e12."""
+
 
 class SharpnessInfo(NamedTuple):
     """What the steps so far and the last one did; scalars, on the device."""
 
     active: Int[Array, ""]  # steps with a perturbation
     evaluations: Int[Array, ""]  # gradients of the whole batch
-    guarded: Int[Array, ""]  # norms w.Pw that were not positive and gave way to |w|
+    guarded: Int[Array, ""]  # norms with w.Pw <= 0, which gave way to |w|
     perturbation_norm: Float[Array, ""]  # of the last step
     clean_loss: Float[Array, ""]  # at theta; NaN where no pass went there
     perturbed_loss: Float[Array, ""]  # at theta + eps; NaN where no pass went there
@@ -91,9 +96,17 @@ class Sharpness:
     layer_of: Callable[[str], str] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.rho, jax.Array) and not isinstance(self.rho, Tracer):
+            object.__setattr__(self, "rho", float(self.rho))  # hashable: static for jit
         check_range("rho", self.rho, low=0)
-        for name, legal in (("direction", Direction), ("norm", Norm), ("sign", Sign)):
-            check_choice(name, getattr(self, name), get_args(legal))
+        legal = {"kind": Kind, "direction": Direction, "norm": Norm, "sign": Sign}
+        for name, names in legal.items():
+            check_choice(name, getattr(self, name), get_args(names))
+        if self.scales_entries and (self.direction, self.norm) != ("ema_grad", "euclidean"):
+            raise ValueError(
+                f"{self.kind} has a perturbation of its own: direction={self.direction!r}, "
+                f"norm={self.norm!r} must be 'ema_grad', 'euclidean'."
+            )
         check_range("epsilon", self.epsilon, low=0, open_low=True)
         check_range("beta", self.beta, low=0, high=1)
         check_range("eta", self.eta, low=0)
@@ -104,6 +117,11 @@ class Sharpness:
                 f"groups={self.groups}: past_friendly_sam perturbs along earlier gradients, which "
                 "are the same for every group; friendly_sam has a perturbation for each."
             )
+
+    @property
+    def scales_entries(self) -> bool:
+        """Whether the perturbation has a formula of its own, entry by entry."""
+        return self.kind in ("asam", "fisher")
 
     @property
     def averages(self) -> bool:
@@ -140,6 +158,14 @@ class Sharpness:
         """
         if not callable(function):
             raise TypeError(f"SAM needs a loss function, got {function!r}.")
+        if second_pass is not None and self.passes == 1:
+            raise ValueError(f"second_pass: {self.kind} has one pass.")
+        if weight is not None and self.groups == 1:
+            raise ValueError(
+                "weight is of groups, and there is one; for micro-batches give it to "
+                "llqr.microbatched."
+            )
+        in_axes = tuple(in_axes) if isinstance(in_axes, list) else in_axes
         return SharpnessOracle(
             self, function, has_aux, value_and_grad, second_pass, in_axes, weight
         )
@@ -158,9 +184,11 @@ class Sharpness:
           rho: radius.
           precondition: the product with P; None where `direction` has no P in it.
         """
-        names, leaves, treedef = leaf_names(base), *jax.tree.flatten(base)
-        kind = accurate_dtype(leaves)
-        wide = lambda tree: [x.astype(kind) for x in treedef.flatten_up_to(tree)]  # noqa: E731
+        leaves, treedef = jax.tree.flatten(params)
+        names, kind = leaf_names(params), accurate_dtype(params)
+        wide = lambda tree: [  # noqa: E731
+            jnp.asarray(x, kind) for x in treedef.flatten_up_to(tree)
+        ]
         w, rho, guarded = wide(base), jnp.asarray(rho, kind), jnp.zeros((), jnp.int32)
         if self.kind == "asam":
             t = [
@@ -168,24 +196,27 @@ class Sharpness:
                 for name, x in zip(names, wide(params), strict=True)
             ]
             tw = [a * b for a, b in zip(t, w, strict=True)]
-            scale = rho / jnp.sqrt(_dot(tw, tw) + GUARD)
+            scale = rho / jnp.sqrt(vdot(tw, tw) + GUARD)
             eps = [scale * a * b for a, b in zip(t, tw, strict=True)]
         elif self.kind == "fisher":
             f = [_ratio(g, g * g + self.eta) for g in w]
-            scale = rho / jnp.sqrt(_dot(w, f) + GUARD)
+            scale = rho / jnp.sqrt(vdot(w, f) + GUARD)
             eps = [scale * x for x in f]
         else:
-            z = w if precondition is None else wide(precondition(base))
+            z = w
+            if precondition is not None:
+                z = wide(precondition(jax.tree.map(_cast, base, params)))
+            e = max(self.epsilon, float(jnp.finfo(kind).tiny))
             if self.direction == "ema_direction":
-                length = jnp.sqrt(_dot(z, z) + self.epsilon)
+                length = jnp.sqrt(vdot(z, z) + e)
                 z = [x / length for x in z]
-            eps, guarded = self._scaled(names, w, z, rho)
+            eps, guarded = self._scaled(names, w, z, rho, e)
         turn = 1 if self.sign == "ascent" else -1
-        eps = [(turn * e).astype(x.dtype) for e, x in zip(eps, leaves, strict=True)]
+        eps = [_cast(turn * e, x) for e, x in zip(eps, leaves, strict=True)]
         return jax.lax.stop_gradient(treedef.unflatten(eps)), guarded
 
     def _scaled(
-        self, names: list[str], w: list[Array], z: list[Array], rho: Array
+        self, names: list[str], w: list[Array], z: list[Array], rho: Array, e: float
     ) -> tuple[list[Array], Int[Array, ""]]:
         """Give z the length rho in `norm`, as a whole or layer by layer."""
         name = self.layer_of or (lambda leaf: leaf.split("/")[0])
@@ -196,16 +227,15 @@ class Sharpness:
         out, guarded = list(z), jnp.zeros((), jnp.int32)
         for layer in layers.values():
             ws, zs = [w[i] for i in layer], [z[i] for i in layer]
-            if self.norm.endswith("euclidean"):
-                square = _dot(zs, zs) + self.epsilon
-            else:
-                square = _dot(ws, zs) + self.epsilon
-                bad = ~(square > 0)
-                guarded += bad.astype(jnp.int32)
+            square = vdot(zs, zs)
+            if self.norm.endswith("matrix_norm"):
+                inner = vdot(ws, zs)
+                bad = ~(inner > RIGHT_ANGLE * jnp.sqrt(vdot(ws, ws) * square)) & (square != 0)
                 zs = [jnp.where(bad, a, b) for a, b in zip(ws, zs, strict=True)]
-                square = jnp.where(bad, _dot(ws, ws) + self.epsilon, square)
+                square = jnp.where(bad, vdot(ws, ws), inner)
+                guarded += bad.astype(jnp.int32)
             for i, x in zip(layer, zs, strict=True):
-                out[i] = share / jnp.sqrt(square) * x
+                out[i] = share / jnp.sqrt(square + e) * x
         return out, guarded
 
 
@@ -228,16 +258,22 @@ class SharpnessOracle:
           TypeError: a leaf of `params` cannot be differentiated.
         """
         check_inexact(params)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        count, real = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        # Arrays of their own, so that a step can be donated all of them.
+        zeros = lambda: jax.tree.map(  # noqa: E731
+            lambda x: jnp.zeros_like(x, accurate_dtype(x)), params
+        )
+        counts = [jnp.zeros((), jnp.int32) for _ in range(4)]
+        reals = [jnp.zeros((), jnp.float32) for _ in range(3)]
         return SharpnessState(
-            count,
-            zeros if self.method.averages else None,
-            zeros if self.method.kind == "past_friendly" else None,
-            SharpnessInfo(count, count, count, real, real, real),
+            counts[0],
+            zeros() if self.method.averages else None,
+            zeros() if self.method.kind == "past_friendly" else None,
+            SharpnessInfo(*counts[1:], *reals),
         )
 
-    def __call__(self, params: Params, *args: Any, precondition: Product | None = None) -> Any:
+    def __call__(
+        self, params: Params, *args: Any, precondition: Product | None = None, **kwargs: Any
+    ) -> Any:
         """Return what `jax.value_and_grad(function, has_aux)` does, at the perturbed point.
 
         Raises:
@@ -250,7 +286,9 @@ class SharpnessOracle:
                 "this oracle has a state (a moving average, a schedule of rho or a delayed start): "
                 "state = oracle.init(params), then value, grads, state = oracle.step(...)."
             )
-        value, grads, _ = self.step(params, self.init(params), *args, precondition=precondition)
+        value, grads, _ = self.step(
+            params, self.init(params), *args, precondition=precondition, **kwargs
+        )
         return value, grads
 
     def step(
@@ -261,6 +299,7 @@ class SharpnessOracle:
         precondition: Product | None = None,
         base: Params | None = None,
         active: bool | Array | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, Params, SharpnessState]:
         """Return value (with `has_aux`: value and aux), gradient and new state.
 
@@ -275,23 +314,28 @@ class SharpnessOracle:
           base: in place of the gradient as base vector w (for research); sam and friendly_sam.
           active: whether this step is perturbed. None follows `start`; a Python bool decides
             at trace time, so that no `cond` is compiled.
+          **kwargs: of the function, the same in every pass and group.
 
         Raises:
           ValueError: `precondition` is missing, or would not be used.
         """
+        if kwargs:
+            given = replace(self, function=partial(self.function, **kwargs))
+            return given.step(
+                params, state, *args, precondition=precondition, base=base, active=active
+            )
         self._check(precondition, base)
         if active is None:
             active = True if not self.method.start else state.count >= self.method.start
         plain = lambda: self._plain(params, state, args)  # noqa: E731
         perturbed = lambda: self._perturbed(params, state, args, precondition, base)  # noqa: E731
-        if isinstance(active, jax.Array):
+        if isinstance(active, Tracer):
             return jax.lax.cond(active, perturbed, plain)
         return perturbed() if active else plain()
 
     def _check(self, precondition: Any, base: Any) -> None:
         method = self.method
-        special = method.kind in ("asam", "fisher")
-        if method.direction == "ema_grad" or special:
+        if method.direction == "ema_grad":
             if precondition is not None:
                 raise ValueError(
                     f"precondition is given, and nothing uses it with {method.kind}, "
@@ -351,11 +395,11 @@ class SharpnessOracle:
                 clean, _, gradient = self._take(params, args)
             w = gradient if base is None else base
             if method.averages:
-                w = jax.tree.map(jnp.subtract, w, state.average)
+                w = jax.tree.map(jnp.subtract, widen(w), state.average)
             eps, guarded = method.perturbation(params, w, rho, precondition)
             there = optax.apply_updates(params, eps)
             loss, aux, grads = self._take(there, args if single else second(args))
-            length = _length(eps)
+            length = norm(widen(eps))
             kept = gradient if method.averages else ()
             return (loss, grads, kept, clean, length), (aux, guarded)
 
@@ -367,7 +411,7 @@ class SharpnessOracle:
             old.guarded + jnp.sum(guarded, dtype=jnp.int32),
             *(x.astype(jnp.float32) for x in (length, clean, loss)),
         )
-        average, last = state.average, grads if single else None
+        average, last = state.average, widen(grads) if single else None
         if method.averages:
             average = self._averaged(state.average, gradient)
         new = SharpnessState(state.count + 1, average, last, info)
@@ -376,14 +420,12 @@ class SharpnessOracle:
     def _averaged(self, average: Params, gradient: Params) -> Params:
         """Gbar <- beta gbar + (1 - beta) g, of length 1 for ema_direction."""
         beta = self.method.beta
-        new = jax.tree.map(
-            lambda a, g: (beta * a + (1 - beta) * g).astype(a.dtype), average, gradient
-        )
+        new = jax.tree.map(lambda a, g: beta * a + (1 - beta) * g, average, widen(gradient))
         if self.method.direction != "ema_direction":
             return new
-        length = _length(new)
+        length = norm(new)
         length = jnp.where(length > 0, length, 1.0)
-        return jax.tree.map(lambda x: (x / length).astype(x.dtype), new)
+        return jax.tree.map(lambda x: x / length, new)
 
     def _over_groups(self, part: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
         return mean_over_parts(
@@ -417,8 +459,9 @@ def sam(
       groups: parts of the batch that are perturbed each on its own (m-sharpness, of batch /
         groups examples). Part i holds the examples i, i + groups, ..., whatever the devices.
         Auxiliary data then have the parts on a new first axis.
-      layer_of: a leaf's name, "encoder/layer0/kernel", to its layer's; None: the first part,
-        "encoder".
+      layer_of: a leaf's name, "encoder/layer0/kernel", to its layer's, for the layer norms;
+        None: the first part, "encoder". Where all parameters are under one key, such as
+        Linen's "params", that is one layer.
 
     Returns:
       The method; `sam(...)(loss)` is the oracle.
@@ -544,13 +587,8 @@ def fisher_sam(
     return Sharpness(kind="fisher", rho=rho, eta=eta, start=start, groups=groups)
 
 
-def _dot(a: list[Array], b: list[Array]) -> Float[Array, ""]:
-    return jnp.asarray(sum(jnp.sum(x * y) for x, y in zip(a, b, strict=True)))
-
-
-def _length(tree: Params) -> Float[Array, ""]:
-    wide = [x.astype(accurate_dtype(tree)) for x in jax.tree.leaves(tree)]
-    return jnp.sqrt(_dot(wide, wide))
+def _cast(x: Array, like: Array) -> Array:
+    return jnp.asarray(x, jnp.result_type(like))
 
 
 def _ratio(a: Array, b: Array) -> Array:

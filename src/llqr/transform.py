@@ -80,8 +80,8 @@ def scale_by_llqr(
     Returns:
       A transformation whose `update` takes three more keywords. `objective`: a
       `BoundObjective`, required unless refresh=False. `refresh`: None follows the schedule,
-      a Python bool decides at trace time, a bool array at run time. `apply`: False leaves the
-      updates as they are, for steps that use P in another way (`precondition`). Unknown
+      a Python bool decides at trace time, a bool array at run time. `apply`, a Python bool:
+      False leaves the updates as they are, for steps that use P in another way (`precondition`). Unknown
       keywords are ignored. Called inside `jit`, the refit runs inside it too; on CPU with
       convolutions, pass refresh=False there and call `llqr.refresh` outside.
 
@@ -331,6 +331,7 @@ def precondition(tx: optax.GradientTransformation, state: Any, vector: Params) -
       [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     """
     found = find(state)
+    _check_unmasked(found.blocks)
     plan, scaling = _visited(tx, vector)[0]
     blocks = plans.unpack(plan, found.blocks, vector)
     return _product(plan, blocks, scaling, vector)
@@ -441,13 +442,17 @@ def _check_refit_inputs(objective: Any, params: Any, refresh: Any) -> BoundObjec
         )
     if params is None:
         raise ValueError("update() needs params where a refit can happen.")
+    _check_unmasked(params)
+    return objective
+
+
+def _check_unmasked(tree: Any) -> None:
     is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-    if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
+    if any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked))):
         raise ValueError(
-            "optax.masked and optax.partition hide parameters, and a refit needs them all. Put "
+            "optax.masked and optax.partition hide parameters, and LLQR needs them all. Put "
             "LLQR outside, llqr.llqr(optax.partition(...)), and choose leaves by its rules."
         )
-    return objective
 
 
 def _increment(count: Int[Array, ""]) -> Int[Array, ""]:

@@ -1,6 +1,7 @@
 """From the config to schedules, optimizer and preconditioner."""
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -148,10 +149,10 @@ class Ascent:
 
 def ascent(config: Config, horizon: Horizon) -> Ascent | None:
     """Return how parameters are perturbed; None without SAM."""
+    rho = schedule(config, "perturbation_rho_scheduler", config.perturbation_rho, horizon)
     mode = config.sam_mode
     if mode is None:
         return None
-    rho = schedule(config, "perturbation_rho_scheduler", config.perturbation_rho, horizon)
     common: dict[str, Any] = {"rho": rho, "start": config.start_sam_after_step or 0}
     shape: dict[str, Any] = {
         "direction": config.perturb_mode,
@@ -190,36 +191,61 @@ def momentum_of(opt_state: Any) -> Any:
     return found[0].trace if isinstance(found[0], optax.TraceState) else found[0].mu
 
 
-def warnings(config: Config) -> list[str]:
+def warnings(config: Config, horizon: Horizon) -> list[str]:
     """Return what is legal but rarely meant."""
-    found = []
-    scheduled = config.perturbation_rho_scheduler["name"] != "constant"
-    if config.sam_mode and config.start_sam_after_step and scheduled:
-        found.append(
+    return [*_sam_warnings(config, horizon), *_preconditioner_warnings(config, horizon)]
+
+
+def _sam_warnings(config: Config, horizon: Horizon) -> Iterator[str]:
+    if not config.sam_mode:
+        return
+    start, steps = config.start_sam_after_step or 0, horizon.total_steps - 1
+    scheduler = config.perturbation_rho_scheduler
+    if start >= steps:
+        yield f"start_sam_after_step={start}: the run has {steps} steps, none of them perturbed."
+    if start and scheduler["name"] != "constant":
+        yield (
             "perturbation_rho_scheduler counts from step 0, also where "
-            f"start_sam_after_step={config.start_sam_after_step} delays SAM."
+            f"start_sam_after_step={start} delays SAM."
         )
-    if not config.use_preconditioner:
-        return found
+    target = scheduler.get("target_value")
+    if target is not None and target != config.perturbation_rho:
+        yield (
+            f"perturbation_rho={config.perturbation_rho:g} is not used: the scheduler's "
+            f"target_value is {target:g}. target_value=null takes perturbation_rho."
+        )
     unused = config.sam_mode == "fisher_sam" or not config.sam_use_preconditioner_on_update
-    if config.sam_mode and unused and config.perturb_mode == "ema_grad":
-        found.append(
+    if config.use_preconditioner and unused and config.perturb_mode == "ema_grad":
+        advice = "" if start else " use_preconditioner=false saves them."
+        yield (
             f"sam_mode={config.sam_mode}: neither the perturbation nor the update of a perturbed "
-            "step uses P, and refits are made all the same. use_preconditioner=false saves them."
+            f"step uses P, and refits are made all the same.{advice}"
         )
+
+
+def _preconditioner_warnings(config: Config, horizon: Horizon) -> Iterator[str]:
+    if not config.use_preconditioner:
+        return
+    decay = schedule(config, "ema_scheduler", config.ema_decay, horizon)
+    if callable(decay):
+        values = np.asarray([decay(t) for t in np.linspace(0, horizon.total_steps, 33)])
+        if np.any(np.diff(values) < -1e-6):
+            yield (
+                "ema_scheduler decreases: old preconditioners weigh less and less, and P gets "
+                f"noisier during the run ({values[0]:.3g} to {values[-1]:.3g})."
+            )
     adam = config.main_optimizer.startswith("adam")
     if adam and not config.precond_on_update and structure(config).elementwise:
-        found.append(
+        yield (
             f"{config.main_optimizer} divides the scale of every gradient entry out: in front of "
             f"it, a positive {config.block_structure} P does almost nothing. "
             "precond_on_update=true puts P behind it."
         )
     if config.divergence == "newton" and config.damping == 0:
-        found.append(
+        yield (
             "divergence=newton is indefinite: its objective has no lower bound, and only the "
             "number of inner steps and the guards keep P bounded. Set damping, or use ngd."
         )
-    return found
 
 
 def structure(config: Config) -> llqr.Structure:

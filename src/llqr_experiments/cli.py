@@ -85,9 +85,13 @@ def execute(config: DictConfig, out_dir: Path) -> None:
     """Run one experiment; a `RunError` ends in one message, not in a traceback."""
     try:
         settings: Any = OmegaConf.to_object(config)
-        from llqr_experiments import toys, train  # late: --help and bad options need no models
+        from llqr_experiments import comparison, toys, train  # late: --help needs no models
 
-        runner = toys.run if settings.toy.name else train.run
+        runner: Any = train.run
+        if settings.toy.name:
+            runner = toys.run
+        elif settings.comparison.name:
+            runner = comparison.run
         runner(settings, out_dir, command=" ".join(["run.py", *sys.argv[1:]]))
     except RunError as error:
         stop(error)

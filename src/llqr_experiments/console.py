@@ -31,10 +31,11 @@ class Display:
     Args:
       total: steps of the run.
       report_freq: steps between lines where there is no terminal.
+      quiet: show nothing.
     """
 
-    def __init__(self, total: int, report_freq: int):
-        self.console = Console(highlight=False)
+    def __init__(self, total: int, report_freq: int, *, quiet: bool = False):
+        self.console = Console(highlight=False, quiet=quiet)
         self._total, self._report_freq = total, report_freq
         self._bar = Progress(
             TextColumn("training"),
@@ -45,7 +46,7 @@ class Display:
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self._task = self._bar.add_task("", total=total, metrics="compiling")
 

@@ -76,6 +76,22 @@ class Toy:
 
 
 @dataclass
+class Comparison:
+    """Methods side by side, and how sharp the loss is where they end."""
+
+    name: str | None = _option(
+        None,
+        "what main optimizer, SAM, LLQR and LLQR+SAM are compared on; null: one run",
+        choices=("potholes", "training"),
+    )
+    runs: int = _option(3, "random starts of every method: points, or seeds of training", low=1)
+    steps: int = _option(1500, "steps of every run on potholes", low=1)
+    radii: list[float] = _option(
+        [0.03, 0.1, 0.3, 1.0], "distances at which the rise of the loss is measured"
+    )
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -83,6 +99,7 @@ class Config:
     architecture: Architecture = field(default_factory=Architecture)
     logging: Logging = field(default_factory=Logging)
     toy: Toy = field(default_factory=Toy)
+    comparison: Comparison = field(default_factory=Comparison)
     lr_scheduler: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
     precond_lr_scheduler: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
     ema_scheduler: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
@@ -251,6 +268,9 @@ class Config:
             raise ConfigError(
                 f"architecture.hidden={self.architecture.hidden}: give at least one width >= 1."
             )
+        radii = self.comparison.radii
+        if not radii or min(radii) <= 0:
+            raise ConfigError(f"comparison.radii={radii}: give at least one radius > 0.")
         for pair in self._contradictions():
             raise ConfigError(pair)
         if self.main_optimizer.startswith("adamw") and self.weight_decay is None:
@@ -302,6 +322,9 @@ class Config:
                 f"sam_research_base_vector_source={source}: main_optimizer=sgd has no momentum; "
                 "polyak and the adam family have."
             )
+        if self.toy.name and self.comparison.name:
+            names = f"toy.name={self.toy.name} and comparison.name={self.comparison.name}"
+            yield f"{names}: choose one of them."
         if mode is None:  # the other options may stay: one sweep runs with and without SAM
             return
         if self.toy.name:
@@ -322,6 +345,13 @@ class Config:
             yield (
                 f"perturb_mode={self.perturb_mode} needs use_preconditioner=true; without a "
                 "preconditioner it is ema_grad."
+            )
+        if self.batch_size % self.sam_groups:
+            yield f"sam_groups={self.sam_groups} does not divide batch_size={self.batch_size}."
+        if self.sam_groups > 1 and source != "current_gradient":
+            yield (
+                f"sam_groups={self.sam_groups}: with sam_research_base_vector_source={source} the "
+                "perturbation is the same for every group."
             )
         if mode == "past_fsam" and self.sam_groups > 1:
             yield (
@@ -345,7 +375,7 @@ def options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
         value = getattr(config, option.name, None)
         if option.name in SCHEDULERS:
             yield option.name, option, value
-        elif option.name in ("dataset", "architecture", "logging", "toy"):
+        elif option.name in ("dataset", "architecture", "logging", "toy", "comparison"):
             yield from options(
                 option.default_factory if isinstance(config, type) else value, f"{option.name}."
             )

@@ -13,23 +13,25 @@ import numpy as np
 import optax
 
 import llqr
-from llqr._tree import normal_like
 from llqr._types import Array, Params
 from llqr_experiments import build, data, insight, plots, records, tasks
+from llqr_experiments import step as step_of
 from llqr_experiments.clock import Clock
 from llqr_experiments.console import Display
 from llqr_experiments.errors import TrainingError
 from llqr_experiments.evaluate import evaluate
 from llqr_experiments.spec import Config
+from llqr_experiments.step import TrainState, advance
 from llqr_experiments.tracking import Trackers
 
 
-class TrainState(NamedTuple):
-    """What a training step changes."""
+class Result(NamedTuple):
+    """What a run ends with."""
 
+    metrics: dict[str, float]
+    task: tasks.Task
+    train: data.Source
     params: Params
-    opt_state: Any
-    sharpness: llqr.SharpnessState | None  # None without SAM
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Run:
       task: data, initial parameters, objective.
       tx: the optimizer.
       ascent: how SAM perturbs; None without.
-      total_steps: loop indices, see `build.Horizon`.
+      horizon: how long it is.
       refit_steps: steps before which P is refitted.
       blocks: of the preconditioner; None without one.
       train: normalised training split.
@@ -52,23 +54,29 @@ class Run:
     task: tasks.Task
     tx: optax.GradientTransformationExtraArgs
     ascent: build.Ascent | None
-    total_steps: int
+    horizon: build.Horizon
     refit_steps: frozenset[int]
     blocks: llqr.Description | None
     train: data.Source
     test: data.Source
 
+    @property
+    def total_steps(self) -> int:
+        """Loop indices, see `build.Horizon`."""
+        return self.horizon.total_steps
 
-def run(config: Config, out_dir: Path, command: str = "") -> dict[str, float]:
+
+def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False) -> Result:
     """Train, evaluate, and write everything into `out_dir`.
 
     Args:
       config: validated options.
       out_dir: the run's folder; made if missing.
       command: as typed, for meta.json.
+      quiet: print nothing.
 
     Returns:
-      The final test metrics.
+      The final metrics, and what was trained.
 
     Raises:
       ConfigError: an illegal option; nothing was written.
@@ -81,7 +89,7 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, float]:
             job = _prepare(config)
             steps, refits = job.total_steps - 1, len(job.refit_steps)
             records.write_meta(config, out_dir, command, steps=steps, refits=refits)
-            display = Display(job.total_steps - 1, config.report_freq)
+            display = Display(job.total_steps - 1, config.report_freq, quiet=quiet)
             trackers = records.open_trackers(config, job.task.name, out_dir, display.say)
             stack.callback(trackers.close)
         _announce(job, display)
@@ -105,7 +113,7 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, float]:
             f"{final['sam active steps']:,.0f} of them perturbed"
         )
     display.closing(results, clock.seconds, clock.elapsed(), records.shorten(out_dir))
-    return final
+    return Result(final, job.task, job.train, params)
 
 
 def _prepare(config: Config) -> Run:
@@ -121,7 +129,7 @@ def _prepare(config: Config) -> Run:
     refits = build.refit_steps(config, horizon)
     blocks = llqr.describe(tx, task.params) if config.use_preconditioner else None
     ascent = build.ascent(config, horizon)
-    return Run(config, task, tx, ascent, horizon.total_steps, refits, blocks, train, test)
+    return Run(config, task, tx, ascent, horizon, refits, blocks, train, test)
 
 
 @partial(
@@ -154,37 +162,10 @@ def train_step(
         outputs = objective.forward(params, batch)
         return objective.loss(outputs, batch), tasks.measure(outputs, batch)
 
-    params, sharpness = state.params, state.sharpness
-    if ascent is None or sharpness is None:
-        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        apply = True
-    else:
-        product = partial(llqr.precondition, tx, state.opt_state)
-        (_, sums), grads, sharpness = ascent.method(loss, has_aux=True).step(
-            params,
-            sharpness,
-            batch,
-            precondition=product if ascent.uses_preconditioner else None,
-            base=_base_vector(ascent, seed, state) if active else None,
-            active=active,
-        )
-        apply = ascent.configured or not active
-        if ascent.method.groups > 1:
-            sums = jax.tree.map(lambda x: x.sum(0), sums)
-    updates, opt_state = tx.update(grads, state.opt_state, params, refresh=False, apply=apply)
-    params = optax.apply_updates(params, updates)
-    return TrainState(params, opt_state, sharpness), sums
-
-
-def _base_vector(ascent: build.Ascent, seed: int, state: TrainState) -> Params | None:
-    """What the research switch perturbs along, in place of the gradient; None: the gradient."""
-    if ascent.source == "main_optimizer_momentum":
-        return build.momentum_of(state.opt_state)
-    if ascent.source == "random_direction":
-        assert state.sharpness is not None
-        key = jax.random.fold_in(jax.random.key(seed), state.sharpness.count)
-        return normal_like(state.params, key)
-    return None
+    state, _, sums = advance(loss, tx, ascent, active, seed, state, batch, refresh=False)
+    if ascent and ascent.method.groups > 1:
+        sums = jax.tree.map(lambda x: x.sum(0), sums)
+    return state, sums
 
 
 def _loop(
@@ -196,9 +177,8 @@ def _loop(
     refits = data.refit_stream(
         job.train, batch_size=config.precond_batch_size, seed=config.rng_seed, num_threads=0
     )
-    params, ascent = job.task.params, job.ascent
-    sharpness = ascent.method(job.task.objective).init(params) if ascent else None
-    state = TrainState(params, job.tx.init(params), sharpness)
+    ascent = job.ascent
+    state = step_of.init(job.tx, ascent, job.task.params)
     state = jax.tree.map(jax.numpy.array, state)  # steps donate their state: own the buffers
     log = partial(_log, trackers, clock)
     final: dict[str, float] = {}
@@ -327,7 +307,7 @@ def _announce(job: Run, display: Display) -> None:
     )
     if job.ascent:
         display.say(_describe_ascent(config, job.ascent))
-    for text in build.warnings(config):
+    for text in build.warnings(config, job.horizon):
         display.say(f"[yellow]warning:[/] {text}\n")
     if config.use_preconditioner:
         display.say(
