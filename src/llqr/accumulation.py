@@ -169,7 +169,7 @@ def _axes(in_axes: Axes, args: tuple[Any, ...], leaves: list[Any]) -> list[int |
 def _split(x: Array, axis: int, number: int) -> Array:
     """[.., examples, ..] -> [number, examples / number, ...]; part i has i, i + number, ..."""
     x = jnp.moveaxis(jnp.asarray(x), axis, 0)
-    if (x.shape[0] // number) % jax.typeof(x).sharding.mesh.size:
+    if (x.shape[0] // number) % max(jax.typeof(x).sharding.mesh.size, 1):
         x = replicate(x)  # over explicit axes, a part must divide evenly
     if x.shape[0] % number:
         raise ValueError(

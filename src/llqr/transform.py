@@ -81,9 +81,10 @@ def scale_by_llqr(
       A transformation whose `update` takes three more keywords. `objective`: a
       `BoundObjective`, required unless refresh=False. `refresh`: None follows the schedule,
       a Python bool decides at trace time, a bool array at run time. `apply`, a Python bool:
-      False leaves the updates as they are, for steps that use P in another way (`precondition`). Unknown
-      keywords are ignored. Called inside `jit`, the refit runs inside it too; on CPU with
-      convolutions, pass refresh=False there and call `llqr.refresh` outside.
+      False leaves the updates as they are, for steps that use P in another way
+      (`precondition`). Unknown keywords are ignored. Called inside `jit`, the refit runs
+      inside it too; on CPU with convolutions, pass refresh=False there and call
+      `llqr.refresh` outside.
 
     Raises:
       ValueError: unknown name or value out of range.

@@ -31,15 +31,18 @@ class Horizon:
     Attributes:
       steps_per_epoch: training examples / batch size, not rounded.
       total_epochs: passes over the training set.
+      max_steps: updates after which the run ends; schedules do not see it.
     """
 
     steps_per_epoch: float
     total_epochs: float
+    max_steps: int | None = None
 
     @property
     def total_steps(self) -> int:
         """Loop indices; the last one evaluates only, so that one fewer updates are made."""
-        return int(self.steps_per_epoch * self.total_epochs) + 1
+        steps = int(self.steps_per_epoch * self.total_epochs)
+        return (steps if self.max_steps is None else min(steps, self.max_steps)) + 1
 
 
 def schedule(config: Config, group: str, base: float, horizon: Horizon) -> float | Schedule:

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import jax
@@ -25,6 +25,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._earlier = 0.0
         self._start = time.perf_counter()
         self._compiled: list[tuple[float, float]] = []  # disjoint (start, end), oldest first
 
@@ -35,9 +36,16 @@ class Clock:
     def __exit__(self, *_: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Count the time of the run before an interruption; "total" of it is all its time."""
+        for name, value in seconds.items():
+            if name != "total":
+                self.seconds[name] += value
+        self._earlier += seconds.get("total", sum(seconds.values()))
+
     def elapsed(self) -> float:
-        """Seconds since the clock was made."""
-        return time.perf_counter() - self._start
+        """Seconds since the clock was made, and those before an interruption."""
+        return self._earlier + time.perf_counter() - self._start
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,35 +137,35 @@ def _potholes(config: Config, out_dir: Path, console: Console) -> dict[str, list
     starts = jnp.asarray(potholes.starts(options.runs, config.rng_seed), jnp.float32)
     endings, paths = {}, {}
     for name, variant in track(variants(config).items(), "methods", console=console, total=4):
-        path = np.asarray(_follow_all(*_optimizer(variant), options.steps, starts))
+        path = np.asarray(_follow_all(_recipe(variant), options.steps, starts))
         paths[name] = path
         endings[name] = [_measure_point(options.radii, w) for w in path[:, -1]]
     _draw_paths(paths, out_dir / "paths.png")
     return endings
 
 
-def _optimizer(config: Config) -> tuple[Any, build.Ascent | None, int]:
+def _recipe(config: Config) -> step.Recipe:
     horizon = build.Horizon(1.0, config.comparison.steps)
-    return build.optimizer(config, horizon), build.ascent(config, horizon), config.rng_seed
+    tx, ascent = build.optimizer(config, horizon), build.ascent(config, horizon)
+    return step.Recipe(tx, ascent, config.rng_seed)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _follow_all(tx: Any, ascent: Any, seed: int, steps: int, starts: Array) -> Array:
+@partial(jax.jit, static_argnums=(0, 1))
+def _follow_all(recipe: step.Recipe, steps: int, starts: Array) -> Array:
     """Points of the paths from all starts: [starts, steps + 1, 2]."""
 
     def loss(params: Params, batch: None) -> tuple[Array, tuple[()]]:
         return potholes.OBJECTIVE(params, batch), ()
 
     def follow(start: Array) -> Array:
-        def one(state: step.TrainState, t: Array) -> tuple[step.TrainState, Array]:
+        def one(state: step.TrainState, _: None) -> tuple[step.TrainState, Array]:
             bound = potholes.OBJECTIVE.bind(None)
-            state, _, _ = step.advance(
-                loss, tx, ascent, ascent is not None, seed, state, None, objective=bound
-            )
+            active = recipe.ascent is not None
+            state, _, _ = step.advance(loss, recipe, active, state, None, objective=bound)
             return state, state.params["w"]
 
-        first = step.init(tx, ascent, {"w": start})
-        _, path = jax.lax.scan(one, first, jnp.arange(steps))
+        first = step.init(recipe, {"w": start})
+        _, path = jax.lax.scan(one, first, length=steps)
         return jnp.concatenate([start[None], path])
 
     return jax.vmap(follow)(starts)
@@ -177,7 +176,7 @@ def _measure_point(radii: list[float], w: np.ndarray) -> Ending:
     found = landscape.measure(potholes.OBJECTIVE.bind(None), params, radii, steps=10)
     z = potholes.stretched(params)
     trapped = float(potholes.depth(z) > potholes.TRAPPED)
-    return Ending(found, {"in a pothole (%)": 100 * trapped, "bowl": float(potholes.bowl(z))})
+    return Ending(found, {"in a pothole, %": 100 * trapped, "bowl": float(potholes.bowl(z))})
 
 
 # --- tables and pictures --------------------------------------------------------------------
@@ -203,8 +202,8 @@ def _middle(name: str) -> Callable[[list[float]], float]:
 
 
 def _table(endings: dict[str, list[Ending]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("", no_wrap=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("", no_wrap=True, min_width=16)
     for name in endings:
         table.add_column(name, justify="right", no_wrap=True)
     columns = {name: dict(_columns(found)) for name, found in endings.items()}
@@ -216,12 +215,12 @@ def _table(endings: dict[str, list[Ending]]) -> Table:
 def _cell(name: str, values: list[float]) -> str:
     if "%" in name:
         return f"{statistics.mean(values):.0f}"
-    spread = f"{_number(min(values))} - {_number(max(values))}"
+    spread = f"{_number(min(values), 2)} - {_number(max(values), 2)}"
     return f"{_number(statistics.median(values))}\n[dim]{spread}[/]"
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def _number(value: float, digits: int = 3) -> str:
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
 
 
 def _falls(endings: dict[str, list[Ending]]) -> bool:

@@ -16,6 +16,7 @@ from rich.progress import (
 from rich.table import Table
 
 import llqr
+from llqr_experiments.clock import Clock
 
 REASONS = {
     "nonfinite": "not finite",
@@ -86,14 +87,9 @@ class Display:
             line += " [yellow](" + ", ".join(reasons) + ")[/]"
         self.say(line)
 
-    def closing(
-        self,
-        results: dict[str, str],
-        seconds: Mapping[str, float],
-        total: float,
-        folder: Path,
-    ) -> None:
+    def closing(self, results: dict[str, str], clock: Clock, folder: Path) -> None:
         """Print the closing table."""
+        seconds, total = clock.seconds, clock.elapsed()
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(style="bold")
         table.add_column(overflow="fold")
@@ -102,6 +98,9 @@ class Display:
         split = "   ".join(f"{name} {value:.1f} s" for name, value in _largest_first(seconds))
         other = total - sum(seconds.values())
         table.add_row("time", f"{total:.1f} s:   {split}   other {max(other, 0):.1f} s")
+        running = sum(seconds[name] for name in ("training", "refit", "data", "logging"))
+        shares = (f"{name} {100 * seconds[name] / running:.1f} %" for name in ("data", "logging"))
+        table.add_row("waiting", f"of the time of training and refits: {', '.join(shares)}")
         table.add_row("files", ", ".join(path.name for path in sorted(folder.iterdir())))
         self.console.print()
         self.console.print(table)

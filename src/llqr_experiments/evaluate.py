@@ -1,16 +1,21 @@
 """Evaluation: one compiled step, every example exactly once."""
 
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import llqr
 from llqr._types import Array, Params
 from llqr_experiments import data
-from llqr_experiments.tasks import measure
+from llqr_experiments.tasks import examples, measure
+
+BINS, RESERVOIR = 50, 200_000
 
 
 @partial(jax.jit, static_argnames="forward")
@@ -20,12 +25,59 @@ def _accumulate(
     return jax.tree.map(jnp.add, totals, measure(forward(params, batch), batch))
 
 
+@partial(jax.jit, static_argnames="forward")
+def _examples(forward: Callable[..., Array], params: Params, batch: dict[str, Any]) -> Any:
+    return examples(forward(params, batch), batch)
+
+
+class Histograms:
+    """Distributions over examples, collected during an evaluation.
+
+    Over more than 200,000 examples, a random choice of that many.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[np.ndarray]] = {}
+
+    def add(self, name: str, values: np.ndarray) -> None:
+        """Add one number for each of some examples."""
+        self._values.setdefault(name, []).append(values)
+
+    def write(self, path: Path, step: int) -> None:
+        """Append one JSON line for each histogram: step, name, counts, edges."""
+        with path.open("a", encoding="utf-8") as file:
+            for name, parts in self._values.items():
+                values = np.concatenate(parts)
+                if len(values) > RESERVOIR:
+                    values = np.random.default_rng(0).choice(values, RESERVOIR, replace=False)
+                counts, edges = np.histogram(values, BINS)
+                row = {"step": step, "name": name, "counts": counts.tolist()}
+                file.write(json.dumps(row | {"edges": edges.round(6).tolist()}) + "\n")
+
+
 def evaluate(
-    objective: llqr.Objective, params: Params, source: data.Source, batch_size: int
+    objective: llqr.Objective,
+    params: Params,
+    source: data.Source,
+    batch_size: int,
+    histograms: Histograms | None = None,
+    name: str = "test",
 ) -> dict[str, float]:
-    """Return loss (natural log, no smoothing) and accuracy (percent) over a whole split."""
-    totals = {name: jnp.zeros(()) for name in ("loss", "correct", "rows")}
+    """Return loss (natural log, no smoothing) and accuracy (percent) over a whole split.
+
+    Args:
+      objective: model.
+      params: its parameters.
+      source: the split.
+      batch_size: examples at once.
+      histograms: where to add p(correct) and loss of every example; None: nowhere.
+      name: of the split, in the histograms.
+    """
+    totals = {key: jnp.zeros(()) for key in ("loss", "correct", "rows")}
     for batch in data.evaluation_batches(source, batch_size):
         totals = _accumulate(objective.forward, params, totals, batch)
-    loss, correct, rows = (float(totals[name]) for name in ("loss", "correct", "rows"))
+        if histograms is not None:
+            for key, values in _examples(objective.forward, params, batch).items():
+                histograms.add(f"{name}/{key}_hist", np.asarray(values)[batch["mask"]])
+    loss, correct, rows = (float(totals[key]) for key in ("loss", "correct", "rows"))
     return {"loss": loss / rows, "accuracy": 100.0 * correct / rows}

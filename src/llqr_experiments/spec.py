@@ -41,6 +41,10 @@ class Dataset:
     name: str = _option("mnist", "digits, mnist or fashion_mnist")
     dataset_dir: str | None = _option(None, "folder with the official files; null: search")
     download: bool = _option(True, "download the files if they are found nowhere")
+    imbalance: float | None = _option(
+        None, "long tail: largest class / smallest class of the training set; null: as it is", low=1
+    )
+    truncate: int | None = _option(None, "only this many first training examples; null: all", low=1)
 
 
 @dataclass
@@ -57,6 +61,7 @@ class Logging:
 
     aim: bool = _option(True, "log to Aim when it is installed")
     aim_repo: str | None = _option(None, "folder of the Aim repository; null: the current one")
+    tensorboard: bool = _option(False, "log to TensorBoard, in the run's folder")
 
 
 @dataclass
@@ -107,11 +112,35 @@ class Config:
     perturbation_rho_scheduler: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
 
     # training
-    batch_size: int = _option(128, "examples in a training step", low=1)
+    batch_size: int = _option(128, "examples in a training step (or micro-batch)", low=1)
+    grad_acc_steps: int = _option(1, "micro-batches whose gradients make one step", low=1)
+    batch_overlap_fraction: float = _option(
+        0.0, "share of a training batch that the next one has too", low=0, below=1
+    )
+    partial_batch: str = _option(
+        "straddle",
+        "where an epoch does not end with a full batch: go on into the next, fill up, or drop",
+        choices=("straddle", "pad", "drop"),
+    )
+    data_threads: int = _option(2, "threads that prepare training batches ahead; 0: none", low=0)
     eval_batch_size: int | None = _option(
         None, "examples in an evaluation step; null: batch_size", low=1
     )
     total_epochs: float = _option(250.0, "passes over the training set", above=0)
+    max_steps: int | None = _option(
+        None, "end after this many steps; schedules keep total_epochs", low=1
+    )
+    precision: str = _option(
+        "float32", "of the model in training; curvature is float32", choices=("float32", "bf16")
+    )
+    normalize_conv_params: bool = _option(
+        False, "scale tensors of rank 4 and more to L2 norm sqrt(size) before each update"
+    )
+    on_nonfinite: str = _option(
+        "stop",
+        "at a loss or gradient that is not finite: stop, or skip the step and count it",
+        choices=("stop", "skip"),
+    )
     learning_rate: float = _option(0.1, "of the main optimizer", above=0)
     momentum: float = _option(0.9, "of polyak, and of the inner solver", low=0, high=1)
     main_optimizer: str = _option(
@@ -130,9 +159,31 @@ class Config:
     init_key: int = _option(42, "seed of the parameters", low=0)
     rng_seed: int = _option(123, "seed of data order and augmentation", low=0)
 
+    # checkpoints
+    checkpoint_freq: int | None = _option(
+        1000, "steps between checkpoints; null or 0: none at all", low=0
+    )
+    checkpoint_keep: int = _option(3, "newest checkpoints kept, besides the best", low=1)
+    checkpoint_metric: str = _option("test accuracy", "what the best checkpoint is best in")
+    maximize_checkpoint_metric: bool = _option(True, "whether more of it is better")
+    resume: str | None = _option(None, "run folder to go on from, in a new folder")
+    init_from: str | None = _option(None, "run folder whose parameters are the initial ones")
+    preempt_handling: bool = _option(
+        False, "checkpoints in $SCRATCH/<experiment>/<job id>, for preemptible jobs"
+    )
+    jobid: str | None = _option(None, "job id; null: $SLURM_JOBID")
+
+    # how a run is started
+    smoke: bool = _option(False, "the same run, shrunk to a few steps on embedded data")
+    dry_run: bool = _option(False, "print the plan of the run, and end")
+
     # reports, in steps
     test_eval_freq: int = _option(2000, "steps between evaluations on the test set", low=1)
     logging_freq: int = _option(50, "steps between logged training metrics", low=1)
+    add_train_eval: bool = _option(False, "evaluate on the training set too")
+    record_histograms: bool = _option(
+        False, "histograms of p(correct) and loss of every example, at evaluations"
+    )
     report_freq: int = _option(200, "steps between lines on a terminal without a bar", low=1)
     quality: list[str] = _option(
         [], "structures whose step is compared with the exact one before and after training"
@@ -392,6 +443,7 @@ def _check(name: str, rules: Any, value: Any) -> None:
         ("low", lambda v, b: v >= b, ">="),
         ("high", lambda v, b: v <= b, "<="),
         ("above", lambda v, b: v > b, ">"),
+        ("below", lambda v, b: v < b, "<"),
     ]
     for rule, holds, _ in bounds:
         if rule in rules and not holds(value, rules[rule]):

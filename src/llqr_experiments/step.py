@@ -1,32 +1,69 @@
-"""One step of training: gradient, perturbed or not, and update."""
+"""One step of training: gradient, perturbed or not, check, and update."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import llqr
-from llqr._tree import normal_like
-from llqr._types import Array, Params
+from llqr._tree import norm, normal_like
+from llqr._types import Array, Int, Params
 from llqr_experiments import build
+
+
+class Health(NamedTuple):
+    """Losses and gradients that were not finite."""
+
+    bad_step: Int[Array, ""]  # the first step with one; -1: none
+    bad_leaf: Int[Array, ""]  # the first leaf whose gradient it was; -1: the loss
+    bad_steps: Int[Array, ""]  # how many there were
 
 
 class TrainState(NamedTuple):
     """What a training step changes."""
 
+    step: Int[Array, ""]
     params: Params
     opt_state: Any
     sharpness: llqr.SharpnessState | None  # None without SAM
+    health: Health
 
 
-def init(
-    tx: optax.GradientTransformation, ascent: build.Ascent | None, params: Params
-) -> TrainState:
-    """Return the state before the first step."""
+@dataclass(frozen=True)
+class Recipe:
+    """What stays the same from step to step.
+
+    Attributes:
+      tx: the optimizer.
+      ascent: how SAM perturbs; None without.
+      seed: of random perturbations.
+      microbatches: parts of the batch whose gradients are averaged.
+      normalize: whether tensors of rank 4 and more are scaled to L2 norm sqrt(size) first.
+      skip: whether a step with a loss or gradient that is not finite changes nothing.
+      weight: `(batch) -> number`, how much a micro-batch counts.
+    """
+
+    tx: optax.GradientTransformationExtraArgs
+    ascent: build.Ascent | None = None
+    seed: int = 0
+    microbatches: int = 1
+    normalize: bool = False
+    skip: bool = False
+    weight: Callable[[Any], Array] | None = None
+
+
+def init(recipe: Recipe, params: Params) -> TrainState:
+    """Return the state before the first step; its arrays are its own."""
+    ascent = recipe.ascent
     sharpness = ascent.method(_no_loss).init(params) if ascent else None
-    return TrainState(params, tx.init(params), sharpness)
+    count = lambda value: jnp.asarray(value, jnp.int32)  # noqa: E731
+    health = Health(count(-1), count(-1), count(0))
+    state = TrainState(count(0), params, recipe.tx.init(params), sharpness, health)
+    return jax.tree.map(jnp.array, state)  # steps donate their state
 
 
 def _no_loss(params: Params) -> Array:
@@ -35,10 +72,8 @@ def _no_loss(params: Params) -> Array:
 
 def advance(
     loss: Callable[[Params, Any], tuple[Array, Any]],
-    tx: optax.GradientTransformationExtraArgs,
-    ascent: build.Ascent | None,
+    recipe: Recipe,
     active: bool,
-    seed: int,
     state: TrainState,
     batch: Any,
     **options: Any,
@@ -47,31 +82,63 @@ def advance(
 
     Args:
       loss: `(params, batch) -> (loss, aux)`.
-      tx: the optimizer.
-      ascent: how SAM perturbs; None without.
-      active: whether this step is perturbed.
-      seed: of random perturbations.
+      recipe: how.
+      active: whether SAM perturbs this step.
       state: before the step.
       batch: of the step.
       **options: of `tx.update`.
     """
-    params, sharpness, apply = state.params, state.sharpness, True
-    if ascent is None or sharpness is None:
-        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+    tx, ascent, params, sharpness, apply = recipe.tx, recipe.ascent, state.params, None, True
+    gradient: Any = jax.value_and_grad
+    if recipe.microbatches > 1:
+        gradient = llqr.microbatched(recipe.microbatches, weight=recipe.weight)
+    if ascent is None or state.sharpness is None:
+        (value, aux), grads = gradient(loss, has_aux=True)(params, batch)
     else:
         product = partial(llqr.precondition, tx, state.opt_state)
-        (value, aux), grads, sharpness = ascent.method(loss, has_aux=True).step(
+        weight = recipe.weight if ascent.method.groups > 1 else None
+        oracle = ascent.method(loss, has_aux=True, value_and_grad=gradient, weight=weight)
+        (value, aux), grads, sharpness = oracle.step(
             params,
-            sharpness,
+            state.sharpness,
             batch,
             precondition=product if ascent.uses_preconditioner else None,
-            base=_base_vector(ascent, seed, state) if active else None,
+            base=_base_vector(ascent, recipe.seed, state) if active else None,
             active=active,
         )
         apply = ascent.configured or not active
+    finite, health = _examined(state, value, grads)
     updates, opt_state = tx.update(grads, state.opt_state, params, apply=apply, **options)
+    if recipe.normalize:
+        params = jax.tree.map(_normalized, params)
     params = optax.apply_updates(params, updates)
-    return TrainState(params, opt_state, sharpness), value, aux
+    new = TrainState(state.step + 1, params, opt_state, sharpness, health)
+    if recipe.skip:
+        kept = state._replace(step=new.step, health=health)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
+    return new, value, aux
+
+
+def _examined(state: TrainState, value: Array, grads: Params) -> tuple[Array, Health]:
+    """Whether loss and gradient are finite, and the record of those that were not."""
+    leaves = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]
+    flags = jnp.stack([jnp.isfinite(value), *leaves])
+    finite, old = jnp.all(flags), state.health
+    first = ~finite & (old.bad_step < 0)
+    # A gradient says more than the loss: its leaf is named where there is one.
+    leaf = jnp.where(jnp.all(flags[1:]), -1, jnp.argmin(flags[1:]).astype(jnp.int32))
+    return finite, Health(
+        jnp.where(first, state.step, old.bad_step),
+        jnp.where(first, leaf, old.bad_leaf),
+        old.bad_steps + ~finite,
+    )
+
+
+def _normalized(x: Array) -> Array:
+    """A tensor of rank 4 or more at L2 norm sqrt(size)."""
+    if x.ndim < 4:
+        return x
+    return (x * (x.size**0.5 / jnp.maximum(norm(x), 1e-8))).astype(x.dtype)
 
 
 def _base_vector(ascent: build.Ascent, seed: int, state: TrainState) -> Params | None:
@@ -79,7 +146,6 @@ def _base_vector(ascent: build.Ascent, seed: int, state: TrainState) -> Params |
     if ascent.source == "main_optimizer_momentum":
         return build.momentum_of(state.opt_state)
     if ascent.source == "random_direction":
-        assert state.sharpness is not None
-        key = jax.random.fold_in(jax.random.key(seed), state.sharpness.count)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         return normal_like(state.params, key)
     return None

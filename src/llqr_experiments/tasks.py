@@ -1,5 +1,6 @@
 """A task: data, model, objective and what is measured, from the config."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +26,16 @@ class Task:
       name: "<dataset>_<architecture>".
       dataset: training and test split.
       params: initial parameters.
-      objective: forward function and training loss; batches are dicts of image and label.
+      objective: forward function and loss in float32, for refits and evaluation; batches are
+        dicts of image and label, and of mask where some rows do not count.
+      training: the same in the precision of training.
     """
 
     name: str
     dataset: data.Dataset
     params: Params
     objective: llqr.Objective
+    training: llqr.Objective
 
 
 def build(config: Config) -> Task:
@@ -43,6 +47,10 @@ def build(config: Config) -> Task:
     dataset = data.load(
         config.dataset.name, config.dataset.dataset_dir, download=config.dataset.download
     )
+    if config.dataset.truncate is not None:
+        dataset = data.truncated(dataset, config.dataset.truncate)
+    if config.dataset.imbalance is not None:
+        dataset = data.long_tailed(dataset, ratio=config.dataset.imbalance)
     features = int(np.prod(dataset.train.images.shape[1:]))
     model = MLP(
         features,
@@ -55,10 +63,36 @@ def build(config: Config) -> Task:
     smoothing = config.label_smoothing
 
     def loss(outputs: Array, batch: dict[str, Array]) -> Float[Array, ""]:
-        return jnp.mean(cross_entropy(outputs, batch["label"], smoothing))
+        rows = cross_entropy(outputs, batch["label"], smoothing)
+        if "mask" not in batch:
+            return jnp.mean(rows)
+        return jnp.sum(rows, where=batch["mask"]) / jnp.maximum(valid(batch), 1)
 
     name = f"{config.dataset.name}_{config.architecture.name}"
-    return Task(name, dataset, params, llqr.Objective(forward, loss))
+    objective = training = llqr.Objective(forward, loss, _mask)
+    if config.precision == "bf16":
+        training = llqr.Objective(_in_bfloat16(forward), loss, _mask)
+    return Task(name, dataset, params, objective, training)
+
+
+def _in_bfloat16(forward: Callable[..., Array]) -> Callable[..., Array]:
+    """The same function computed in bfloat16, with outputs in float32."""
+
+    def half(tree: Any) -> Any:
+        floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if floating(x) else x, tree)
+
+    return lambda params, batch: forward(half(params), half(batch)).astype(jnp.float32)
+
+
+def _mask(batch: dict[str, Array]) -> Array | None:
+    return batch.get("mask")
+
+
+def valid(batch: dict[str, Array]) -> Float[Array, ""]:
+    """Return how many rows of a batch count."""
+    mask = batch.get("mask")
+    return jnp.asarray(len(batch["label"]) if mask is None else jnp.sum(mask), jnp.float32)
 
 
 def _flat_images(batch: dict[str, Array]) -> Array:
@@ -76,10 +110,16 @@ def cross_entropy(
 
 def measure(outputs: Array, batch: dict[str, Any]) -> dict[str, Float[Array, ""]]:
     """Return sums over the rows that count: loss (no smoothing), correct answers, rows."""
-    rows = batch.get("mask", jnp.ones(outputs.shape[0], bool)).astype(outputs.dtype)
+    rows = batch.get("mask", jnp.ones(outputs.shape[0], bool))
     correct = jnp.argmax(outputs, -1) == batch["label"]
     return {
-        "loss": jnp.sum(rows * cross_entropy(outputs, batch["label"])),
-        "correct": jnp.sum(rows * correct),
-        "rows": jnp.sum(rows),
+        "loss": jnp.sum(cross_entropy(outputs, batch["label"]), where=rows),
+        "correct": jnp.sum(correct, where=rows, dtype=jnp.float32),
+        "rows": jnp.sum(rows, dtype=jnp.float32),
     }
+
+
+def examples(outputs: Array, batch: dict[str, Any]) -> dict[str, Float[Array, " rows"]]:
+    """Return what histograms are made of: probability of the label and loss of every row."""
+    loss = cross_entropy(outputs, batch["label"])
+    return {"p_correct": jnp.exp(-loss), "nll": loss}

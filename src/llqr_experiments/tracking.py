@@ -19,15 +19,32 @@ class Tracker(Protocol):
         """Record values at a step, `seconds` after the start."""
         ...
 
+    def position(self) -> Any:
+        """What to go on from after an interruption, JSON-able."""
+        ...
+
     def close(self) -> None:
         """Flush."""
         ...
 
 
 class Jsonl:
-    """One JSON object a line, flushed line by line, so that a killed run keeps its record."""
+    """One JSON object a line, flushed line by line, so that a killed run keeps its record.
 
-    def __init__(self, path: Path):
+    Args:
+      path: the file.
+      position: bytes of it that belong to the run so far. What a killed run wrote after its
+        last checkpoint is made again, and is set aside in <name>.lost.
+    """
+
+    def __init__(self, path: Path, position: int = 0):
+        if path.exists() and path.stat().st_size > position:
+            with path.open("rb+") as file:
+                file.seek(position)
+                lost = file.read()
+                with path.with_name(path.name + ".lost").open("ab") as aside:
+                    aside.write(lost)
+                file.truncate(position)
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, values: dict[str, float], seconds: float) -> None:
@@ -36,20 +53,61 @@ class Jsonl:
         self._file.write(json.dumps({"step": step, **row, "seconds": round(seconds, 3)}) + "\n")
         self._file.flush()
 
+    def position(self) -> int:
+        """Bytes written."""
+        return self._file.tell()
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-class Aim:
-    """A run in an Aim repository."""
+class TensorBoard:
+    """Event files for TensorBoard.
 
-    def __init__(self, repo: str | None, experiment: str, config: Config):
+    Args:
+      folder: of the events.
+    """
+
+    def __init__(self, folder: Path):
+        from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
+
+        self._writer = SummaryWriter(str(folder))
+
+    def log(self, step: int, values: dict[str, float], seconds: float) -> None:
+        """Write every value."""
+        del seconds
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def position(self) -> None:
+        """Nothing: steps that come again overwrite those before."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class Aim:
+    """A run in an Aim repository.
+
+    Args:
+      repo: its folder; None: the current one.
+      experiment: name of the experiment.
+      config: of the run.
+      position: hash of the Aim run that goes on; None: a new one.
+    """
+
+    def __init__(
+        self, repo: str | None, experiment: str, config: Config, position: str | None = None
+    ):
         import aim
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._run = aim.Run(
+                position,
                 repo=repo,
                 experiment=experiment,
                 system_tracking_interval=None,
@@ -63,6 +121,10 @@ class Aim:
         for name, value in values.items():
             self._run.track(value, name=name, step=step)
             self._run.track(value, name=f"{name}|t", step=int(100 * seconds))
+
+    def position(self) -> str:
+        """Hash of the run."""
+        return str(self._run.hash)
 
     def close(self) -> None:
         """Finish the run."""
@@ -100,6 +162,16 @@ class Trackers:
     def log(self, step: int, values: dict[str, float], seconds: float) -> None:
         """Send values to every tracker."""
         self._each(lambda tracker: tracker.log(step, values, seconds))
+
+    def positions(self) -> dict[str, Any]:
+        """Where every tracker is, by its class, for a checkpoint."""
+        found: dict[str, Any] = {}
+
+        def note(tracker: Tracker) -> None:
+            found[type(tracker).__name__] = tracker.position()
+
+        self._each(note)
+        return found
 
     def close(self) -> None:
         """Close every tracker."""

@@ -1,28 +1,32 @@
-"""A run, from config to plots: a loop of named phases."""
+"""A run, from config to plots: a loop of named phases that can stop at any step and go on."""
 
-import math
-from collections.abc import Callable, Iterator
+import json
+import os
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
-import optax
 
 import llqr
+from llqr._tree import leaf_names
 from llqr._types import Array, Params
 from llqr_experiments import build, data, insight, plots, records, tasks
-from llqr_experiments import step as step_of
+from llqr_experiments.checkpoint import BEST, Checkpoints, find, load_params
 from llqr_experiments.clock import Clock
 from llqr_experiments.console import Display
-from llqr_experiments.errors import TrainingError
-from llqr_experiments.evaluate import evaluate
+from llqr_experiments.errors import ConfigError, TrainingError
+from llqr_experiments.evaluate import Histograms, evaluate
+from llqr_experiments.preemption import Interrupted, Interrupts
 from llqr_experiments.spec import Config
-from llqr_experiments.step import TrainState, advance
+from llqr_experiments.step import Recipe, TrainState, advance, init
 from llqr_experiments.tracking import Trackers
+
+Log = Callable[[int, dict[str, float]], None]
 
 
 class Result(NamedTuple):
@@ -40,9 +44,8 @@ class Run:
 
     Attributes:
       config: validated options.
-      task: data, initial parameters, objective.
-      tx: the optimizer.
-      ascent: how SAM perturbs; None without.
+      task: data, initial parameters, objectives.
+      recipe: of a training step.
       horizon: how long it is.
       refit_steps: steps before which P is refitted.
       blocks: of the preconditioner; None without one.
@@ -52,8 +55,7 @@ class Run:
 
     config: Config
     task: tasks.Task
-    tx: optax.GradientTransformationExtraArgs
-    ascent: build.Ascent | None
+    recipe: Recipe
     horizon: build.Horizon
     refit_steps: frozenset[int]
     blocks: llqr.Description | None
@@ -61,13 +63,58 @@ class Run:
     test: data.Source
 
     @property
-    def total_steps(self) -> int:
-        """Loop indices, see `build.Horizon`."""
-        return self.horizon.total_steps
+    def last(self) -> int:
+        """The loop's last index, which only evaluates: the number of updates."""
+        return self.horizon.total_steps - 1
+
+
+@dataclass
+class Session:
+    """What changes during a run; a checkpoint holds it.
+
+    Attributes:
+      state: what a training step changes.
+      step: the next loop index.
+      stream: training batches.
+      refits: batches for refits.
+      best: best value so far of `checkpoint_metric`, and its step.
+    """
+
+    state: TrainState
+    step: int
+    stream: Any
+    refits: Any
+    best: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where a run reports to.
+
+    Attributes:
+      display: the terminal.
+      trackers: of metrics.
+      clock: time by phase.
+      checkpoints: None where none are written.
+      interrupts: signals that ask the run to end.
+      out_dir: the run's folder.
+    """
+
+    display: Display
+    trackers: Trackers
+    clock: Clock
+    checkpoints: Checkpoints | None
+    interrupts: Interrupts
+    out_dir: Path
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record values."""
+        with self.clock.phase("logging"):
+            self.trackers.log(step, values, self.clock.elapsed())
 
 
 def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False) -> Result:
-    """Train, evaluate, and write everything into `out_dir`.
+    """Train, evaluate, and write everything into `out_dir`, or go on where it has a checkpoint.
 
     Args:
       config: validated options.
@@ -81,38 +128,42 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
     Raises:
       ConfigError: an illegal option; nothing was written.
       DataError: the data cannot be used.
-      TrainingError: the loss is no longer finite.
+      TrainingError: a loss or gradient is not finite.
+      Interrupted: a signal came, and everything is saved.
     """
     with ExitStack() as stack:
         clock = stack.enter_context(Clock())
+        interrupts = stack.enter_context(Interrupts())
         with clock.phase("setup"):
             job = _prepare(config)
-            steps, refits = job.total_steps - 1, len(job.refit_steps)
-            records.write_meta(config, out_dir, command, steps=steps, refits=refits)
-            display = Display(job.total_steps - 1, config.report_freq, quiet=quiet)
-            trackers = records.open_trackers(config, job.task.name, out_dir, display.say)
+            facts = {"steps": job.last, "refits": len(job.refit_steps)}
+            entered = records.enter(config, out_dir, command, **facts)
+            display = Display(job.last, config.report_freq, quiet=quiet)
+            checkpoints = _checkpoints(job, out_dir, display.say)
+            session, meta = _begin(job, entered, out_dir, checkpoints, display)
+            clock.add(meta.get("seconds", {}))
+            trackers = records.open_trackers(
+                config, job.task.name, out_dir, display.say, meta.get("trackers")
+            )
             stack.callback(trackers.close)
+            if checkpoints is not None:
+                stack.callback(checkpoints.close)
+        desk = Desk(display, trackers, clock, checkpoints, interrupts, out_dir)
         _announce(job, display)
         stack.enter_context(display)
         quality = {}
+        if config.quality and session.step == 0:
+            quality["before training"] = _quality(job, job.task.params, 0, desk)
+        final = _loop(job, session, desk)
+        params = session.state.params
         if config.quality:
-            quality["before training"] = _quality(job, job.task.params, 0, display, trackers, clock)
-        final, params = _loop(job, display, trackers, clock)
-        if config.quality:
-            last = job.total_steps - 1
-            quality["after training"] = _quality(job, params, last, display, trackers, clock)
+            quality["after training"] = _quality(job, params, job.last, desk)
             insight.draw(quality, _title(config), out_dir / "quality.png")
+        if checkpoints is not None:
+            checkpoints.wait()
     plots.curves(out_dir / "metrics.jsonl", _title(config), out_dir / "curves.png")
-    results = {
-        "test accuracy": f"{final['test accuracy']:.2f} %",
-        "test loss": f"{final['test loss']:.4f}",
-    }
-    if job.ascent:
-        results["gradients"] = (
-            f"{final['sam gradient evaluations']:,.0f} in {job.total_steps - 1:,} steps, "
-            f"{final['sam active steps']:,.0f} of them perturbed"
-        )
-    display.closing(results, clock.seconds, clock.elapsed(), records.shorten(out_dir))
+    records.finish(out_dir, results=final, best=session.best, time=dict(clock.seconds))
+    display.closing(_results(job, session, final), clock, records.shorten(out_dir))
     return Result(final, job.task, job.train, params)
 
 
@@ -124,25 +175,99 @@ def _prepare(config: Config) -> Run:
     build.ascent(config, early)
     task = tasks.build(config)
     train, test = (data.Source.of(task.dataset, split) for split in ("train", "test"))
-    horizon = build.Horizon(data.epoch_length(train, config.batch_size), config.total_epochs)
-    tx = build.optimizer(config, horizon)
+    length = data.epoch_length(
+        train, config.batch_size, partial=cast(data.Partial, config.partial_batch)
+    )
+    horizon = build.Horizon(length / config.grad_acc_steps, config.total_epochs, config.max_steps)
+    recipe = Recipe(
+        build.optimizer(config, horizon),
+        build.ascent(config, horizon),
+        config.rng_seed,
+        config.grad_acc_steps,
+        config.normalize_conv_params,
+        config.on_nonfinite == "skip",
+        tasks.valid,
+    )
     refits = build.refit_steps(config, horizon)
-    blocks = llqr.describe(tx, task.params) if config.use_preconditioner else None
-    ascent = build.ascent(config, horizon)
-    return Run(config, task, tx, ascent, horizon, refits, blocks, train, test)
+    blocks = llqr.describe(recipe.tx, task.params) if config.use_preconditioner else None
+    return Run(config, task, recipe, horizon, refits, blocks, train, test)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("objective", "tx", "ascent", "active", "seed"),
-    donate_argnames="state",
-)
+def _checkpoints(job: Run, out_dir: Path, say: Callable[[str], None]) -> Checkpoints | None:
+    config, folder = job.config, out_dir / "checkpoints"
+    if not config.checkpoint_freq:
+        return None
+    if config.preempt_handling:
+        place, name = os.environ.get("SCRATCH"), config.jobid or os.environ.get("SLURM_JOBID")
+        if not place or not name:
+            raise ConfigError(
+                "preempt_handling=true writes to $SCRATCH/<experiment>/<job id>: "
+                f"{'SCRATCH is not set' if not place else 'give jobid, or set SLURM_JOBID'}."
+            )
+        folder = Path(place) / job.task.name / name
+    return Checkpoints(folder, config.checkpoint_keep, say)
+
+
+def _begin(
+    job: Run, entered: bool, out_dir: Path, checkpoints: Checkpoints | None, display: Display
+) -> tuple[Session, dict[str, Any]]:
+    """Return the session, new or restored, and the facts of the checkpoint it comes from."""
+    config = job.config
+    stream = data.train_stream(
+        job.train,
+        batch_size=config.batch_size * config.grad_acc_steps,
+        overlap=config.batch_overlap_fraction,
+        partial=cast(data.Partial, config.partial_batch),
+        seed=config.rng_seed,
+        num_threads=config.data_threads,
+    )
+    refits = data.refit_stream(
+        job.train, batch_size=config.precond_batch_size, seed=config.rng_seed, num_threads=0
+    )
+    session = Session(init(job.recipe, job.task.params), 0, stream, refits)
+    found = None
+    if checkpoints is not None and (entered or config.preempt_handling):
+        found = checkpoints.restore(session.state)
+    own = found is not None
+    if found is None and config.resume:
+        found = Checkpoints(find(Path(config.resume)), 1, display.say).restore(session.state)
+        if found is None:
+            raise ConfigError(f"resume={config.resume}: no checkpoint there can be read.")
+    if found is None:
+        if entered and "finished" in json.loads((out_dir / "meta.json").read_text()):
+            raise ConfigError(
+                f"{out_dir} already holds a finished run without checkpoints; give another folder "
+                "(hydra.run.dir=...)."
+            )
+        if config.init_from:
+            session.state = _with_params(session.state, Path(config.init_from), display)
+        return session, {}
+    if found.step > job.last:
+        raise ConfigError(
+            f"the checkpoint is of step {found.step}, and this run ends at {job.last}."
+        )
+    meta = found.meta
+    session.state, session.step, session.best = found.state, found.step, meta["best"]
+    session.stream.set_state(meta["stream"])
+    session.refits.set_state(meta["refits"])
+    where = "" if own else f" of {config.resume}"
+    display.say(f"going on from the checkpoint of step {found.step}{where}\n")
+    # The record of another run stays where it is.
+    return session, meta if own else {"seconds": meta["seconds"]}
+
+
+def _with_params(state: TrainState, run: Path, display: Display) -> TrainState:
+    """The state with the parameters of another run's newest checkpoint."""
+    params, step = load_params(find(run), state.params)
+    display.say(f"parameters of step {step} of {run}\n")
+    return state._replace(params=params)
+
+
+@partial(jax.jit, static_argnames=("objective", "recipe", "active"), donate_argnames="state")
 def train_step(
     objective: llqr.Objective,
-    tx: optax.GradientTransformationExtraArgs,
-    ascent: build.Ascent | None,
+    recipe: Recipe,
     active: bool,
-    seed: int,
     state: TrainState,
     batch: dict[str, Array],
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -150,10 +275,8 @@ def train_step(
 
     Args:
       objective: model and loss.
-      tx: the optimizer.
-      ascent: how SAM perturbs; None without.
-      active: whether this step is perturbed.
-      seed: of random perturbations.
+      recipe: of the step.
+      active: whether SAM perturbs it.
       state: before the step.
       batch: of the step.
     """
@@ -162,93 +285,155 @@ def train_step(
         outputs = objective.forward(params, batch)
         return objective.loss(outputs, batch), tasks.measure(outputs, batch)
 
-    state, _, sums = advance(loss, tx, ascent, active, seed, state, batch, refresh=False)
-    if ascent and ascent.method.groups > 1:
-        sums = jax.tree.map(lambda x: x.sum(0), sums)
-    return state, sums
+    state, _, sums = advance(loss, recipe, active, state, batch, refresh=False)
+    return state, jax.tree.map(lambda x: x.sum(), sums)  # over groups and micro-batches
 
 
-def _loop(
-    job: Run, display: Display, trackers: Trackers, clock: Clock
-) -> tuple[dict[str, float], Params]:
-    """Steps 0 .. total - 1; the last index only evaluates. Also returns the parameters."""
-    config, last = job.config, job.total_steps - 1
-    stream = data.train_stream(job.train, batch_size=config.batch_size, seed=config.rng_seed)
-    refits = data.refit_stream(
-        job.train, batch_size=config.precond_batch_size, seed=config.rng_seed, num_threads=0
-    )
-    ascent = job.ascent
-    state = step_of.init(job.tx, ascent, job.task.params)
-    state = jax.tree.map(jax.numpy.array, state)  # steps donate their state: own the buffers
-    log = partial(_log, trackers, clock)
+def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:
+    """Steps up to the last index, which only evaluates; returns the final metrics."""
+    config, ascent, clock = job.config, job.recipe.ascent, desk.clock
     final: dict[str, float] = {}
-    for step in range(job.total_steps):
-        if step == last or (step and step % config.test_eval_freq == 0):
-            with clock.phase("evaluation"):
-                final = _evaluate(job, state.params)
-            display.evaluation(step, final["test loss"], final["test accuracy"])
-            log(step, final)
-        if step == last:
+    first = session.step
+    for step in range(first, job.last + 1):
+        session.step = step
+        if step != first or step == 0:
+            _checkpoint(job, session, desk)
+        if step == job.last or (step and step % config.test_eval_freq == 0):
+            final = _evaluation(job, session, desk)
+        if step == job.last:
             break
-        batch = next(stream)
+        with clock.phase("data"):
+            batch = next(session.stream)
         if step in job.refit_steps:
-            state = _refit(job, state, refits, batch, step, display, log, clock)
+            _refit(job, session, batch, desk)
         with clock.phase("training"):
             active = ascent is not None and step >= ascent.method.start
-            state, sums = train_step(
-                job.task.objective, job.tx, ascent, active, config.rng_seed, state, batch
+            session.state, sums = train_step(
+                job.task.training, job.recipe, active, session.state, batch
             )
-            if ascent and step == ascent.method.start:
-                display.say(f"step {step:>6}   {config.sam_mode} becomes active")
-                log(step, {"sam becomes active": float(step)})
-            if (step + 1) % config.logging_freq == 0 or step == 0:
-                _report(step + 1, _means(sums) | _sharpness(state), display, log)
+        if ascent and step == ascent.method.start:
+            desk.display.say(f"step {step:>6}   {config.sam_mode} becomes active")
+            desk.log(step, {"sam becomes active": float(step)})
+        if (step + 1) % config.logging_freq == 0 or step == 0:
+            with clock.phase("training"):  # waiting for the device is training
+                jax.block_until_ready(sums)
+            _report(job, step + 1, session.state, sums, desk)
     if ascent:
-        log(last, _sharpness(state))
-        final |= _sharpness(state)
-    return final, state.params
+        desk.log(job.last, _sharpness(session.state))
+        final |= _sharpness(session.state)
+    return final
 
 
-def _sharpness(state: TrainState) -> dict[str, float]:
-    """What is logged of SAM."""
-    return {} if state.sharpness is None else insight.sharpness_record(state.sharpness.info)
+def _checkpoint(job: Run, session: Session, desk: Desk) -> None:
+    """Write a checkpoint if one is due; end the run if a signal asks for it."""
+    step, every = session.step, job.config.checkpoint_freq
+    signal, checkpoints = desk.interrupts.requested, desk.checkpoints
+    due = bool(every) and (step == job.last or (step > 0 and step % (every or 1) == 0))
+    if checkpoints is not None and (due or signal):
+        _check_health(job, session.state, desk)
+        with desk.clock.phase("checkpoint"):
+            checkpoints.save(step, session.state, _meta(session, desk))
+    if signal is None:
+        return
+    saved = ""
+    if checkpoints is not None:
+        checkpoints.wait()
+        saved = f" Everything is saved; the same command in {desk.out_dir} goes on from there."
+    raise Interrupted(f"{signal.name} ended the run at step {step}.{saved}")
 
 
-def _refit(
-    job: Run,
-    state: TrainState,
-    batches: Iterator[dict[str, Any]],
-    training: dict[str, Any],
-    step: int,
-    display: Display,
-    log: Callable[[int, dict[str, float]], None],
-    clock: Clock,
-) -> TrainState:
-    """Relearn P before the update of `step`, and say what it did."""
+def _meta(session: Session, desk: Desk) -> dict[str, Any]:
+    return {
+        "best": session.best,
+        "stream": session.stream.get_state(),
+        "refits": session.refits.get_state(),
+        "seconds": {**desk.clock.seconds, "total": desk.clock.elapsed()},
+        "trackers": desk.trackers.positions(),
+    }
+
+
+def _check_health(job: Run, state: TrainState, desk: Desk) -> None:
+    """Stop if a loss or gradient was not finite, before it is saved or believed."""
+    health = jax.device_get(state.health)
+    if job.recipe.skip or health.bad_step < 0:
+        return
+    what = "loss"
+    if health.bad_leaf >= 0:
+        what = f"gradient of {leaf_names(state.params)[health.bad_leaf]}"
+    where = "no checkpoint was written"
+    if desk.checkpoints is not None:
+        desk.checkpoints.wait()
+        last = desk.checkpoints.saved
+        if last is not None:
+            where = f"the last good checkpoint is of step {last}, in {desk.checkpoints.folder}"
+    raise TrainingError(
+        f"the training {what} is not finite at step {int(health.bad_step)}; {where}. Lower "
+        "learning_rate, refit more cautiously (damping, precond_lr, ema_decay), or go on past "
+        "such steps with on_nonfinite=skip."
+    )
+
+
+def _evaluation(job: Run, session: Session, desk: Desk) -> dict[str, float]:
+    """Evaluate, keep the best, and return the metrics."""
+    config, step = job.config, session.step
+    _check_health(job, session.state, desk)
+    histograms = Histograms() if config.record_histograms else None
+    with desk.clock.phase("evaluation"):
+        splits = {"test": job.test} | ({"train_eval": job.train} if config.add_train_eval else {})
+        size = config.eval_batch_size or config.batch_size
+        found = {}
+        for name, source in splits.items():
+            values = evaluate(
+                job.task.objective, session.state.params, source, size, histograms, name
+            )
+            found |= {f"{name} {key}": value for key, value in values.items()}
+    if histograms is not None:
+        histograms.write(desk.out_dir / "histograms.jsonl", step)
+    desk.display.evaluation(step, found["test loss"], found["test accuracy"])
+    desk.log(step, found)
+    _keep_best(job, session, found, desk)
+    return found
+
+
+def _keep_best(job: Run, session: Session, found: dict[str, float], desk: Desk) -> None:
+    """Write a checkpoint if this evaluation is the best so far."""
+    name, sign = job.config.checkpoint_metric, 1 if job.config.maximize_checkpoint_metric else -1
+    if name not in found:
+        raise ConfigError(f"checkpoint_metric={name}: {', '.join(found)} are measured.")
+    if session.best and sign * found[name] <= sign * session.best["value"]:
+        return
+    session.best = {"value": found[name], "step": float(session.step)}
+    if desk.checkpoints is not None:
+        with desk.clock.phase("checkpoint"):
+            desk.checkpoints.save(session.step, session.state, _meta(session, desk), kind=BEST)
+
+
+def _refit(job: Run, session: Session, training: dict[str, Any], desk: Desk) -> None:
+    """Relearn P before the update of this step, and say what it did."""
+    config, clock, state = job.config, desk.clock, session.state
+    with clock.phase("training"):
+        jax.block_until_ready(state)  # earlier steps are not the refit's time
     before = clock.seconds["refit"]
-    jax.block_until_ready(state)  # earlier training steps are not the refit's time
     with clock.phase("refit"):
-        batch = seen = next(batches)
-        if job.config.multibatch_training:  # one for every inner step, on an axis of their own
-            more = [next(batches) for _ in range(job.config.precond_steps - 1)]
+        batch = seen = next(session.refits)
+        if config.multibatch_training:  # one for every inner step, on an axis of their own
+            more = [next(session.refits) for _ in range(config.precond_steps - 1)]
             seen = jax.tree.map(lambda *leaves: np.stack(leaves), batch, *more)
         objective = job.task.objective.bind(seen)
-        opt_state = llqr.refresh(job.tx, state.opt_state, state.params, objective)
+        opt_state = llqr.refresh(job.recipe.tx, state.opt_state, state.params, objective)
         jax.block_until_ready(opt_state)
     seconds = clock.seconds["refit"] - before
     with clock.phase("insight"):
-        skew = job.config.measure_asymmetry
-        report = llqr.inspect(job.tx, opt_state, state.params, asymmetry=skew)
+        skew = config.measure_asymmetry
+        report = llqr.inspect(job.recipe.tx, opt_state, state.params, asymmetry=skew)
         cosine = insight.gradient_cosine(job.task.objective, state.params, batch, training)
         record = insight.refit_record(report, float(cosine))
-    display.refit(step, report, seconds)
-    log(step, record)
-    return state._replace(opt_state=opt_state)
+    desk.display.refit(session.step, report, seconds)
+    desk.log(session.step, record)
+    session.state = state._replace(opt_state=opt_state)
 
 
-def _quality(
-    job: Run, params: Params, step: int, display: Display, trackers: Trackers, clock: Clock
-) -> llqr.Quality:
+def _quality(job: Run, params: Params, step: int, desk: Desk) -> llqr.Quality:
     """Compare the steps of `config.quality` with the exact one, on the first refit batch."""
     config = job.config
     batch = next(
@@ -256,57 +441,71 @@ def _quality(
             job.train, batch_size=config.precond_batch_size, seed=config.rng_seed, num_threads=0
         )
     )
-    with clock.phase("quality"):
+    with desk.clock.phase("quality"):
         found = insight.measure(config, job.task.objective.bind(batch), params)
-    display.say(f"\nstep {step:>6}   steps compared with the exact one\n{found}\n")
-    _log(trackers, clock, step, insight.metrics(found))
+    desk.display.say(f"\nstep {step:>6}   steps compared with the exact one\n{found}\n")
+    desk.log(step, insight.metrics(found))
     return found
 
 
-def _evaluate(job: Run, params: Params) -> dict[str, float]:
-    size = job.config.eval_batch_size or job.config.batch_size
-    found = evaluate(job.task.objective, params, job.test, size)
-    return {f"test {name}": value for name, value in found.items()}
-
-
-def _means(sums: dict[str, Array]) -> dict[str, float]:
+def _report(job: Run, step: int, state: TrainState, sums: dict[str, Array], desk: Desk) -> None:
     host = jax.device_get(sums)
     rows = float(host["rows"])
-    return {
+    values = {
         "train loss": float(host["loss"]) / rows,
         "train accuracy": 100.0 * float(host["correct"]) / rows,
+    } | _sharpness(state)
+    if job.recipe.skip:
+        values["skipped steps"] = float(state.health.bad_steps)
+    desk.log(step, values)
+    with desk.clock.phase("logging"):
+        desk.display.progress(step, values["train loss"], values["train accuracy"])
+    _check_health(job, state, desk)
+
+
+def _sharpness(state: TrainState) -> dict[str, float]:
+    """What is logged of SAM."""
+    return {} if state.sharpness is None else insight.sharpness_record(state.sharpness.info)
+
+
+def _results(job: Run, session: Session, final: dict[str, float]) -> dict[str, str]:
+    """Rows of the closing table."""
+    found = {
+        "test accuracy": f"{final['test accuracy']:.2f} %",
+        "test loss": f"{final['test loss']:.4f}",
     }
-
-
-def _report(
-    step: int,
-    values: dict[str, float],
-    display: Display,
-    log: Callable[[int, dict[str, float]], None],
-) -> None:
-    log(step, values)
-    display.progress(step, values["train loss"], values["train accuracy"])
-    if not math.isfinite(values["train loss"]):
-        raise TrainingError(
-            f"the training loss is {values['train loss']} at step {step}. Lower learning_rate, or "
-            "refit more cautiously (damping, precond_lr, ema_decay)."
+    if session.best:
+        found["best"] = (
+            f"{job.config.checkpoint_metric} {session.best['value']:.4g} at step "
+            f"{session.best['step']:.0f}"
         )
-
-
-def _log(trackers: Trackers, clock: Clock, step: int, values: dict[str, float]) -> None:
-    trackers.log(step, values, clock.elapsed())
+    if "train_eval loss" in final:
+        found["train_eval"] = (
+            f"accuracy {final['train_eval accuracy']:.2f} %, loss {final['train_eval loss']:.4f}"
+        )
+    if job.recipe.ascent:
+        found["gradients"] = (
+            f"{final['sam gradient evaluations']:,.0f} in {job.last:,} steps, "
+            f"{final['sam active steps']:,.0f} of them perturbed"
+        )
+    if skipped := int(session.state.health.bad_steps):
+        found["skipped"] = f"{skipped} steps whose loss or gradient was not finite"
+    return found
 
 
 def _announce(job: Run, display: Display) -> None:
     """Say what is about to happen."""
     config, size = job.config, sum(x.size for x in jax.tree.leaves(job.task.params))
+    batch = f"{config.batch_size}" + (
+        f" x {config.grad_acc_steps}" if config.grad_acc_steps > 1 else ""
+    )
     display.say(
         f"[bold]{job.task.name}[/]   {size:,} parameters   {len(job.train):,} training and "
-        f"{len(job.test):,} test examples   {job.total_steps - 1:,} steps of {config.batch_size}   "
+        f"{len(job.test):,} test examples   {job.last:,} steps of {batch}   "
         f"{jax.devices()[0].platform.upper()}"
     )
-    if job.ascent:
-        display.say(_describe_ascent(config, job.ascent))
+    if job.recipe.ascent:
+        display.say(_describe_ascent(config, job.recipe.ascent))
     for text in build.warnings(config, job.horizon):
         display.say(f"[yellow]warning:[/] {text}\n")
     if config.use_preconditioner:

@@ -22,8 +22,11 @@ def config(*overrides: str) -> Config:
 
 
 def run(out: Path, *overrides: str) -> list[dict[str, Any]]:
-    """Train the quick preset with overrides; return the rows of metrics.jsonl."""
-    quick = ("experiment=quick-local-test", "logging.aim=false", *overrides)
+    """Train the quick preset with overrides; return the rows of metrics.jsonl.
+
+    Without checkpoints, unless an override asks for them.
+    """
+    quick = ("experiment=quick-local-test", "logging.aim=false", "checkpoint_freq=null", *overrides)
     train.run(config(*quick), out, command="test")
     return rows(out)
 

@@ -1,6 +1,11 @@
 """The batches: the endless training stream, the stream of refits, and the evaluation pass."""
 
 import dataclasses
+import itertools
+import json
+import math
+import threading
+import time
 from contextlib import closing
 
 import numpy as np
@@ -9,14 +14,22 @@ import pytest
 from llqr_experiments.data import (
     DataError,
     Dataset,
+    Partial,
     Source,
     Split,
     epoch_length,
     evaluation_batches,
     refit_seed,
     refit_stream,
+    stride,
     train_stream,
 )
+
+# n, B, overlap: B divides n, does not, exceeds it, spans epochs; strides of B, B/2, B/4, 1.
+SIZES = [(10, 5, 0.0), (10, 4, 0.0), (10, 4, 0.5), (10, 4, 0.75), (3, 8, 0.5), (11, 6, 0.5)]
+MODES: tuple[Partial, ...] = ("straddle", "pad", "drop")
+# "drop" has no batch where B > n.
+CASES = [(*size, mode) for size in SIZES for mode in MODES if mode != "drop" or size[1] <= size[0]]
 
 
 def make_dataset(n: int = 10) -> Dataset:
@@ -42,6 +55,31 @@ def assert_same(left: list[dict[str, np.ndarray]], right: list[dict[str, np.ndar
         assert a.keys() == b.keys()
         for key in a:
             np.testing.assert_array_equal(a[key], b[key])
+
+
+def slow_batches(n: int, batch_size: int, overlap: float, partial: str, epochs: int) -> list:
+    """Return the examples of the batches of some epochs (seed 0), by literal micro-batches.
+
+    An epoch is cut into micro-batches of r examples; a batch is B / r neighbours of them.
+    """
+    r = round(batch_size * (1 - overlap))
+    orders = [
+        np.random.RandomState(
+            np.random.MT19937(np.random.SeedSequence(0, spawn_key=(epoch,)))
+        ).permutation(n)
+        for epoch in range(epochs)
+    ]
+    batches = []
+    for order in [np.concatenate(orders)] if partial == "straddle" else orders:
+        micro = [list(order[start : start + r]) for start in range(0, len(order), r)]
+        if partial != "pad" and len(micro[-1]) < r:
+            micro.pop()
+        width = batch_size // r
+        if partial == "pad":
+            micro += [[]] * (width - len(micro))
+        for first in range(len(micro) - width + 1):
+            batches.append(list(itertools.chain(*micro[first : first + width])))
+    return batches
 
 
 def augment(batch, rng):
@@ -100,21 +138,6 @@ class TestTrainStream:
         batches = take(source, 100, num_threads=num_threads, **jitter)
         assert_same(batches, take(source, 100, num_threads=2, prefetch=3, **jitter))
 
-    @pytest.mark.parametrize("num_threads", [0, 3])
-    def test_resume(self, num_threads):
-        source = Source.of(make_dataset(50), "train")
-        arguments = {"batch_size": 8, "seed": 1, "transform": augment, "num_threads": num_threads}
-        with closing(train_stream(source, **arguments)) as stream:
-            for _ in range(9):
-                next(stream)
-            state = stream.get_state()
-            expected = [next(stream) for _ in range(20)]
-            stream.set_state(state)
-            assert_same(expected, [next(stream) for _ in range(20)])
-        with closing(train_stream(source, **arguments)) as fresh:
-            fresh.set_state(state)
-            assert_same(expected, [next(fresh) for _ in range(20)])
-
     def test_normalisation(self):
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (6, 4, 5, 3)).astype(np.uint8)
@@ -154,9 +177,6 @@ class TestTrainStream:
         training = np.concatenate([ids(b) for b in take(source, 8, batch_size=32, seed=7)])
         assert (np.concatenate([ids(b) for b in refits]) == training).mean() < 0.1
 
-    def test_epoch_length(self):
-        assert epoch_length(Source.of(make_dataset(), "train"), 4) == 2.5
-
     @pytest.mark.parametrize("make", [train_stream, refit_stream])
     def test_bad_arguments(self, make):
         source = Source.of(make_dataset(), "train")
@@ -167,6 +187,163 @@ class TestTrainStream:
         empty = dataclasses.replace(source, images=source.images[:0], labels=source.labels[:0])
         with pytest.raises(DataError, match=r"source is empty"):
             make(empty, batch_size=1, seed=0)
+
+
+class TestOverlapAndPartialBatches:
+    @pytest.mark.parametrize(("n", "batch_size", "overlap", "partial"), CASES)
+    def test_against_literal_micro_batches(self, n, batch_size, overlap, partial):
+        expected = slow_batches(n, batch_size, overlap, partial, epochs=12)
+        source = Source.of(make_dataset(n), "train")
+        options = {"batch_size": batch_size, "seed": 0, "overlap": overlap, "partial": partial}
+        batches = take(source, len(expected), **options)
+        for batch, kept in zip(batches, expected, strict=True):
+            filled = kept + [0] * (batch_size - len(kept))
+            assert ids(batch).tolist() == filled
+            assert batch["label"].tolist() == [i % 10 for i in filled]
+            assert batch.keys() == {"image", "label"} | ({"mask"} if partial == "pad" else set())
+            if partial == "pad":
+                assert batch["mask"].dtype == bool
+                assert batch["mask"].tolist() == [i < len(kept) for i in range(batch_size)]
+        length = epoch_length(source, batch_size, overlap=overlap, partial=partial)
+        # An endless stream has B / r - 1 batches more that start in the last epoch.
+        r = round(batch_size * (1 - overlap))
+        cut = batch_size // r - 1 if partial == "straddle" else 0
+        assert math.floor(12 * length) - cut == len(expected)
+
+    @pytest.mark.parametrize(("overlap", "shared"), [(0.5, 4), (0.75, 6), (0.99, 7)])
+    def test_neighbours_share_examples(self, overlap, shared):
+        batches = take(
+            Source.of(make_dataset(30), "train"), 40, batch_size=8, seed=2, overlap=overlap
+        )
+        for one, two in itertools.pairwise(batches):
+            np.testing.assert_array_equal(ids(one)[8 - shared :], ids(two)[:shared])
+
+    def test_overlap_moves_through_the_same_stream(self):
+        """Each example is in B / r = 4 batches: the first r of each batch are the stream."""
+        source = Source.of(make_dataset(30), "train")
+        slow = np.concatenate([ids(b) for b in take(source, 10, batch_size=8, seed=2)])
+        fast = np.concatenate(
+            [ids(b)[:2] for b in take(source, 40, batch_size=8, seed=2, overlap=0.75)]
+        )
+        np.testing.assert_array_equal(fast, slow)
+
+    def test_defaults_are_no_overlap_and_straddling(self):
+        source = Source.of(make_dataset(11), "train")
+        same = take(source, 20, batch_size=4, seed=3, overlap=0.0, partial="straddle")
+        assert_same(same, take(source, 20, batch_size=4, seed=3))
+
+    def test_a_shared_example_is_augmented_anew(self):
+        source = Source.of(make_dataset(30), "train")
+        one, two = take(source, 2, batch_size=8, seed=2, overlap=0.5, transform=augment)
+        np.testing.assert_array_equal(ids(one)[4:], ids(two)[:4])
+        assert not np.allclose(one["image"][4:], two["image"][:4])
+
+    def test_a_padded_batch_is_transformed_and_keeps_its_mask(self):
+        source = Source.of(make_dataset(10), "train")
+        batch = take(source, 3, batch_size=4, seed=0, partial="pad", transform=augment)[-1]
+        assert batch["mask"].tolist() == [True, True, False, False]
+        assert (ids(batch)[2:] == 0).all()
+        assert (batch["image"] != np.round(batch["image"])).all()
+
+    @pytest.mark.parametrize(
+        ("batch_size", "overlap", "expected"),
+        [(128, 0.0, 128), (128, 0.5, 64), (128, 0.999, 1), (6, 2 / 3, 2), (1, 0.9, 1), (4, 0.1, 4)],
+    )
+    def test_stride(self, batch_size, overlap, expected):
+        assert stride(batch_size, overlap) == expected
+
+    def test_every_divisor_has_an_overlap(self):
+        """As the message prints it: six digits."""
+        for batch_size in (12, 128, 1000, 4096):
+            for r in (d for d in range(1, batch_size + 1) if batch_size % d == 0):
+                assert stride(batch_size, float(f"{1 - r / batch_size:g}")) == r
+
+    def test_bad_overlap(self):
+        source = Source.of(make_dataset(), "train")
+        message = (
+            r"overlap is 0.3: its stride of 90 .* 128\. .* 0.5 \(stride 64\) or 0 \(stride 128"
+        )
+        with pytest.raises(ValueError, match=message):
+            train_stream(source, batch_size=128, seed=0, overlap=0.3)
+        for overlap in (-0.1, 1.0, math.nan):
+            with pytest.raises(ValueError, match=r"overlap is .*, expected at least 0 and less"):
+                train_stream(source, batch_size=4, seed=0, overlap=overlap)
+
+    def test_bad_mode(self):
+        with pytest.raises(ValueError, match=r"unknown partial 'dorp': did you mean 'drop'"):
+            take(Source.of(make_dataset(), "train"), 1, batch_size=4, seed=0, partial="dorp")
+
+    def test_drop_needs_a_full_batch(self):
+        source = Source.of(make_dataset(), "train")
+        message = r"epoch of 10 examples has no full batch of 11.*to 10 or less.*'pad' or 'str"
+        with pytest.raises(DataError, match=message):
+            train_stream(source, batch_size=11, seed=0, partial="drop")
+        with pytest.raises(DataError, match=message):
+            epoch_length(source, 11, partial="drop")
+
+    @pytest.mark.parametrize(
+        ("batch_size", "lengths"), [(4, (2.5, 3, 2)), (5, (2, 2, 2)), (10, (1, 1, 1))]
+    )
+    def test_epoch_length(self, batch_size, lengths):
+        source = Source.of(make_dataset(), "train")
+        assert epoch_length(source, batch_size) == lengths[0]
+        assert tuple(epoch_length(source, batch_size, partial=m) for m in MODES) == lengths
+
+    def test_epoch_length_of_a_batch_that_exceeds_the_source(self):
+        source = Source.of(make_dataset(), "train")
+        assert epoch_length(source, 40) == 0.25
+        assert epoch_length(source, 40, partial="pad") == 1
+        with pytest.raises(ValueError, match=r"batch_size is 0"):
+            epoch_length(source, 0)
+
+
+class TestResume:
+    @pytest.mark.parametrize("num_threads", [0, 2])
+    @pytest.mark.parametrize("transform", [None, augment])
+    @pytest.mark.parametrize("partial", MODES)
+    @pytest.mark.parametrize("overlap", [0.0, 0.75])
+    def test_from_any_batch(self, overlap, partial, transform, num_threads):
+        source = Source.of(make_dataset(22), "train")
+        options = {"overlap": overlap, "partial": partial, "transform": transform}
+        options |= {"batch_size": 8, "seed": 1, "num_threads": num_threads, "prefetch": 4}
+        states, expected = [], []
+        with closing(train_stream(source, **options)) as stream:
+            for _ in range(16):
+                states.append(json.loads(json.dumps(stream.get_state())))
+                expected.append(next(stream))
+            for k in (15, 9, 0):
+                stream.set_state(states[k])
+                assert_same(expected[k:], [next(stream) for _ in range(16 - k)])
+        for k, state in enumerate(states):
+            with closing(train_stream(source, **options)) as fresh:
+                fresh.set_state(state)
+                assert fresh.get_state() == state
+                assert_same(expected[k : k + 2], [next(fresh) for _ in expected[k : k + 2]])
+
+    def test_batches_prepared_ahead_do_not_count(self):
+        """The state after k batches is position k, however far the workers are."""
+        prepared = threading.Semaphore(0)
+
+        def counted(batch, rng):
+            prepared.release()
+            return augment(batch, rng)
+
+        source = Source.of(make_dataset(22), "train")
+        options = {"batch_size": 8, "seed": 1, "num_threads": 2, "prefetch": 6, "overlap": 0.5}
+        expected = take(source, 12, transform=augment, **options)
+        with closing(train_stream(source, transform=counted, **options)) as stream:
+            start = stream.get_state()
+            assert_same(expected[:3], [next(stream) for _ in range(3)])
+            deadline = time.monotonic() + 20
+            for _ in range(3 + 6):  # three taken, six ready
+                assert prepared.acquire(timeout=max(0, deadline - time.monotonic()))
+            state = stream.get_state()
+        with closing(train_stream(source, transform=augment, **options)) as fresh:
+            for _ in range(3):
+                next(fresh)
+            assert fresh.get_state() == state != start
+            fresh.set_state(state)
+            assert_same(expected[3:], [next(fresh) for _ in range(9)])
 
 
 class TestEvaluation:

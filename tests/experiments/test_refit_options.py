@@ -137,11 +137,11 @@ def test_what_the_library_refuses_is_a_config_error(overrides, message):
 
 def test_what_is_rarely_meant_is_said(tmp_path, capsys):
     adam = ("main_optimizer=adam", "block_structure=diagonal")
-    assert "precond_on_update=true" in build.warnings(config(*adam))[0]
-    assert "no lower bound" in build.warnings(config("divergence=newton"))[0]
+    assert "precond_on_update=true" in build.warnings(config(*adam), HORIZON)[0]
+    assert "no lower bound" in build.warnings(config("divergence=newton"), HORIZON)[0]
     for fine in ((*adam, "precond_on_update=true"), (*adam, "use_preconditioner=false"),
                  ("divergence=newton", "damping=0.1"), ()):  # fmt: skip
-        assert build.warnings(config(*fine)) == []
+        assert build.warnings(config(*fine), HORIZON) == []
     run(tmp_path, *SHORT, *adam)
     assert "warning: adam divides the scale" in capsys.readouterr().out
 

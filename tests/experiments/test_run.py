@@ -1,5 +1,6 @@
 """Whole runs of the quick preset: what it reaches, writes, repeats and never does."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -11,6 +12,7 @@ import pytest
 
 from llqr_experiments import build, data, tasks, train
 from llqr_experiments.errors import ConfigError, TrainingError
+from llqr_experiments.step import init
 from tests.experiments import support
 
 SHORT = ("total_epochs=10", "update_preconditioner_every=40", "test_eval_freq=30")
@@ -140,14 +142,13 @@ def test_the_training_step_calls_no_host_function():
     ascent = build.ascent(support.config("sam_mode=base_sam"), build.Horizon(1.0, 1.0))
     assert ascent is not None
     for how in (None, ascent):
-        sharpness = how.method(job.task.objective).init(params) if how else None
-        state = train.TrainState(params, job.tx.init(params), sharpness)
-        step = partial(train.train_step, job.task.objective, job.tx, how, how is not None, 0)
-        assert "callback" not in str(jax.make_jaxpr(step)(state, batch))
+        recipe = dataclasses.replace(job.recipe, ascent=how)
+        one = partial(train.train_step, job.task.training, recipe, how is not None)
+        assert "callback" not in str(jax.make_jaxpr(one)(init(recipe, params), batch))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(TrainingError, match=r"training loss is nan at step .* Lower learning_rate"):
+    with pytest.raises(TrainingError, match=r"is not finite at step 1; no checkpoint .* Lower"):
         support.run(tmp_path, "learning_rate=1e30", "use_preconditioner=false", "logging_freq=1")
     assert support.rows(tmp_path)[-1]["train loss"] is None  # the record is there
 

@@ -15,8 +15,11 @@ SHORT = (
     "update_preconditioner_every=5",
     "precond_batch_size=6",
     "logging_freq=1",
+    "block_structure=diagonal",  # compiles fast; others are tests/unit/test_sharpness.py's
+    "architecture.hidden=[24]",
 )
 ALONE = ("use_preconditioner=false", "sam_use_preconditioner_on_update=false")
+LONG = build.Horizon(100.0, 100.0)
 ON_P = ("perturb_mode=ema_precond_grad", "norm_mode=matrix_norm")
 
 
@@ -141,6 +144,15 @@ def test_rho_follows_its_schedule(tmp_path):
             "main_optimizer=sgd has no momentum",
         ),
         (["sam_mode=past_fsam", "sam_groups=2"], "the same for every group"),
+        (["sam_mode=base_sam", "sam_groups=3"], "does not divide batch_size=128"),
+        (
+            [
+                "sam_mode=base_sam",
+                "sam_groups=2",
+                "sam_research_base_vector_source=random_direction",
+            ],
+            "the same for every group",
+        ),
         (["sam_mode=asam", "asam_eta=-1"], "asam_eta=-1.0: must be >= 0"),
         (["perturbation_rho=-1"], "perturbation_rho=-1.0: must be >= 0"),
         (["gbar_eps=0"], "gbar_eps=0.0: must be > 0"),
@@ -166,10 +178,20 @@ def test_what_is_rarely_meant_is_warned_of():
         "sam_mode=base_sam", "start_sam_after_step=4000",
         "perturbation_rho_scheduler=cosine_ramp_step_increase",
     )  # fmt: skip
-    assert any("counts from step 0" in text for text in build.warnings(late))
+    assert any("counts from step 0" in text for text in build.warnings(late, LONG))
+    assert any("perturbation_rho=0.1 is not used" in text for text in build.warnings(late, LONG))
+    never = build.warnings(late, build.Horizon(10.0, 3.0))
+    assert any("30 steps, none of them perturbed" in text for text in never)
     unused = config("sam_mode=fisher_sam")
-    assert any("uses P" in text for text in build.warnings(unused))
-    assert not build.warnings(config("sam_mode=base_sam"))
+    assert any("uses P" in text for text in build.warnings(unused, LONG))
+    assert "saves them" in build.warnings(unused, LONG)[0]
+    delayed = config("sam_mode=fisher_sam", "start_sam_after_step=9")
+    assert "saves them" not in build.warnings(delayed, LONG)[0]
+    assert not build.warnings(config("sam_mode=base_sam"), LONG)
+    ema = ("ema_scheduler=cosine_annealing", "ema_scheduler.t_max=100")
+    falling = build.warnings(config(*ema, "ema_decay=0.99"), LONG)
+    assert "ema_scheduler decreases" in falling[0]
+    assert not build.warnings(config(*ema, "ema_decay=0.8"), LONG)
 
 
 def test_options_reach_the_method():

@@ -342,6 +342,55 @@ def test_an_indefinite_preconditioner_is_guarded_and_counted() -> None:
     assert np.all(np.isfinite(flat_tree(grads)))
 
 
+@pytest.mark.parametrize("corner", [1.0, 1.0000001])
+def test_a_right_angle_is_no_length(corner) -> None:
+    p = jnp.diag(jnp.array([corner, -1.0]))
+    method = llqr.sam(RHO, direction="ema_precond_grad", norm="matrix_norm")
+    eps, guarded = method.perturbation(jnp.ones(2), jnp.ones(2), RHO, lambda v: p @ v)
+    np.testing.assert_allclose(eps, RHO * np.ones(2) / np.sqrt(2), rtol=1e-12)
+    assert int(guarded) == 1
+
+
+def test_a_layer_without_gradient_is_not_perturbed_by_its_neighbour() -> None:
+    """P couples two layers; in the second w = 0 and w.Pw = 0, but P w is not."""
+    coupled = lambda v: {"a": 2 * v["a"] + v["b"], "b": v["a"] + 2 * v["b"]}  # noqa: E731
+    w = {"a": jnp.ones(1), "b": jnp.zeros(1)}
+    method = llqr.sam(RHO, direction="ema_precond_grad", norm="layer_matrix_norm")
+    eps, guarded = method.perturbation(w, w, RHO, coupled)
+    np.testing.assert_allclose(eps["a"], RHO * 2 / np.sqrt(2 * 2), rtol=1e-12)
+    assert float(eps["b"][0]) == 0.0
+    assert int(guarded) == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("kind", [*METHODS, "asam", "fisher_sam"])
+def test_half_precision_steps(kind, dtype) -> None:
+    """Under strict promotion, with a late start in one compiled step; gbar is float32."""
+    params = {"w": jnp.ones(4, dtype), "bias": jnp.ones(2, dtype)}
+    loss = lambda p: jnp.sum(p["w"] ** 2) + jnp.sum(p["bias"] ** 2)  # noqa: E731
+    options = {"direction": "ema_direction"} if kind in METHODS else {}
+    make = {**METHODS, "asam": llqr.asam, "fisher_sam": llqr.fisher_sam}[kind]
+    oracle = make(RHO, start=1, **options)(loss)
+    same = (lambda v: v) if options else None
+    step = jax.jit(lambda p, s: oracle.step(p, s, precondition=same))
+    state = oracle.init(params)
+    for _ in range(3):
+        _, grads, state = step(params, state)
+        assert all(g.dtype == dtype for g in jax.tree.leaves(grads))
+    assert int(state.info.active) == 2
+    if state.average is not None:
+        assert state.average["w"].dtype == jnp.float32
+
+
+def test_a_slow_average_moves_in_half_precision() -> None:
+    oracle = llqr.friendly_sam(0.0, beta=0.999)(lambda w: jnp.sum(w))
+    w = jnp.ones(2, jnp.bfloat16)
+    state = oracle.init(w)
+    for _ in range(200):
+        state = state._replace(average=oracle._averaged(state.average, jnp.ones_like(w)))
+    np.testing.assert_allclose(state.average, 1 - 0.999**200, rtol=1e-4)
+
+
 def test_half_precision_parameters_are_measured_in_float32() -> None:
     w = {"w": jnp.full(70_000, 1e-3, jnp.bfloat16)}
     eps, _ = llqr.sam(1.0).perturbation(w, w, 1.0)
@@ -358,6 +407,10 @@ def test_half_precision_parameters_are_measured_in_float32() -> None:
         (lambda: llqr.sam(epsilon=0.0), "epsilon must lie"),
         (lambda: llqr.friendly_sam(beta=1.5), r"beta must lie in \[0, 1\], got 1.5"),
         (lambda: llqr.asam(eta=-1.0), "eta must lie"),
+        (lambda: llqr.Sharpness(kind="frendly", rho=0.1), "did you mean 'friendly'"),
+        (lambda: llqr.Sharpness(kind="asam", rho=0.1, norm="matrix_norm"), "of its own"),
+        (lambda: llqr.past_friendly_sam()(OBJECTIVE, second_pass=lambda a: a), "has one pass"),
+        (lambda: llqr.sam()(OBJECTIVE, weight=lambda b: 1.0), "weight is of groups"),
         (lambda: llqr.sam(groups=0), "groups must be >= 1"),
         (lambda: llqr.Sharpness(kind="past_friendly", rho=0.1, groups=2), "same for every group"),
     ],
@@ -500,6 +553,65 @@ def test_a_late_start_compiles_once_or_is_chosen_by_the_caller() -> None:
     assert chosen._cache_size() == 2
 
 
+def test_a_late_start_outside_jit_compiles_no_cond(monkeypatch) -> None:
+    monkeypatch.setattr(jax.lax, "cond", None)
+    params, batch = data()
+    oracle = llqr.sam(RHO, start=1)(OBJECTIVE)
+    state = oracle.init(params)
+    for i in range(3):
+        _, _, state = oracle.step(params, state, batch)
+        assert int(state.info.active) == i
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_fresh_state_can_be_donated(kind) -> None:
+    params, batch = data()
+    oracle = METHODS[kind](RHO)(OBJECTIVE)
+    step = jax.jit(oracle.step, donate_argnums=1)
+    _, _, state = step(params, oracle.init(params), batch)
+    assert int(state.count) == 1
+
+
+def test_inside_scan_and_vmap() -> None:
+    params, batch = data()
+    oracle = llqr.friendly_sam(RHO, start=1)(OBJECTIVE)
+
+    def train(scale):
+        def one(carry, _):
+            p, state = carry
+            value, grads, state = oracle.step(p, state, batch)
+            return (jax.tree.map(lambda a, g: a - RATE * g, p, grads), state), value
+
+        start = jax.tree.map(lambda x: scale * x, params)
+        return jax.lax.scan(one, (start, oracle.init(start)), length=3)[1]
+
+    both = jax.vmap(train)(jnp.array([1.0, 0.5]))
+    np.testing.assert_allclose(both[0], train(jnp.array(1.0)), rtol=1e-12)
+
+
+def test_the_contract_of_value_and_grad() -> None:
+    """Keyword arguments, Python flags, Python numbers, arrays as radius."""
+
+    def loss(w, x, square, *, scale=1.0):
+        return scale * (w * jnp.sum(x)) ** (2 if square else 1)
+
+    x = jnp.arange(4.0)
+    wanted = jax.value_and_grad(loss)(3.0, x, True, scale=2.0)
+    for oracle in (
+        llqr.sam(jnp.asarray(0.0))(loss),
+        llqr.asam(0.0)(loss),
+        llqr.sam(0.0)(loss, value_and_grad=llqr.microbatched(1)),
+    ):
+        np.testing.assert_allclose(oracle(3.0, x, True, scale=2.0), wanted)
+    hash(llqr.sam(jnp.asarray(0.1))(loss, in_axes=[0, None]))
+    parts = llqr.microbatched(2)(loss)(3.0, x, True)
+    one, other = (
+        jax.value_and_grad(loss)(3.0, x[::2], True),
+        jax.value_and_grad(loss)(3.0, x[1::2], True),
+    )
+    np.testing.assert_allclose(parts, (np.asarray(one) + np.asarray(other)) / 2)
+
+
 # --- parts of a batch ------------------------------------------------------------------------
 
 
@@ -512,12 +624,12 @@ def test_microbatches_are_the_whole_batch() -> None:
 
 def test_microbatches_may_count_by_their_valid_targets() -> None:
     params, batch = data()
-    batch["valid"] = jnp.asarray([1, 1, 0, 1, 0, 1, 0, 1], bool)
+    batch["valid"] = jnp.asarray([1, 1, 0, 1, 1, 1, 0, 1], bool)  # none in the third part
 
     def loss(params, batch):
         rows = jnp.sum((forward(params, batch) - batch["y"]) ** 2, -1)
         valid = batch["valid"].astype(rows.dtype)
-        return jnp.sum(rows * valid) / jnp.maximum(jnp.sum(valid), 1)
+        return jnp.sum(rows * valid) / jnp.sum(valid)  # NaN without targets
 
     count = lambda params_free_batch: jnp.sum(params_free_batch["valid"])  # noqa: E731
     parts = llqr.microbatched(4, weight=count)(loss)(params, batch)
@@ -578,6 +690,22 @@ def test_groups_do_not_depend_on_the_devices(kind) -> None:
     np.testing.assert_allclose(flat_tree(one), flat_tree(jax.device_get(two)), rtol=1e-12)
 
 
+@pytest.mark.parametrize("how", ["groups", "micro-batches"])
+def test_parts_with_parameters_sharded_over_explicit_axes(how) -> None:
+    loss = lambda w, x: jnp.mean(jnp.sum((x * w) ** 2, -1))  # noqa: E731
+    w, x = jnp.arange(1.0, 5.0), data()[1]["x"] @ jnp.ones((3, 4))
+    oracle = llqr.sam(RHO, groups=8)(loss)
+    if how == "micro-batches":
+        oracle = llqr.sam(RHO)(loss, value_and_grad=llqr.microbatched(4))
+    one = oracle(w, x)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        split = jax.device_put(w, NamedSharding(mesh, PartitionSpec("d")))
+        everywhere = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+        two = jax.block_until_ready(jax.jit(lambda w, x: oracle(w, x))(split, everywhere))
+    np.testing.assert_allclose(flat_tree(one), flat_tree(jax.device_get(two)), rtol=1e-12)
+
+
 # --- P left out of a step --------------------------------------------------------------------
 
 
@@ -589,5 +717,8 @@ def test_apply_false_hands_the_gradient_to_the_base() -> None:
     np.testing.assert_allclose(flat_tree(updates), -RATE * flat_tree(grads), rtol=1e-14)
     assert int(llqr.find(new).count) == int(llqr.find(opt_state).count) + 1
     np.testing.assert_array_equal(flat(llqr.find(new).blocks), flat(llqr.find(opt_state).blocks))
+    masked = optax.masked(tx, {"first": True, "second": False})
+    with pytest.raises(ValueError, match="hide parameters"):
+        llqr.precondition(masked, masked.init(params), params)
     with pytest.raises(ValueError, match="no LLQR state found"):
         llqr.precondition(optax.sgd(0.1), (), params)

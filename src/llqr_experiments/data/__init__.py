@@ -1,10 +1,12 @@
 """Datasets and batches for the experiment runner.
 
-`load` returns a checked `Dataset` of raw pixels; `train_stream`, `refit_stream` and
-`evaluation_batches` turn a `Source` (one split of it) into normalised batches.
+`load` returns a checked `Dataset` of raw pixels, and `long_tailed` and `truncated` make smaller
+ones of it; `train_stream`, `refit_stream` and `evaluation_batches` turn a `Source` (one split of
+it) into normalised batches, which `cifar_augmentation` can change at random.
 """
 
 from llqr_experiments.data.idx import read_idx
+from llqr_experiments.data.order import Partial, stride
 from llqr_experiments.data.pipeline import (
     Batch,
     Source,
@@ -16,22 +18,28 @@ from llqr_experiments.data.pipeline import (
     train_stream,
 )
 from llqr_experiments.data.sources import Dataset, Split, load, names, validate
+from llqr_experiments.data.variants import cifar_augmentation, long_tailed, truncated
 from llqr_experiments.errors import DataError
 
 __all__ = [
     "Batch",
     "DataError",
     "Dataset",
+    "Partial",
     "Source",
     "Split",
     "Transform",
+    "cifar_augmentation",
     "epoch_length",
     "evaluation_batches",
     "load",
+    "long_tailed",
     "names",
     "read_idx",
     "refit_seed",
     "refit_stream",
+    "stride",
     "train_stream",
+    "truncated",
     "validate",
 ]

@@ -2,11 +2,10 @@
 
   n        number of examples
   B        batch size
-  epoch e  positions e*n .. (e+1)*n - 1 of the stream: one permutation of the n examples
-  batch k  positions k*B .. (k+1)*B - 1 of the stream: it may straddle epochs, and is full
 
-The order is a pure function of (seed, position), so a stream resumes from its index alone and
-worker threads cannot change it.
+Which examples batch k of the stream has is a pure function of (seed, k), see
+`llqr_experiments.data.order`, so a stream resumes from its index alone and worker threads cannot
+change it.
 """
 
 import dataclasses
@@ -18,6 +17,7 @@ from typing import Literal
 import grain
 import numpy as np
 
+from llqr_experiments.data.order import Order, Partial, batches_per_epoch
 from llqr_experiments.data.sources import Dataset
 from llqr_experiments.errors import DataError
 
@@ -69,9 +69,32 @@ class Source:
         return {"image": image, "label": self.labels[index].astype(np.int32)}
 
 
-def epoch_length(source: Source, batch_size: int) -> float:
-    """Return the number of batches in an epoch, which need not be whole."""
-    return len(source) / batch_size
+def epoch_length(
+    source: Source, batch_size: int, *, overlap: float = 0.0, partial: Partial = "straddle"
+) -> float:
+    """Return the number of batches of `train_stream` in an epoch, one pass over the examples.
+
+    Args:
+      source: n examples.
+      batch_size: B, at least 1.
+      overlap: as for `train_stream`. An epoch gets longer with it: n / r batches of stride r.
+      partial: as for `train_stream`.
+
+    Returns:
+      Without overlap n / B for "straddle", which need not be whole, ceil(n / B) for "pad" and
+      floor(n / B) for "drop"; with overlap see `llqr_experiments.data.order.batches_per_epoch`.
+
+    Raises:
+      DataError: the source is empty, or "drop" leaves no batch.
+      ValueError: as `train_stream`.
+
+    Example:
+      >>> from llqr_experiments.data import load
+      >>> epoch_length(Source.of(load("digits"), "train"), 32, partial="pad")
+      45
+    """
+    _check(source, batch_size)
+    return batches_per_epoch(len(source), batch_size, overlap, partial)
 
 
 def train_stream(
@@ -80,31 +103,43 @@ def train_stream(
     batch_size: int,
     seed: int,
     transform: Transform | None = None,
+    overlap: float = 0.0,
+    partial: Partial = "straddle",
     num_threads: int = 2,
     prefetch: int = 16,
 ) -> grain.DatasetIterator[Batch]:
-    """Return an endless stream of shuffled, normalised, full batches.
+    """Return an endless stream of shuffled, normalised batches of one shape.
 
-    Each epoch contains every example once, in an order of its own; no remainder is dropped,
-    because batches straddle epochs.
+    Each epoch contains every example once, in an order of its own. By default no remainder is
+    dropped and every batch is full, because batches straddle epochs.
 
     Args:
       source: n examples.
       batch_size: B, at least 1; it may exceed n.
       seed: the only thing, with n, that the order depends on; a non-negative integer.
       transform: random augmentation of a normalised batch, `(batch, rng) -> batch`. `rng` is
-        seeded by the seed and the batch's index, so that it too resumes.
+        seeded by the seed and the batch's index, so that it too resumes. An example that two
+        batches share is augmented anew in each. Other entries of the batch must be kept.
+      overlap: share of a batch that it has in common with the one before it, in [0, 1). Its
+        stride, round(B (1 - overlap)) clamped to [1, B], must divide B.
+      partial: what becomes of the examples at the end of an epoch that fill no batch:
+        "straddle": the batch goes on into the next epoch;
+        "pad": the batch is filled up with copies of example 0, which "mask" tells apart;
+        "drop": they are not used.
+        "pad" and "drop" start each epoch with a batch that shares nothing with the one before.
       num_threads: worker threads that prepare batches ahead of time; 0 prepares each on demand.
       prefetch: number of batches kept ready.
 
     Returns:
-      An iterator of {"image": (B, h, w, c) float32, "label": (B,) int32}. `get_state()` returns a
-      small JSON-able dictionary; `set_state()` continues from one, on a stream made with the same
-      arguments. `close()` ends its threads.
+      An iterator of {"image": (B, h, w, c) float32, "label": (B,) int32}, and for "pad" in every
+      batch "mask": (B,) bool, False for the copies. `get_state()` returns a small JSON-able
+      dictionary; `set_state()` continues from one, on a stream made with the same arguments.
+      `close()` ends its threads.
 
     Raises:
-      DataError: the source is empty.
-      ValueError: the batch size is below 1 or the seed below 0.
+      DataError: the source is empty, or "drop" leaves no batch because n < B.
+      ValueError: the batch size is below 1, the seed below 0, the mode unknown, or the overlap
+        out of range or with a stride that does not divide B.
 
     Example:
       >>> from llqr_experiments.data import load
@@ -116,8 +151,13 @@ def train_stream(
     # grain's own `shuffle` orders examples one by one by walking the cycles of a cipher: 4 us per
     # example for n = 60,000, 31 us for n = 1,437, 320 us for n = 100. One permutation per epoch
     # and one slice per batch cost less than 1 us per example.
-    order = _EpochOrder(len(source), batch_size, seed)
-    batches = grain.MapDataset.range(sys.maxsize // batch_size).map(order.batch).map(source.gather)
+    order = Order(len(source), batch_size, seed, overlap, partial)
+    fill = functools.partial(_fill, source, batch_size)
+    batches = (
+        grain.MapDataset.range(sys.maxsize // batch_size)
+        .map(order.batch)
+        .map(fill if partial == "pad" else source.gather)
+    )
     if transform is not None:
         batches = batches.random_map(transform, seed=_derive(seed, _TRANSFORM_KEY))
     options = grain.ReadOptions(
@@ -138,7 +178,7 @@ def refit_stream(
     """Return the stream that refits of the preconditioner draw from.
 
     It is `train_stream` with `refit_seed(seed)`: a run with refits and one without see the same
-    training batches, because refits take none of them.
+    training batches, because refits take none of them. Its batches are full and do not overlap.
 
     Args:
       source: as for `train_stream`.
@@ -199,9 +239,15 @@ def evaluation_batches(source: Source, batch_size: int) -> Iterator[Batch]:
 
 def _in_order(source: Source, batch_size: int) -> Iterator[Batch]:
     for start in range(0, len(source), batch_size):
-        index = np.arange(start, start + batch_size)
-        mask = index < len(source)
-        yield {**source.gather(np.where(mask, index, 0)), "mask": mask}
+        yield _fill(source, batch_size, np.arange(start, min(start + batch_size, len(source))))
+
+
+def _fill(source: Source, batch_size: int, index: np.ndarray) -> Batch:
+    """Return the examples `index`, (B,) or fewer, filled up with copies of example 0."""
+    mask = np.arange(batch_size) < len(index)
+    padded = np.zeros(batch_size, np.int64)
+    padded[: len(index)] = index
+    return {**source.gather(padded), "mask": mask}
 
 
 def _check(source: Source, batch_size: int, seed: int = 0) -> None:
@@ -216,32 +262,3 @@ def _check(source: Source, batch_size: int, seed: int = 0) -> None:
 def _derive(seed: int, key: tuple[int, ...]) -> int:
     """Return the 32-bit seed that `seed` and `key` name."""
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0])
-
-
-class _EpochOrder:
-    """The examples of each batch of an endless stream that is reshuffled every epoch."""
-
-    def __init__(self, n: int, batch_size: int, seed: int) -> None:
-        self._n = n
-        self._batch_size = batch_size
-        self._seed = seed
-        # Threads work on neighbouring batches, which lie in one epoch or two.
-        self._permutation = functools.lru_cache(maxsize=4)(self._shuffle)
-
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        """Return the order of an epoch, (n,) int64."""
-        # RandomState and not Generator: numpy has frozen the stream of the former, so that a run
-        # can be repeated with another version.
-        sequence = np.random.SeedSequence(self._seed, spawn_key=(epoch,))
-        return np.random.RandomState(np.random.MT19937(sequence)).permutation(self._n)
-
-    def batch(self, k: int) -> np.ndarray:
-        """Return the examples of batch k, (B,) int64."""
-        position, stop = k * self._batch_size, (k + 1) * self._batch_size
-        pieces = []
-        while position < stop:
-            epoch, offset = divmod(position, self._n)
-            piece = self._permutation(epoch)[offset : offset + stop - position]
-            pieces.append(piece)
-            position += len(piece)
-        return np.concatenate(pieces)

@@ -1,0 +1,324 @@
+"""Checkpoints: all that a run needs to go on to the same bits, and a look into one.
+
+    python -m llqr_experiments.checkpoint outputs/<date>/<time>
+
+  <run>/checkpoints/latest/<step>    the newest ones
+  <run>/checkpoints/best/<step>      the one with the best evaluation
+  <run>/checkpoints/damaged/<step>   set aside because it could not be read
+
+Written by orbax, in the background: a folder gets its name when it is complete. The checksum of
+every array is kept beside it, because a file that is cut off or altered can still be read.
+"""
+
+import argparse
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from llqr._tree import leaf_names
+from llqr_experiments.errors import ConfigError, DataError
+
+FORMAT = 1
+"""Of the layout below; a newer one is refused."""
+
+LATEST, BEST, DAMAGED = "latest", "best", "damaged"
+
+
+class Checkpoint(NamedTuple):
+    """What was restored."""
+
+    step: int
+    state: Any  # pytree like the one that was given
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Writing one never ends a run: what goes wrong is said, and the ones before stay.
+
+    Args:
+      folder: where they are; made when the first one is written.
+      keep: how many of the newest to keep.
+      say: prints a line for the user.
+    """
+
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None]):
+        self.folder = folder.absolute()
+        self._keep, self._say = keep, say
+        self._managers: dict[str, Any] = {}
+        self.saved: int | None = None
+        """Step of the newest one that was begun."""
+
+    def save(self, step: int, state: Any, meta: dict[str, Any], *, kind: str = LATEST) -> None:
+        """Begin to write a checkpoint; the arrays are copied first.
+
+        Args:
+          step: steps made so far.
+          state: pytree of arrays.
+          meta: JSON-able facts.
+          kind: `LATEST` or `BEST`.
+        """
+        arrays = _flat(state)
+        facts = {
+            **meta,
+            "format": FORMAT,
+            "step": step,
+            "checksums": {name: _checksum(array) for name, array in arrays.items()},
+        }
+        try:
+            manager = self._manager(kind)
+            if step in manager.all_steps():
+                return
+            import orbax.checkpoint as ocp
+
+            items = {"state": ocp.args.StandardSave(arrays), "meta": ocp.args.JsonSave(facts)}  # type: ignore[call-arg]
+            manager.save(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # whatever it is, training goes on
+            self._failed(step, error)
+            self._managers.pop(kind, None)
+        else:
+            if kind == LATEST:
+                self.saved = step
+
+    def wait(self) -> None:
+        """Return when all that was begun is written, or has failed and that was said."""
+        for kind, manager in list(self._managers.items()):
+            try:
+                manager.wait_until_finished()
+            except Exception as error:
+                self._failed(self.saved, error)
+                self._managers.pop(kind)
+
+    def close(self) -> None:
+        """Wait, and end the threads."""
+        self.wait()
+        for manager in self._managers.values():
+            manager.close()
+        self._managers.clear()
+
+    def restore(self, like: Any, *, kind: str = LATEST) -> Checkpoint | None:
+        """Return the newest checkpoint that is whole, None if there is none.
+
+        One that is not is reported, set aside, and the one before is tried.
+
+        Args:
+          like: pytree with the structure, shapes and dtypes of the state.
+          kind: `LATEST` or `BEST`.
+
+        Raises:
+          ConfigError: it is of another model or optimizer, or of a newer format.
+        """
+        for step in reversed(steps(self.folder, kind)):
+            try:
+                arrays, meta = read(self.folder, step, kind)
+            except ConfigError:
+                raise
+            except Exception as error:
+                self._set_aside(step, kind, error)
+                continue
+            return Checkpoint(step, _unflat(arrays, like), meta)
+        return None
+
+    def _manager(self, kind: str) -> Any:
+        if kind not in self._managers:
+            import orbax.checkpoint as ocp  # slow to import: only where checkpoints are written
+
+            folder = self.folder / kind
+            folder.mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep if kind == LATEST else 1, cleanup_tmp_directories=True
+            )
+            self._managers[kind] = ocp.CheckpointManager(folder, options=options)
+        return self._managers[kind]
+
+    def _failed(self, step: int | None, error: Exception) -> None:
+        whole = steps(self.folder, LATEST)
+        last = f"the last good one is of step {whole[-1]}" if whole else "there is none yet"
+        self._say(
+            f"[yellow]warning:[/] the checkpoint of step {step} could not be written "
+            f"({_first_line(error)}); {last}."
+        )
+
+    def _set_aside(self, step: int, kind: str, error: Exception) -> None:
+        aside = self.folder / DAMAGED / str(step)
+        self._say(
+            f"[yellow]warning:[/] the checkpoint of step {step} is damaged "
+            f"({_first_line(error)}); it is now {aside}, and the one before is tried."
+        )
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(self.folder / kind / str(step), aside)
+
+
+def steps(folder: Path, kind: str = LATEST) -> list[int]:
+    """Return the steps with a complete checkpoint, in order; names without a step are not one."""
+    found = (folder / kind).glob("*") if (folder / kind).is_dir() else ()
+    return sorted(int(path.name) for path in found if path.is_dir() and path.name.isdigit())
+
+
+def read(
+    folder: Path, step: int, kind: str = LATEST
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return arrays by name and the facts of one checkpoint.
+
+    Raises:
+      ConfigError: it is of a newer format.
+      DataError: an array is not what was written.
+    """
+    import orbax.checkpoint as ocp
+
+    path = (folder / kind / str(step)).absolute()
+    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    meta = reader.restore(path, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]  # type: ignore[call-arg]
+    if meta["format"] > FORMAT:
+        raise ConfigError(
+            f"{path} has format {meta['format']}, and this version of llqr reads up to {FORMAT}."
+        )
+    found = reader.restore(path, ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]  # type: ignore[call-arg]
+    reader.close()
+    arrays = {name: np.asarray(array) for name, array in found.items()}
+    if set(arrays) != set(meta["checksums"]):
+        raise DataError("arrays are missing.")
+    for name, array in arrays.items():
+        if _checksum(array) != meta["checksums"][name]:
+            raise DataError(f"{name} is not what was written.")
+    return arrays, meta
+
+
+def load_params(folder: Path, like: Any) -> tuple[Any, int]:
+    """Return the parameters of the newest checkpoint, and its step.
+
+    Args:
+      folder: of checkpoints.
+      like: parameters with the same structure, shapes and dtypes.
+
+    Raises:
+      ConfigError: it is of another model.
+    """
+    step = steps(folder)[-1]
+    arrays, _ = read(folder, step)
+    mark = ".params."  # the state's field, behind the leaf's number
+    found = {
+        name.partition(mark)[2]: array
+        for name, array in arrays.items()
+        if name[4:].startswith(mark)
+    }
+    wanted = [name.replace("/", ".") for name in leaf_names(like)]
+    leaves, treedef = jax.tree.flatten(like)
+    for name, leaf in zip(wanted, leaves, strict=True):
+        have = found[name].shape if name in found else None
+        if have != jnp.shape(leaf):
+            raise ConfigError(
+                f"{folder} is of another model: {name} is {have or 'not there'}, and "
+                f"{jnp.shape(leaf)} here."
+            )
+    return treedef.unflatten([jnp.asarray(found[name]) for name in wanted]), step
+
+
+def find(run: Path) -> Path:
+    """Return the folder of checkpoints of a run, or the folder itself if it is one.
+
+    Raises:
+      ConfigError: there is no checkpoint.
+    """
+    for folder in (run / "checkpoints", run):
+        if steps(folder, LATEST) or steps(folder, BEST):
+            return folder
+    raise ConfigError(f"{run} holds no checkpoint: give the folder of a run that has written one.")
+
+
+def _flat(state: Any) -> dict[str, np.ndarray]:
+    """Copies of all leaves, by a name that tells its place: later steps reuse the buffers."""
+    leaves = jax.device_get(jax.tree.leaves(state))
+    return {
+        name: np.array(leaf, copy=True) for name, leaf in zip(_names(state), leaves, strict=True)
+    }
+
+
+def _names(state: Any) -> list[str]:
+    return [f"{i:04d}.{name.replace('/', '.')}" for i, name in enumerate(leaf_names(state))]
+
+
+def _unflat(arrays: dict[str, np.ndarray], like: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(like)
+    names = _names(like)
+    if missing := [name for name in names if name not in arrays]:
+        raise ConfigError(
+            f"the checkpoint is of another model or optimizer: it has no {missing[0]!r}."
+        )
+    if more := [name for name in arrays if name not in names]:
+        raise ConfigError(
+            f"the checkpoint is of another model or optimizer: here is no {more[0]!r}."
+        )
+    for name, leaf in zip(names, leaves, strict=True):
+        have, want = arrays[name], (jnp.shape(leaf), jnp.result_type(leaf))
+        if (have.shape, have.dtype) != want:
+            raise ConfigError(
+                f"the checkpoint is of another model or optimizer: {name!r} is "
+                f"{have.dtype}{list(have.shape)} there, {want[1]}{list(want[0])} here."
+            )
+    return treedef.unflatten([jnp.asarray(arrays[name]) for name in names])
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).tobytes())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:160]
+
+
+def describe(run: Path, step: int | None = None, kind: str = LATEST) -> Table:
+    """Return what is in a checkpoint, as a table; the newest one if no step is given."""
+    folder = find(run)
+    have = steps(folder, kind)
+    if not have or (step is not None and step not in have):
+        raise ConfigError(f"{folder / kind} has the steps {have}, not {step}.")
+    step = have[-1] if step is None else step
+    arrays, meta = read(folder, step, kind)
+    facts = ", ".join(
+        f"{name} {value}" for name, value in meta.items() if isinstance(value, int | float | str)
+    )
+    table = Table(title=f"{folder / kind / str(step)}\n{facts}", title_justify="left", box=None)
+    for name in ("array", "shape", "dtype", "norm", "min", "max"):
+        table.add_column(name, justify="left" if name == "array" else "right")
+    for name, array in arrays.items():
+        numbers = array.astype(np.float64)
+        extremes = (numbers.min(), numbers.max()) if array.size else (np.nan, np.nan)
+        figures = (np.linalg.norm(numbers.ravel()), *extremes)
+        shape = "x".join(map(str, array.shape)) or "scalar"
+        table.add_row(name, shape, str(array.dtype), *(f"{x:.4g}" for x in figures))
+    size = sum(array.nbytes for array in arrays.values())
+    table.caption = f"{len(arrays)} arrays, {size / 2**20:.2f} MiB, all as they were written"
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print what is in a checkpoint."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llqr_experiments.checkpoint", description="Look into a checkpoint."
+    )
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--step", type=int, help="which one; the newest by default")
+    parser.add_argument("--best", action="store_true", help="the one with the best evaluation")
+    given = parser.parse_args(arguments)
+    try:
+        table = describe(given.run, given.step, BEST if given.best else LATEST)
+    except (ConfigError, DataError) as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {error}", soft_wrap=True)
+        sys.exit(error.code)
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    main()

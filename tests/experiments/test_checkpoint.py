@@ -1,0 +1,396 @@
+"""Runs that stop and go on to the same bits; damaged, foreign and unwritable checkpoints."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llqr_experiments import checkpoint, console, preemption
+from llqr_experiments.checkpoint import BEST, LATEST, Checkpoints
+from llqr_experiments.errors import ConfigError, TrainingError
+from llqr_experiments.preemption import Interrupted
+from tests.experiments import support
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = (
+    "total_epochs=4",  # 44 steps
+    "checkpoint_freq=10",
+    "logging_freq=1",
+    "test_eval_freq=15",
+    "update_preconditioner_every=12",
+    "precond_steps=3",
+    "precond_batch_size=8",
+    "block_structure=diagonal",
+    "architecture.hidden=[16]",
+    "sam_mode=base_fsam",
+    "perturb_mode=ema_precond_grad",
+    "main_optimizer=polyak",
+    "learning_rate=0.02",
+)
+
+
+def final(run: Path) -> dict[str, np.ndarray]:
+    """Arrays of the newest checkpoint."""
+    folder = run / "checkpoints"
+    return checkpoint.read(folder, checkpoint.steps(folder)[-1])[0]
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    mine, theirs = final(run), final(other)
+    assert mine.keys() == theirs.keys()
+    for name, array in mine.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+    assert support.timeless(support.rows(run)) == support.timeless(support.rows(other))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    support.run(out, *RUN)
+    return out
+
+
+def interrupt(monkeypatch, at: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Send this process a signal when `at` steps are shown."""
+    shown = console.Display.progress
+
+    def progress(self, step, loss, accuracy):
+        shown(self, step, loss, accuracy)
+        if step == at:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(console.Display, "progress", progress)
+
+
+@pytest.mark.parametrize("number", preemption.SIGNALS, ids=lambda s: s.name)
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
+    tmp_path, monkeypatch, capsys, whole, number
+):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 27, number)
+        with pytest.raises(Interrupted, match=f"{number.name} ended the run at step 27") as caught:
+            support.run(tmp_path / "run", *RUN)
+    assert caught.value.code == 75
+    assert signal.getsignal(number) not in (None, preemption.Interrupts._receive)
+    support.run(tmp_path / "run", *RUN)
+    assert "going on from the checkpoint of step 27" in capsys.readouterr().out
+    assert_same_end(tmp_path / "run", whole)
+    meta = json.loads((tmp_path / "run" / "meta.json").read_text())
+    assert len(meta["again"]) == 1
+    assert "finished" in meta
+
+
+def test_the_second_signal_ends_the_process(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with preemption.Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.requested is signal.SIGTERM
+        assert not ended
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended == [128 + signal.SIGTERM]
+
+
+def test_what_a_kill_leaves_behind_the_checkpoint_is_made_again(tmp_path, monkeypatch, whole):
+    """As after SIGKILL: rows and a half-written folder beyond the newest checkpoint."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, 33)
+        with pytest.raises(Interrupted):
+            support.run(tmp_path / "run", *RUN)
+    folder = tmp_path / "run" / "checkpoints" / LATEST
+    (folder / "33").rename(folder / "33.orbax-checkpoint-tmp-7")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 34, "train lo')
+    support.run(tmp_path / "run", *RUN)
+    assert_same_end(tmp_path / "run", whole)
+    assert '{"step": 34, "train lo' in (tmp_path / "run" / "metrics.jsonl.lost").read_text()
+
+
+def test_killed_before_the_first_checkpoint_it_starts_anew(tmp_path, whole):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "meta.json"):
+        (run / name).write_text((whole / name).read_text())
+    meta = json.loads((run / "meta.json").read_text())
+    del meta["finished"]
+    (run / "meta.json").write_text(json.dumps(meta))
+    (run / "metrics.jsonl").write_text('{"step": 1, "train loss": 9.0, "seconds": 1.0}\n')
+    support.run(run, *RUN)
+    assert_same_end(run, whole)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "emptied"])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+    tmp_path, monkeypatch, capsys, whole, damage
+):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt(patch, 25)
+        with pytest.raises(Interrupted):
+            support.run(run, *RUN)
+    newest = run / "checkpoints" / LATEST / "25"
+    files = sorted(newest.rglob("d/*"), key=lambda path: -path.stat().st_size)
+    content = files[0].read_bytes()
+    if damage == "truncated":
+        files[0].write_bytes(content[: len(content) // 2])
+    elif damage == "altered":
+        middle = len(content) // 2
+        files[0].write_bytes(
+            content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+        )
+    else:
+        for path in newest.rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"")
+    support.run(run, *RUN)
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "the checkpoint of step 25 is damaged" in said
+    assert "going on from the checkpoint of step 20" in said
+    assert (run / "checkpoints" / "damaged" / "25").is_dir()
+    assert_same_end(run, whole)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, capsys):
+    import orbax.checkpoint as ocp
+
+    save = ocp.CheckpointManager.save
+
+    def full(self, step, *args, **kwargs):
+        if step >= 20:
+            raise OSError(28, "No space left on device")
+        return save(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    rows = support.run(tmp_path / "run", *RUN)
+    assert rows[-1]["step"] == 44
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the checkpoint of step 20 could not be written" in said
+    assert "No space left on device); the last good one is of step 10" in said
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [10]
+    assert final(tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be written .*hydra\.run\.dir"):
+        support.run(tmp_path / "file" / "run", *RUN)
+
+
+def test_the_newest_and_the_best_are_kept(whole):
+    folder = whole / "checkpoints"
+    assert checkpoint.steps(folder) == [30, 40, 44]
+    best = max(
+        (row for row in support.rows(whole) if "test accuracy" in row),
+        key=lambda row: row["test accuracy"],
+    )
+    assert checkpoint.steps(folder, BEST) == [best["step"]]
+    meta = json.loads((whole / "meta.json").read_text())
+    assert meta["best"] == {"value": best["test accuracy"], "step": best["step"]}
+
+
+def test_going_on_in_another_folder_and_for_longer(tmp_path, whole, capsys):
+    longer = [option for option in RUN if not option.startswith("total_epochs")]
+    rows = support.run(tmp_path / "run", *longer, "total_epochs=5", f"resume={whole}")
+    assert "going on from the checkpoint of step 44 of" in capsys.readouterr().out
+    trained = [row["step"] for row in rows if "train loss" in row]
+    assert trained == list(range(45, 57))
+
+
+def test_initial_parameters_of_another_run(tmp_path, whole):
+    options = [option for option in RUN if "polyak" not in option and "sam" not in option]
+    options = [option for option in options if "perturb" not in option]
+    fresh = support.run(tmp_path / "a", *options, "max_steps=2")
+    warm = support.run(tmp_path / "b", *options, "max_steps=2", f"init_from={whole}")
+    first, again = (
+        next(r["train loss"] for r in rows if "train loss" in r) for rows in (fresh, warm)
+    )
+    assert again < 0.7 * first
+
+
+def test_another_run_in_the_folder_is_refused(whole):
+    with pytest.raises(ConfigError, match=r"other options \(batch_size=128 there, 64 here\)"):
+        support.run(whole, *RUN, "batch_size=64")
+
+
+def test_another_model_is_refused(tmp_path, whole):
+    with pytest.raises(
+        ConfigError, match=r"of another model or optimizer: .*\[16\] there, .*\[8\]"
+    ):
+        support.run(tmp_path / "a", *RUN, "architecture.hidden=[8]", f"resume={whole}")
+    with pytest.raises(ConfigError, match=r"of another model: layers_0\.bias"):
+        support.run(tmp_path / "b", *RUN, "architecture.hidden=[8]", f"init_from={whole}")
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        support.run(tmp_path / "c", *RUN, f"resume={tmp_path}")
+
+
+def test_a_newer_format_is_refused(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, 1, print)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", 99)
+        checkpoints.save(1, {"w": jnp.ones(2)}, {})
+        checkpoints.close()
+    with pytest.raises(ConfigError, match="format 99, and this version of llqr reads up to 1"):
+        checkpoints.restore({"w": jnp.ones(2)})
+
+
+def test_every_dtype_comes_back(tmp_path):
+    state = {
+        "half": jnp.arange(3, dtype=jnp.bfloat16),
+        "bits": jnp.array([True, False]),
+        "count": jnp.int32(7),
+        "nan": jnp.array([jnp.nan, -0.0]),
+        "none": None,
+        "empty": (),
+    }
+    checkpoints = Checkpoints(tmp_path, 1, print)
+    checkpoints.save(3, state, {"note": "x"})
+    checkpoints.close()
+    found = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
+    assert found is not None
+    assert found.step == 3
+    assert found.meta["note"] == "x"
+    for a, b in zip(jax.tree.leaves(found.state), jax.tree.leaves(state), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_preemptible_jobs_write_to_scratch(tmp_path, monkeypatch, whole):
+    options = (*RUN, "preempt_handling=true")
+    monkeypatch.delenv("SCRATCH", raising=False)
+    with pytest.raises(ConfigError, match="SCRATCH is not set"):
+        support.run(tmp_path / "a", *options)
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.delenv("SLURM_JOBID", raising=False)
+    with pytest.raises(ConfigError, match="give jobid, or set SLURM_JOBID"):
+        support.run(tmp_path / "b", *options)
+    monkeypatch.setenv("SLURM_JOBID", "77")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 27)
+        with pytest.raises(Interrupted):
+            support.run(tmp_path / "c", *options)
+    place = tmp_path / "scratch" / "digits_mlp" / "77"
+    assert checkpoint.steps(place)[-1] == 27
+    support.run(tmp_path / "d", *options)  # the job comes back in a new folder
+    mine, theirs = checkpoint.read(place, 44)[0], final(whole)
+    for name, array in mine.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+
+
+def test_a_look_into_a_checkpoint(whole, capsys):
+    checkpoint.main([str(whole)])
+    said = capsys.readouterr().out
+    assert "params.layers_0.kernel" in said
+    assert re.search(r"step 44", said)
+    assert "arrays" in said
+    checkpoint.main([str(whole), "--step", "40"])
+    with pytest.raises(SystemExit) as ended:
+        checkpoint.main([str(whole), "--step", "41"])
+    assert ended.value.code == 2
+    assert "has the steps [30, 40, 44], not 41" in capsys.readouterr().err
+
+
+# --- losses that are not finite ------------------------------------------------------------
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(tmp_path, monkeypatch):
+    """The data of one batch turn into NaN: the leaf is named, the checkpoint before is whole."""
+    poison(monkeypatch, 23)
+    with pytest.raises(
+        TrainingError,
+        match=r"gradient of layers_0/kernel is not finite at step 23; the last good checkpoint is of "
+        r"step 20, in .*on_nonfinite=skip",
+    ):
+        support.run(tmp_path / "run", *RUN, "sam_mode=null")
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 20
+    assert all(
+        np.isfinite(array).all() for n, array in final(tmp_path / "run").items() if "params" in n
+    )
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, 23)
+    rows = support.run(tmp_path / "run", *RUN, "on_nonfinite=skip")
+    assert [row["skipped steps"] for row in rows if "skipped steps" in row][-1] == 1
+    assert all(np.isfinite(row["test loss"]) for row in rows if "test loss" in row)
+    assert "1 steps whose loss or gradient was not finite" in capsys.readouterr().out
+    assert all(
+        np.isfinite(array).all() for n, array in final(tmp_path / "run").items() if "params" in n
+    )
+
+
+def poison(monkeypatch, at: int) -> None:
+    from llqr_experiments.data import pipeline
+
+    gather = pipeline.Source.gather
+    served = []
+
+    def poisoned(self, index):
+        batch = gather(self, index)
+        if len(index) == 128:
+            served.append(None)
+            if len(served) == at + 1:
+                batch["image"][3, 2, 2] = np.nan
+        return batch
+
+    monkeypatch.setattr(pipeline.Source, "gather", poisoned)
+
+
+# --- killed at random ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_thirty_runs_killed_at_random_moments_end_alike(tmp_path):
+    """SIGKILL, also during a refit or while a checkpoint is written; then the same command."""
+    options = [
+        "experiment=quick-local-test", "logging.aim=false", "total_epochs=20", "logging_freq=5",
+        "checkpoint_freq=7", "update_preconditioner_every=10", "precond_steps=20",
+        "test_eval_freq=50", "block_structure=kfac",
+    ]  # fmt: skip
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+
+    def command(out: Path) -> list[str]:
+        return [sys.executable, "run.py", *options, f"hydra.run.dir={out}"]
+
+    def start(out: Path) -> subprocess.Popen[str]:
+        quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command(out), cwd=ROOT, env=environment, **quiet)
+
+    def finish(process: subprocess.Popen[str]) -> None:
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+
+    whole = tmp_path / "whole"
+    finish(start(whole))
+    random, resumed = np.random.default_rng(0), 0
+    for trial in range(30):
+        out = tmp_path / f"run{trial}"
+        process = start(out)
+        _wait_for(out, random.uniform(0.0, 1.0), process)
+        process.kill()
+        process.wait()
+        finish(start(out))
+        assert_same_end(out, whole)
+        resumed += checkpoint.steps(out / "checkpoints") != []
+    assert resumed == 30
+
+
+def _wait_for(out: Path, share: float, process: subprocess.Popen[str]) -> None:
+    """Return when a random share of the run's rows is written, at a random moment after."""
+    import time
+
+    rows = int(share * 70)
+    while process.poll() is None:
+        path = out / "metrics.jsonl"
+        if path.exists() and path.read_bytes().count(b"\n") >= rows:
+            time.sleep(np.random.default_rng(rows).uniform(0, 0.05))
+            return
+        time.sleep(0.005)
