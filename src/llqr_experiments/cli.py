@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, Field
+from dataclasses import Field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from llqr._errors import unknown
 from llqr_experiments.errors import ConfigError, RunError
-from llqr_experiments.spec import SCHEDULERS, Config, options
+from llqr_experiments.spec import SCHEDULERS, Config, default, options, shrink
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GROUPS = ("experiment", "method", "dataset", "architecture", "logging", *SCHEDULERS)
@@ -27,6 +27,9 @@ Train a model with LLQR. Every option is key=value, every group is group=preset.
   uv run python run.py experiment=quick-local-test block_structure=diagonal
   uv run python run.py experiment=quick-local-test dataset=fashion_mnist
   uv run python run.py -m experiment=quick-local-test init_key=0,1,2
+  uv run python run.py experiment=quick-local-test dry_run=true   # what would be done
+  uv run python -m llqr_experiments.report outputs/<date>/<time>  # a page about runs
+  uv run python -m llqr_experiments.checkpoint outputs/<date>/<time>
 
 Hydra's own flags: -m sweeps over comma-separated values, --cfg job prints the
 composed config, --info says where it comes from.
@@ -85,8 +88,15 @@ def execute(config: DictConfig, out_dir: Path) -> None:
     """Run one experiment; a `RunError` ends in one message, not in a traceback."""
     try:
         settings: Any = OmegaConf.to_object(config)
-        from llqr_experiments import comparison, toys, train  # late: --help needs no models
+        if settings.smoke:
+            settings = shrink(settings)
+        # Late: --help and bad options need no models.
+        from llqr_experiments import comparison, plan, toys, train
 
+        if settings.dry_run:
+            plan.show(settings)
+            _remove_if_empty(out_dir)
+            return
         runner: Any = train.run
         if settings.toy.name:
             runner = toys.run
@@ -97,10 +107,16 @@ def execute(config: DictConfig, out_dir: Path) -> None:
         stop(error)
 
 
+def _remove_if_empty(folder: Path) -> None:
+    """Hydra makes the folder of every job."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def stop(error: RunError) -> NoReturn:
     """Print an error and leave with its code."""
     console = Console(stderr=True, highlight=False)
-    console.print("Error:", style="bold red", end=" ")
+    console.print(f"{error.title}:", style="bold red", end=" ")
     console.print(str(error), markup=False, soft_wrap=True)
     sys.exit(error.code)
 
@@ -116,16 +132,8 @@ def print_help() -> None:
     table = Table("option", "default", "meaning", title="\nOptions", title_justify="left", box=None)
     for name, option, _ in options(Config):
         if name not in SCHEDULERS:
-            table.add_row(name, _default(option), _meaning(option))
+            table.add_row(name, default(option), _meaning(option))
     console.print(table)
-
-
-def _default(option: Field[Any]) -> str:
-    value: Any = option.default
-    if option.default_factory is not MISSING:
-        value = option.default_factory()
-    spelling = {"None": "null", "True": "true", "False": "false"}
-    return spelling.get(str(value), str(value))
 
 
 def _meaning(option: Field[Any]) -> str:

@@ -6,9 +6,11 @@ class RunError(Exception):
 
     Attributes:
       code: exit status of the process.
+      title: the word before the message.
     """
 
     code = 1
+    title = "Error"
 
 
 class ConfigError(RunError, ValueError):

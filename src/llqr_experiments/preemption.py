@@ -14,6 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class Interrupted(RunError):
     """A signal ended the run, and everything is saved: run the same command again to go on."""
 
+    title = "Interrupted"
     code = 75  # EX_TEMPFAIL: a scheduler may requeue the job
 
 

@@ -6,7 +6,7 @@ papers' guide, flat, so that its commands run verbatim.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, TypeVar, get_args
 
 import llqr
@@ -411,6 +411,40 @@ class Config:
             )
 
 
+def shrink(config: Config) -> Config:
+    """Return the same run made small: a few steps of a tiny model on embedded data.
+
+    Everything that decides what is run (optimizer, structure, metric, SAM, schedules, quality,
+    routes) stays; only sizes shrink.
+    """
+    batch = 16 if 16 % config.sam_groups == 0 else config.sam_groups
+    chunk = lambda size: None if size is None else min(size, 4)  # noqa: E731
+    late = config.start_sam_after_step
+    return replace(
+        config,
+        dataset=Dataset(name="digits", truncate=200),
+        architecture=replace(config.architecture, hidden=[16]),
+        toy=replace(config.toy, iterations=5),
+        comparison=replace(config.comparison, runs=1, steps=20),
+        batch_size=batch,
+        eval_batch_size=64,
+        batch_overlap_fraction=0.0,
+        grad_acc_steps=min(config.grad_acc_steps, 2),
+        max_steps=4,
+        test_eval_freq=2,
+        logging_freq=1,
+        report_freq=1,
+        checkpoint_freq=2 if config.checkpoint_freq else None,
+        update_preconditioner_every=2,
+        precond_start_step=min(config.precond_start_step, 1),
+        precond_batch_size=8,
+        precond_steps=2,
+        llqr_batch_update_chunk_size=chunk(config.llqr_batch_update_chunk_size),
+        llqr_second_order_chunk_size=chunk(config.llqr_second_order_chunk_size),
+        start_sam_after_step=None if late is None else min(late, 2),
+    )
+
+
 SCHEDULERS = (
     "lr_scheduler",
     "precond_lr_scheduler",
@@ -432,6 +466,24 @@ def options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             )
         else:
             yield prefix + option.name, option, value
+
+
+def default(option: Field[Any]) -> str:
+    """Return an option's default as it is written on the command line."""
+    value: Any = option.default
+    if option.default_factory is not MISSING:
+        value = option.default_factory()
+    spelling = {"None": "null", "True": "true", "False": "false"}
+    return spelling.get(str(value), str(value))
+
+
+def legal(option: Field[Any]) -> str:
+    """Return the legal values of an option in words."""
+    rules = option.metadata
+    if "choices" in rules:
+        return ", ".join(f"`{choice}`" for choice in rules["choices"])
+    signs = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
+    return ", ".join(f"{sign} {rules[rule]:g}" for rule, sign in signs.items() if rule in rules)
 
 
 def _check(name: str, rules: Any, value: Any) -> None:

@@ -135,7 +135,7 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
         clock = stack.enter_context(Clock())
         interrupts = stack.enter_context(Interrupts())
         with clock.phase("setup"):
-            job = _prepare(config)
+            job = prepare(config)
             facts = {"steps": job.last, "refits": len(job.refit_steps)}
             entered = records.enter(config, out_dir, command, **facts)
             display = Display(job.last, config.report_freq, quiet=quiet)
@@ -167,7 +167,8 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
     return Result(final, job.task, job.train, params)
 
 
-def _prepare(config: Config) -> Run:
+def prepare(config: Config) -> Run:
+    """Load the data and build everything that stays the same."""
     # Options are checked before the data is read: a schedule or a structure that does not
     # exist costs nothing to find.
     early = build.Horizon(1.0, config.total_epochs)

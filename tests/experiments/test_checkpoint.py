@@ -306,8 +306,8 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(tmp_path, monkey
     poison(monkeypatch, 23)
     with pytest.raises(
         TrainingError,
-        match=r"gradient of layers_0/kernel is not finite at step 23; the last good checkpoint is of "
-        r"step 20, in .*on_nonfinite=skip",
+        match=r"gradient of layers_0/kernel is not finite at step 23; the last good checkpoint is "
+        r"of step 20, in .*on_nonfinite=skip",
     ):
         support.run(tmp_path / "run", *RUN, "sam_mode=null")
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 20

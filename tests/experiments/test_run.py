@@ -63,7 +63,7 @@ def test_without_preconditioner_is_the_plain_optimizer(tmp_path):
     """Same numbers as a loop written here; no LLQR state, so no product with the identity."""
     overrides = ("use_preconditioner=false", "logging_freq=1", "total_epochs=2")
     config = support.config("experiment=quick-local-test", *overrides)
-    job = train._prepare(config)
+    job = train.prepare(config)
     assert jax.tree.leaves(job.tx.init(job.task.params)) == []
     metrics = [row for row in support.run(tmp_path, *overrides) if "train loss" in row]
 
@@ -136,7 +136,7 @@ def test_no_host_sync_between_logged_steps(tmp_path, monkeypatch):
 
 
 def test_the_training_step_calls_no_host_function():
-    job = train._prepare(support.config("experiment=quick-local-test"))
+    job = train.prepare(support.config("experiment=quick-local-test"))
     params = job.task.params
     batch = next(data.train_stream(job.train, batch_size=128, seed=0))
     ascent = build.ascent(support.config("sam_mode=base_sam"), build.Horizon(1.0, 1.0))

@@ -1,0 +1,164 @@
+"""What a run would do: its steps, refits, memory and cost, before anything is run."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+import llqr
+from llqr_experiments import build, comparison, train
+from llqr_experiments.spec import Config
+from llqr_experiments.step import TrainState, init
+
+INNER_STEP = 1.0
+"""Cost of one inner step of a refit, in gradients on its batch: one tangent and one transpose
+sweep. Measured: 0.8 to 1.2 (docs/performance.md)."""
+
+
+def show(config: Config) -> None:
+    """Print the plan of a run.
+
+    Raises:
+      ConfigError: an illegal option.
+      DataError: the data cannot be used: the plan needs their number and shape.
+    """
+    console = Console(highlight=False)
+    if config.toy.name:
+        console.print(f"toy {config.toy.name}: at most {config.toy.iterations:,} iterations")
+        return
+    if config.comparison.name == "potholes":
+        runs, steps = config.comparison.runs, config.comparison.steps
+        console.print(f"potholes: four methods, {runs} starts each, {steps:,} steps")
+        return
+    variants = {"": replace(config)}
+    if config.comparison.name:
+        variants = comparison.variants(config)
+        console.print(f"{len(variants)} methods, {config.comparison.runs} runs each")
+    for name, variant in variants.items():
+        if name:
+            console.print(f"\n[bold]{name}[/]")
+        _show_run(variant, console)
+
+
+def _show_run(config: Config, console: Console) -> None:
+    job = train.prepare(config)
+    state = jax.eval_shape(lambda params: init(job.recipe, params), job.task.params)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _rows(job, state):
+        table.add_row(name, value)
+    console.print(table)
+    for text in build.warnings(config, job.horizon):
+        console.print(f"[yellow]warning:[/] {text}", soft_wrap=True)
+    if job.blocks is not None:
+        console.print(f"\n{job.blocks}", soft_wrap=True)
+
+
+def _rows(job: train.Run, state: TrainState) -> Iterable[tuple[str, str]]:
+    config, ascent = job.config, job.recipe.ascent
+    size = sum(x.size for x in jax.tree.leaves(job.task.params))
+    yield "model", f"{config.architecture.name}, {size:,} parameters, {config.precision}"
+    yield (
+        "data",
+        (f"{config.dataset.name}: {len(job.train):,} training and {len(job.test):,} test examples"),
+    )
+    examples = config.batch_size * config.grad_acc_steps
+    parts = f" in {config.grad_acc_steps} micro-batches" if config.grad_acc_steps > 1 else ""
+    yield (
+        "steps",
+        (
+            f"{job.last:,} of {examples} examples{parts} "
+            f"({job.last / job.horizon.steps_per_epoch:.3g} epochs)"
+        ),
+    )
+    yield (
+        "optimizer",
+        f"{config.main_optimizer}, learning rate {config.learning_rate:g}"
+        + (f" ({config.lr_scheduler['name']})"),
+    )
+    evaluations = 1 + max(job.last - 1, 0) // config.test_eval_freq
+    yield "evaluations", f"{evaluations:,}"
+    if config.checkpoint_freq:
+        writes = 1 + max(job.last - 1, 0) // config.checkpoint_freq
+        yield (
+            "checkpoints",
+            (
+                f"{writes:,} of {_mebibytes(state)}; the newest {config.checkpoint_keep} and the "
+                "best are kept"
+            ),
+        )
+    yield "memory", ", ".join(f"{name} {_mebibytes(tree)}" for name, tree in _parts(state))
+    gradients = job.last * 1.0
+    if ascent is not None:
+        perturbed = max(job.last - ascent.method.start, 0)
+        gradients += perturbed * (ascent.method.passes - 1)
+        yield (
+            "SAM",
+            (
+                f"{config.sam_mode} from step {ascent.method.start:,}: {perturbed:,} perturbed "
+                f"steps, {gradients:,.0f} gradients in all"
+            ),
+        )
+    if job.blocks is None:
+        return
+    due = sorted(job.refit_steps)
+    shown = ", ".join(f"{step:,}" for step in due[:4]) + (", ..." if len(due) > 4 else "")
+    yield (
+        "refits",
+        (
+            f"{len(due):,}, before steps {shown}; {config.precond_steps} inner steps on "
+            f"{config.precond_batch_size} examples"
+        ),
+    )
+    yield "overhead", _overhead(job, gradients)
+
+
+def _overhead(job: train.Run, gradients: float) -> str:
+    """What P costs, in gradients of the training batch: an estimate."""
+    config = job.config
+    probes = config.precond_probes if config.precond_probe != "gradient" else 1
+    share = config.precond_batch_size / (config.batch_size * config.grad_acc_steps)
+    refits = len(job.refit_steps) * config.precond_steps * probes * share * INNER_STEP
+    product = 2.0 * sum(row.cost for row in job.blocks.rows)  # type: ignore[union-attr]
+    flops = _gradient_flops(job)
+    steps = job.last * product / flops if flops else 0.0
+    return (
+        f"refits about {refits:,.0f} gradients of a training batch, "
+        f"{100 * refits / gradients:.1f} % of the run; products with P about "
+        f"{100 * steps / gradients:.1f} % (estimates from operations, not times)"
+    )
+
+
+def _gradient_flops(job: train.Run) -> float:
+    """Floating-point operations of one gradient on a training batch, as XLA counts them."""
+    config = job.config
+    batch = job.train.gather(range(1))  # type: ignore[arg-type]
+    count = config.batch_size * config.grad_acc_steps
+    shapes = {
+        name: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for name, x in batch.items()
+    }
+    lowered = jax.jit(jax.grad(job.task.objective)).lower(job.task.params, shapes)
+    found: Any = lowered.cost_analysis()
+    return float((found or {}).get("flops", 0.0))
+
+
+def _parts(state: TrainState) -> Iterable[tuple[str, Any]]:
+    yield "parameters", state.params
+    try:
+        preconditioner = llqr.find(state.opt_state)
+    except ValueError:
+        yield "optimizer", state.opt_state
+    else:
+        yield "optimizer", getattr(state.opt_state, "base", ())
+        yield "P", preconditioner
+    if state.sharpness is not None:
+        yield "SAM", state.sharpness
+
+
+def _mebibytes(tree: Any) -> str:
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return f"{size / 2**20:.2f} MiB" if size >= 2**20 / 100 else f"{size:,} B"

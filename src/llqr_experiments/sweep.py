@@ -1,0 +1,79 @@
+"""The summary of a sweep: what each run was given, and what it reached."""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+
+class Summary(Callback):
+    """Hydra calls it at the end of a multirun."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print the table, and write summary.csv into the sweep's folder."""
+        folder = Path(config.hydra.sweep.dir)
+        rows = collect(folder)
+        if not rows:
+            return
+        Console(highlight=False).print(table(rows))
+        with (folder / "summary.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, _columns(rows), restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"in {folder}: summary.csv")
+
+
+def collect(folder: Path) -> list[dict[str, Any]]:
+    """Return one row for each run below a folder: its overrides, its results, its time."""
+    rows = []
+    for path in sorted(folder.glob("*/meta.json")):
+        meta = json.loads(path.read_text())
+        row: dict[str, Any] = dict(_overrides(path.parent.name))
+        row |= {name: value for name, value in meta.get("results", {}).items() if "test" in name}
+        if meta.get("best"):
+            row["best"] = meta["best"]["value"]
+        row["seconds"] = round(sum(meta.get("time", {}).values()), 1) or ""
+        row["status"] = "finished" if "finished" in meta else "not finished"
+        rows.append(row)
+    return rows
+
+
+def _overrides(name: str) -> Iterable[tuple[str, str]]:
+    """The pairs in Hydra's name of a job: "a=1,b=[2,3]"."""
+    for part in re.split(r",(?=[^,=\[\]]+=)", name):
+        key, _, value = part.partition("=")
+        yield key, value
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the rows as a table, without the options that are the same for all."""
+    names = [
+        name
+        for name in _columns(rows)
+        if len({str(row.get(name)) for row in rows}) > 1 or "test" in name or len(rows) == 1
+    ]
+    found = Table(title=f"{len(rows)} runs", title_justify="left", box=None, pad_edge=False)
+    for name in names:
+        found.add_column(name, justify="left" if _is_text(rows, name) else "right")
+    for row in rows:
+        found.add_row(*(_cell(row.get(name, "")) for name in names))
+    return found
+
+
+def _is_text(rows: Sequence[dict[str, Any]], name: str) -> bool:
+    return any(isinstance(row.get(name), str) and row[name] for row in rows)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
