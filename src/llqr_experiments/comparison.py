@@ -205,7 +205,7 @@ def _table(endings: dict[str, list[Ending]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True, min_width=16)
     for name in endings:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     columns = {name: dict(_columns(found)) for name, found in endings.items()}
     for row in next(iter(columns.values())):
         table.add_row(row, *(_cell(row, columns[name][row]) for name in endings))

@@ -174,12 +174,15 @@ def prepare(config: Config) -> Run:
     early = build.Horizon(1.0, config.total_epochs)
     build.optimizer(config, early)
     build.ascent(config, early)
+    try:
+        data.stride(config.batch_size * config.grad_acc_steps, config.batch_overlap_fraction)
+    except ValueError as error:
+        raise ConfigError(f"batch_overlap_fraction: {error}") from error
     task = tasks.build(config)
     train, test = (data.Source.of(task.dataset, split) for split in ("train", "test"))
-    length = data.epoch_length(
-        train, config.batch_size, partial=cast(data.Partial, config.partial_batch)
-    )
-    horizon = build.Horizon(length / config.grad_acc_steps, config.total_epochs, config.max_steps)
+    examples, partial = config.batch_size * config.grad_acc_steps, config.partial_batch
+    length = data.epoch_length(train, examples, partial=cast(data.Partial, partial))
+    horizon = build.Horizon(length, config.total_epochs, config.max_steps)
     recipe = Recipe(
         build.optimizer(config, horizon),
         build.ascent(config, horizon),

@@ -1,0 +1,254 @@
+"""Options of data, training, evaluation and tracking, each by its effect; plans and sweeps."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llqr_experiments import cli, options, plan, spec, sweep, tasks, train
+from llqr_experiments.errors import ConfigError, DataError
+from llqr_experiments.step import Recipe, advance, init
+from tests.experiments import support
+
+ROOT = cli.CONFIGS.parent
+PLAIN = (
+    "use_preconditioner=false",
+    "architecture.hidden=[16]",
+    "logging_freq=1",
+    "total_epochs=2",
+)
+
+
+def losses(out, *overrides):
+    rows = support.run(out, *PLAIN, *overrides)
+    return np.array([row["train loss"] for row in rows if "train loss" in row]), rows
+
+
+# --- steps ---------------------------------------------------------------------------------
+
+
+def test_micro_batches_make_the_step_of_the_whole_batch(tmp_path):
+    whole, _ = losses(tmp_path / "a", "batch_size=120")
+    parts, rows = losses(tmp_path / "b", "batch_size=30", "grad_acc_steps=4")
+    assert len(whole) == len(parts) == int(2 * 1438 / 120)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+    assert rows[-1]["step"] == len(parts)
+
+
+def test_a_partial_batch_is_filled_up_and_counts_by_its_examples(tmp_path):
+    """Epochs of 11 batches of 128 and one of 30; one compiled step serves all."""
+    train.train_step.clear_cache()
+    padded, _ = losses(tmp_path / "a", "partial_batch=pad", "learning_rate=1e-9")
+    assert train.train_step._cache_size() == 1
+    assert len(padded) == 24
+    weights = np.array([128] * 11 + [30])
+    for epoch in (padded[:12], padded[12:]):  # parameters hardly move: a mean over all examples
+        np.testing.assert_allclose(epoch @ weights / 1438, np.mean(padded), rtol=1e-3)
+    evaluated = support.run(
+        tmp_path / "b", *PLAIN, "learning_rate=1e-9", "add_train_eval=true", "max_steps=1"
+    )
+    np.testing.assert_allclose(
+        padded[:12] @ weights / 1438, evaluated[-1]["train_eval loss"], rtol=1e-5
+    )
+    accumulated, _ = losses(
+        tmp_path / "c", "partial_batch=pad", "batch_size=32", "grad_acc_steps=4"
+    )
+    straight, _ = losses(tmp_path / "d", "partial_batch=pad", "batch_size=128")
+    np.testing.assert_allclose(accumulated, straight, rtol=1e-5)
+
+
+def test_the_rest_of_an_epoch_may_be_dropped(tmp_path):
+    dropped, _ = losses(tmp_path, "partial_batch=drop")
+    assert len(dropped) == 2 * 11
+
+
+def test_steps_may_be_limited_without_touching_schedules(tmp_path):
+    options = ("lr_scheduler=cosine_decay_with_floor", "lr_scheduler.t_max=2")
+    whole, _ = losses(tmp_path / "a", *options)
+    part, rows = losses(tmp_path / "b", *options, "max_steps=7")
+    np.testing.assert_array_equal(part, whole[:7])
+    assert rows[-1]["step"] == 7
+    assert "test loss" in rows[-1]
+
+
+def test_half_precision_trains_and_curvature_stays_in_float32(tmp_path):
+    refits = ("use_preconditioner=true", "block_structure=diagonal", "precond_steps=3")
+    full = support.run(tmp_path / "a", *PLAIN, *refits)
+    half = support.run(tmp_path / "b", *PLAIN, *refits, "precision=bf16")
+    first = [next(row for row in rows if "refit objective after" in row) for rows in (full, half)]
+    assert first[0]["refit objective before"] == first[1]["refit objective before"]
+    loss = [[row["train loss"] for row in rows if "train loss" in row] for rows in (full, half)]
+    assert loss[0][0] != loss[1][0]
+    np.testing.assert_allclose(loss[0], loss[1], rtol=0.05)
+
+
+def test_tensors_of_rank_four_are_normalised_before_the_update():
+    params = {"conv": 3 * jnp.ones((2, 2, 1, 4)), "dense": 3 * jnp.ones((2, 2))}
+    loss = lambda p, _: (jnp.sum(p["conv"]) + jnp.sum(p["dense"]), ())  # noqa: E731
+    recipe = Recipe(optax.with_extra_args_support(optax.sgd(0.5)), normalize=True)
+    state, _, _ = advance(loss, recipe, False, init(recipe, params), None)
+    np.testing.assert_allclose(state.params["conv"], 0.5 * np.ones((2, 2, 1, 4)), rtol=1e-6)
+    np.testing.assert_allclose(state.params["dense"], 2.5 * np.ones((2, 2)))
+    zero = jax.tree.map(jnp.zeros_like, params)
+    state, _, _ = advance(loss, recipe, False, init(recipe, zero), None)
+    assert np.all(np.isfinite(state.params["conv"]))
+
+
+# --- data ----------------------------------------------------------------------------------
+
+
+def test_smaller_training_sets(tmp_path):
+    small = tasks.build(support.config("dataset=digits", "dataset.truncate=100")).dataset
+    assert len(small.train) == 100
+    tail = tasks.build(support.config("dataset=digits", "dataset.imbalance=10")).dataset
+    counts = np.bincount(tail.train.labels)
+    assert counts.max() / counts.min() == pytest.approx(10, rel=0.15)
+    with pytest.raises(DataError, match=r"1,?438"):
+        tasks.build(support.config("dataset=digits", "dataset.truncate=5000"))
+
+
+def test_overlapping_batches_share_examples(tmp_path):
+    config = support.config("experiment=quick-local-test", "batch_overlap_fraction=0.5")
+    job = train.prepare(config)
+    assert job.last == 2246, "the number of steps is that of whole batches"
+    session = train._begin(job, False, tmp_path, None, None)[0]  # type: ignore[arg-type]
+    first, second = next(session.stream), next(session.stream)
+    np.testing.assert_array_equal(first["image"][64:], second["image"][:64])
+    with pytest.raises(ConfigError, match="batch_overlap_fraction"):
+        train.prepare(support.config("dataset=digits", "batch_overlap_fraction=0.3"))
+
+
+# --- evaluation and trackers ---------------------------------------------------------------
+
+
+def test_histograms_count_every_example(tmp_path):
+    support.run(
+        tmp_path, *PLAIN, "record_histograms=true", "add_train_eval=true", "test_eval_freq=10"
+    )
+    rows = [json.loads(line) for line in (tmp_path / "histograms.jsonl").read_text().splitlines()]
+    assert {row["name"] for row in rows} == {
+        "test/p_correct_hist", "test/nll_hist", "train_eval/p_correct_hist", "train_eval/nll_hist",
+    }  # fmt: skip
+    assert sorted({row["step"] for row in rows}) == [10, 20, 22]
+    for row in rows:
+        assert len(row["counts"]) == 50
+        assert len(row["edges"]) == 51
+        assert sum(row["counts"]) == (359 if row["name"].startswith("test") else 1438)
+
+
+def test_tensorboard_gets_the_metrics(tmp_path):
+    support.run(tmp_path, *PLAIN, "logging.tensorboard=true", "max_steps=2")
+    events = list((tmp_path / "tensorboard").glob("events*"))
+    assert len(events) == 1
+    assert b"train_loss" in events[0].read_bytes()
+
+
+def test_the_best_checkpoint_needs_a_metric_that_is_measured(tmp_path):
+    with pytest.raises(ConfigError, match="test loss"):
+        support.run(tmp_path, *PLAIN, "max_steps=1", "checkpoint_metric=test_loss")
+
+
+def test_the_closing_table_says_how_long_steps_waited(tmp_path, capsys):
+    support.run(tmp_path, *PLAIN)
+    said = capsys.readouterr().out
+    assert re.search(r"waiting\s+of the time of training and refits: data [\d.]+ %, logging", said)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert {"training", "data", "logging", "compile", "evaluation"} <= meta["time"].keys()
+
+
+# --- plans, smoke, sweeps, the table of options --------------------------------------------
+
+
+@pytest.mark.parametrize("preset", cli.presets("experiment"))
+def test_every_preset_shrinks_and_has_a_plan(preset, capsys):
+    data_set = ("dataset=digits",) if preset == "_default" else ()
+    config = spec.shrink(support.config(f"experiment={preset}", *data_set))
+    plan.show(config)
+    said = capsys.readouterr().out
+    assert "4 of 16 examples" in said or "iterations" in said or "20 steps" in said
+
+
+def test_a_plan_says_what_would_be_done(tmp_path, capsys):
+    config = support.config(
+        "experiment=quick-local-test", "dry_run=true", "sam_mode=base_sam",
+        "start_sam_after_step=246", "checkpoint_freq=500",
+    )  # fmt: skip
+    from omegaconf import OmegaConf
+
+    out = tmp_path / "made by hydra"
+    out.mkdir()
+    cli.execute(OmegaConf.structured(config), out)
+    said = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "mlp, 39,810 parameters", "2,246 of 128 examples (200 epochs)", "5 of",
+        "base_sam from step 246: 2,000 perturbed steps, 4,246 gradients in all",
+        "3, before steps 0, 1,000, 2,000", "refits about 75 gradients", "e-kfac",
+    ):  # fmt: skip
+        assert part in said, part
+    assert not out.exists()
+
+
+def test_smoke_runs_a_few_steps(tmp_path, capsys):
+    from omegaconf import OmegaConf
+
+    config = support.config(
+        "experiment=quick-local-test", "smoke=true", "logging.aim=false", "sam_mode=base_sam",
+        "sam_groups=4", "batch_size=128",
+    )  # fmt: skip
+    cli.execute(OmegaConf.structured(config), tmp_path / "run")
+    assert support.rows(tmp_path / "run")[-1]["step"] == 4
+    assert "step      4   test loss" in capsys.readouterr().out
+
+
+def test_a_sweep_is_summed_up(tmp_path, capsys):
+    for name, accuracy in (("init_key=0,wd_mask=[a,b]", 91.0), ("init_key=1,wd_mask=[a,b]", 92.5)):
+        (tmp_path / name).mkdir()
+        meta = {"results": {"test accuracy": accuracy}, "time": {"training": 3.0}, "finished": "x"}
+        (tmp_path / name / "meta.json").write_text(json.dumps(meta))
+    (tmp_path / "init_key=2,wd_mask=[a,b]").mkdir()
+    (tmp_path / "init_key=2,wd_mask=[a,b]" / "meta.json").write_text("{}")
+    from omegaconf import OmegaConf
+
+    sweep.Summary().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    said = capsys.readouterr().out
+    assert "3 runs" in said
+    assert re.search(r"0\s+91\s", said)
+    assert "not finished" in said
+    assert "wd_mask" not in said, "the same for all"
+    lines = (tmp_path / "summary.csv").read_text().splitlines()
+    assert lines[0] == "init_key,wd_mask,test accuracy,seconds,status"
+    assert lines[2].startswith('1,"[a,b]",92.5')
+
+
+def test_the_table_of_options_is_that_of_the_schema():
+    """Mend it with: python -m llqr_experiments.options > docs/options.md"""
+    assert (ROOT / "docs" / "options.md").read_text() == options.page()
+
+
+# Spec 7.1. Those of translation come with the translation task; until then they are refused.
+GUIDE = """
+batch_size grad_acc_steps eval_batch_size learning_rate momentum main_optimizer adam_betas
+weight_decay wd_mask total_epochs label_smoothing test_eval_freq logging_freq report_freq
+checkpoint_freq add_train_eval record_histograms init_key rng_seed update_preconditioner_every
+update_preconditioner_until precond_rank precond_identity_scaling precond_steps
+precond_batch_size precond_lr precond_solver precond_on_update precond_clip_norm
+precond_clip_element_wise normalize_grad_for_lqr normalize_conv_params allow_grad_inversion
+use_preconditioner measure_asymmetry divergence divergence_order_param block_structure
+block_structure_init batch_solve_precond llqr_operator_mode llqr_checkpoint_policy
+llqr_use_fast_paths llqr_batch_update_mode llqr_batch_update_chunk_size llqr_second_order_mode
+llqr_second_order_chunk_size warm_start_precond multibatch_training damping ema_decay
+preempt_handling jobid sam_mode start_sam_after_step perturbation_rho asam_eta fisher_sam_eta
+sam_use_preconditioner_on_update perturb_mode norm_mode sam_research_base_vector_source
+sam_research_perturb_sign gbar_beta gbar_eps batch_overlap_fraction logging.aim logging.aim_repo
+"""
+
+
+def test_every_option_of_the_guide_is_there():
+    names = {name for name, _, _ in spec.options(spec.Config)}
+    assert [name for name in GUIDE.split() if name not in names] == []
+    with pytest.raises(SystemExit):
+        cli.check_arguments(["translation_eval.enabled=true"])
