@@ -69,7 +69,8 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, list[Endi
     with ExitStack() as stack:
         clock = stack.enter_context(Clock())
         console = Console(highlight=False)
-        records.write_meta(config, out_dir, command, comparison=config.comparison.name)
+        # Runs of training that an interruption left go on; those that are done are not repeated.
+        records.enter(config, out_dir, command, comparison=config.comparison.name)
         say = partial(console.print, soft_wrap=True)
         trackers = records.open_trackers(config, _title(config), out_dir, say)
         stack.callback(trackers.close)

@@ -36,7 +36,7 @@ DASHES = ("-", "--", ":", "-.")
 PHASES = ("#77AADD", "#EE8866", "#44BB99", "#EEDD88", "#FFAABB", "#AAAA00", "#99DDFF", "#BBCC33")
 """One for each phase: Tol's light scheme, which is none of the runs' colours."""
 
-LABEL = 44
+LABEL = 48
 """Most characters of a run in a legend: what fits in a picture on a phone."""
 ABSENT = "—"
 
@@ -251,17 +251,19 @@ def _canvas(handles: Sequence[Any], rows: float = 2.6) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(runs: Sequence[Run], *more: Line2D) -> list[Line2D]:
+def _legend(runs: Sequence[Run], series: Sequence[Any], *words: tuple[str, Any]) -> list[Line2D]:
+    """Lines of the runs that have a series, and of `words`, each with its style."""
     chosen = differences(runs)
-    labels = [
-        " ".join([run.name, *(f"{k}={row[i]}" for k, row in chosen.items())])
-        for i, run in enumerate(runs)
-    ]
-    lines = [
-        Line2D([], [], color=color(i), linestyle=dash(i), linewidth=2.5, label=_plain(label))
-        for i, label in enumerate(labels)
-    ]
-    return [*lines, *more]
+    lines = []
+    for i, run in enumerate(runs):
+        label = " ".join([run.name, *(f"{k}={row[i]}" for k, row in chosen.items())])
+        if series[i]:
+            lines.append(Line2D([], [], **_line(i), linewidth=2.5, label=_plain(label)))
+    return lines + [Line2D([], [], color="#666", label=word, **style) for word, style in words]
+
+
+def _line(i: int) -> dict[str, Any]:
+    return {"color": color(i), "linestyle": dash(i)}
 
 
 def _plain(label: str) -> str:
@@ -276,7 +278,7 @@ def _clip(text: str, most: int) -> str:
 def _draw(axes: Axes, points: Sequence[Point], x: str, i: int, **style: Any) -> None:
     xs = [point.step if x == "steps" else point.seconds for point in points]
     ys = [math.nan if point.value is None else point.value for point in points]  # nan: a gap
-    axes.plot(xs, ys, color=color(i), linestyle=dash(i), **style)
+    axes.plot(xs, ys, **_line(i), **style)
 
 
 def _curves(runs: Sequence[Run], name: str, x: str) -> Picture | None:
@@ -285,9 +287,13 @@ def _curves(runs: Sequence[Run], name: str, x: str) -> Picture | None:
     values = [p.value for points in (*train, *test) for p in points if p.value is not None]
     if not values:
         return None
-    thin = Line2D([], [], color="#666", linewidth=0.9, alpha=0.7, label="thin: training batch")
-    bold = Line2D([], [], color="#666", linewidth=2, marker="o", markersize=4, label="bold: test")
-    figure, axes = _canvas(_legend(runs, thin, bold))
+    legend = _legend(
+        runs,
+        [a + b for a, b in zip(train, test, strict=True)],
+        ("thin: training batch", {"linewidth": 0.9, "alpha": 0.7}),
+        ("bold: test set", {"linewidth": 2, "marker": "o", "markersize": 4}),
+    )
+    figure, axes = _canvas(legend)
     for i in range(len(runs)):
         _draw(axes, train[i], x, i, linewidth=0.9, alpha=0.55)
     for i in range(len(runs)):  # above every training curve
@@ -329,42 +335,37 @@ def _refits(runs: Sequence[Run]) -> Picture | None:
     befores, afters = (
         [run.series(f"refit objective {when}") for run in runs] for when in ("before", "after")
     )
-    steps = [point.step for points in afters for point in points]
     values = [p.value for points in (*befores, *afters) for p in points if p.value is not None]
-    if not values or not steps:
+    if not values:
         return None
-    hollow = Line2D(
-        [], [], color="#666", marker="o", fillstyle="none", linestyle="", label="before"
-    )
-    full = Line2D([], [], color="#666", marker="o", linestyle="", label="after")
-    figure, axes = _canvas(_legend(runs, hollow, full))
-    shift = 0.012 * (max(steps) - min(steps) or 1)  # runs refit at the same steps: side by side
-    for i, pair in enumerate(zip(befores, afters, strict=True)):
-        before, after = ([p._replace(step=p.step + i * shift) for p in points] for points in pair)
-        tops = {p.step: p.value for p in before}
-        for p in after:
-            axes.plot([p.step] * 2, [tops.get(p.step), p.value], color=color(i), linewidth=1)
-        dots: dict[str, Any] = {"marker": "o", "markersize": 5, "color": color(i), "linestyle": ""}
-        axes.plot(*_xy(before), fillstyle="none", **dots)
-        axes.plot(*_xy(after), **dots)
-    axes.set(xlabel="step", ylabel="refit objective")
+    dot: dict[str, Any] = {"marker": "o", "markersize": 5, "linestyle": ""}
+    words = ("before", dot | {"fillstyle": "none"}), ("after", dot)
+    figure, axes = _canvas(_legend(runs, afters, *words))
+    steps = sorted({p.step for points in (*befores, *afters) for p in points})
+    place = {step: k for k, step in enumerate(steps)}
+    for i in range(len(runs)):
+        shift = 0.6 * ((i + 0.5) / len(runs) - 0.5)  # refits at one step stand side by side
+        ends = [{place[p.step] + shift: p.value for p in x[i]} for x in (befores, afters)]
+        before, after = ({x: y for x, y in end.items() if y is not None} for end in ends)
+        both = [x for x in after if x in before]
+        axes.vlines(both, [before[x] for x in both], [after[x] for x in both], color(i), lw=1)
+        axes.plot(list(before), list(before.values()), color=color(i), fillstyle="none", **dot)
+        axes.plot(list(after), list(after.values()), color=color(i), **dot)
+    axes.set(xlabel="step of the refit", ylabel="refit objective", xlim=(-0.6, len(steps) - 0.4))
+    ticks = range(0, len(steps), -(-len(steps) // 6))
+    axes.set_xticks(ticks, [f"{steps[k]:,}" for k in ticks])
     if min(values) > 0:
         axes.set_yscale("log")
     alt = f"Refit objective before and after each refit. The last: {_ends(runs, afters, '{:.4g}')}."
-    caption = "What a refit lowers. Runs that refit at one step are drawn side by side."
+    caption = "What a refit lowers, before and after it; one column a refit."
     return Picture("refits", "Refit objective", caption, alt, figure)
-
-
-def _xy(points: Iterable[Point]) -> tuple[list[float], list[float]]:
-    pairs = [(p.step, p.value) for p in points if p.value is not None]
-    return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 def _sharpness(runs: Sequence[Run]) -> Picture | None:
     found = [run.series("sam sharpness") for run in runs]
     if not any(found):
         return None
-    figure, axes = _canvas(_legend(runs))
+    figure, axes = _canvas(_legend(runs, found))
     for i, points in enumerate(found):
         _draw(axes, points, "steps", i, linewidth=1.4)
     axes.axhline(0, color="#666", linewidth=0.8)
@@ -375,41 +376,36 @@ def _sharpness(runs: Sequence[Run]) -> Picture | None:
 
 
 def _time(runs: Sequence[Run]) -> Picture | None:
-    splits = [run.phases() for run in runs]
-    if not any(splits):
+    splits = {i: split for i, run in enumerate(runs) if (split := run.phases())}
+    if not splits:
         return None
-    names = _phase_names(splits)
-    styles: list[dict[str, Any]] = [
-        {
-            "facecolor": PHASES[k % len(PHASES)],
-            "hatch": "" if k < len(PHASES) else "////",
-            "edgecolor": "white",
-            "linewidth": 0.5,
-        }
+    names = _phase_names(splits.values())
+    fills: list[dict[str, Any]] = [
+        {"facecolor": PHASES[k % len(PHASES)], "hatch": "////" * (k >= len(PHASES))}
         for k in range(len(names))
     ]
-    handles = [Patch(label=name, **s) for name, s in zip(names, styles, strict=True)]
-    figure, axes = _canvas(handles, rows=0.7 + 0.34 * len(runs))
-    left = [0.0] * len(runs)
-    for name, style in zip(names, styles, strict=True):
-        widths = [split.get(name, 0.0) for split in splits]
-        axes.barh(range(len(runs)), widths, left=left, height=0.7, **style)
+    edge: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.5}
+    handles = [Patch(label=name, **f, **edge) for name, f in zip(names, fills, strict=True)]
+    figure, axes = _canvas(handles, rows=0.7 + 0.34 * len(splits))
+    left = [0.0] * len(splits)
+    for name, fill in zip(names, fills, strict=True):
+        widths = [split.get(name, 0.0) for split in splits.values()]
+        axes.barh(range(len(splits)), widths, left=left, height=0.7, **fill, **edge)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(runs)), [_plain(_clip(run.name, 18)) for run in runs])
-    for i, tick in enumerate(axes.get_yticklabels()):
-        tick.set_color(color(i))
+    axes.set_yticks(range(len(splits)), [_plain(_clip(runs[i].name, 18)) for i in splits])
+    for i, tick in zip(splits, axes.yaxis.get_major_ticks(), strict=True):  # the run's colour
+        tick.tick1line.set(markersize=10, markeredgewidth=4, markeredgecolor=color(i))
     axes.set(xlabel="time (s)")
     axes.invert_yaxis()
+    axes.set_axisbelow(True)
     axes.grid(visible=False, axis="y")
-    most = [(run.name, max(split, key=split.__getitem__)) for run, split in zip(runs, splits,
-            strict=True) if split]  # fmt: skip
-    alt = "Time by phase, one bar a run. Most goes into: "
-    alt += "; ".join(f"{name}: {phase}" for name, phase in most) + "."
+    most = [f"{runs[i].name}: {max(split, key=split.__getitem__)}" for i, split in splits.items()]
+    alt = f"Time by phase, one bar a run. Most goes into: {'; '.join(most)}."
     caption = "Wall time by phase; of a resumed run, in its last session."
     return Picture("time", "Where the time goes", caption, alt, figure)
 
 
-def _phase_names(splits: Sequence[dict[str, float]]) -> list[str]:
+def _phase_names(splits: Iterable[dict[str, float]]) -> list[str]:
     """Phases of all runs, the longest first and "other" last."""
     totals: dict[str, float] = {}
     for split in splits:
@@ -430,15 +426,17 @@ h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem }
 h3 { font-size: 1rem; margin: 0 0 .2rem }
 .lead { font-size: 1.1rem; margin: 0 0 1rem }
 .scroll { overflow-x: auto; border: 1px solid #ddd; border-radius: 4px }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; overflow-wrap: normal }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .9rem; overflow-wrap: normal }
 th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; border-top: 1px solid #eee }
-thead th { border-top: 0; white-space: nowrap; background: #f6f6f6 }
+thead th { border-top: 0; background: #f6f6f6; vertical-align: bottom }
+thead th.number { white-space: normal }
 th:first-child { position: sticky; left: 0; background: #fff; min-width: 7rem; max-width: 16rem;
   overflow-wrap: anywhere }
 thead th:first-child { background: #f6f6f6 }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 .best { font-weight: 700 }
-.note { color: #555; font-size: .85rem }
+.note { color: #555; font-size: .85rem; font-weight: 400 }
+.status { min-width: 10rem }
 .warn { color: #8a3b00 }
 .key { vertical-align: middle; margin-right: .4rem }
 code, pre { font: .85rem/1.45 ui-monospace, monospace }
@@ -546,8 +544,7 @@ def status(run: Run) -> str:
 
 def _summary(runs: Sequence[Run]) -> str:
     chosen = differences(runs)
-    head = ["run"] + ["differs in"] * bool(chosen)
-    columns = []
+    head, columns = [], []
     for name, best, unit in (("test accuracy", max, " %"), ("test loss", min, "")):
         head += [f"final {name}", f"best {name}"]
         columns.append(_scores([_final(run, name) for run in runs], best, unit))
@@ -556,20 +553,25 @@ def _summary(runs: Sequence[Run]) -> str:
         columns.append(_scores([p and p.value for p in points], best, unit, steps))
     rows = []
     for i, run in enumerate(runs):
-        cells = [f'<th scope="row">{_key(i)}{escape(run.name)}</th>']
-        if chosen:
-            codes = (f"<code>{escape(f'{k}={row[i]}')}</code>" for k, row in chosen.items())
-            cells.append(f'<td class="options">{" ".join(codes)}</td>')
-        cells += [column[i] for column in columns]
         steps = f"{max((row['step'] for row in run.rows), default=0):,}"
         seconds = _duration(run.rows[-1]["seconds"]) if run.rows else ABSENT
-        cells += [f'<td class="number">{text}</td>' for text in (steps, seconds)]
-        state = status(run)
-        tone = "" if state == "finished" else ' class="warn"'
-        cut = f", {run.unreadable} unreadable line(s) skipped" if run.unreadable else ""
-        cells.append(f"<td{tone}>{escape(state + cut)}</td>")
-        rows.append("".join(cells))
-    return _table("Summary", [*head, "steps", "time", "status"], rows)
+        codes = (f"<code>{escape(f'{k}={row[i]}')}</code>" for k, row in chosen.items())
+        rows.append(
+            f'<th scope="row">{_key(i)}{escape(run.name)}</th>'
+            + "".join(column[i] for column in columns)
+            + f'<td class="number">{steps}</td><td class="number">{seconds}</td>{_status(run)}'
+            + (f'<td class="options">{" ".join(codes)}</td>' if chosen else "")
+        )
+    last = ["status", "differs in"] if chosen else ["status"]
+    return _table("Summary", ["run", *head, "steps", "time", *last], rows, range(1, 7))
+
+
+def _status(run: Run) -> str:
+    state = status(run)
+    tone = "status" if state == "finished" else "status warn"
+    if run.unreadable:
+        state += f"; {run.unreadable} unreadable line{'s' * (run.unreadable > 1)} skipped"
+    return f'<td class="{tone}">{escape(state)}</td>'
 
 
 def _scores(
@@ -607,13 +609,16 @@ def _key(i: int) -> str:
     )
 
 
-def _table(label: str, head: Sequence[str], rows: Sequence[str]) -> str:
+def _table(
+    label: str, head: Sequence[str], rows: Sequence[str], numbers: Sequence[int] = ()
+) -> str:
     """A table in a box that scrolls, so that the page does not."""
-    cells = "".join(f'<th scope="col">{text}</th>' for text in head)
+    kinds = [' class="number"' if k in numbers else "" for k in range(len(head))]
+    cells = (f'<th scope="col"{kind}>{text}</th>' for kind, text in zip(kinds, head, strict=True))
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     return (
         f'<div class="scroll" role="region" aria-label="{label}" tabindex="0"><table>\n'
-        f"<thead><tr>{cells}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+        f"<thead><tr>{''.join(cells)}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
     )
 
 
