@@ -11,10 +11,12 @@ every array is kept beside it, because a file that is cut off or altered can sti
 """
 
 import argparse
+import logging
 import shutil
 import sys
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from llqr._tree import leaf_names
@@ -56,8 +59,12 @@ class Checkpoints:
         self.folder = folder.absolute()
         self._keep, self._say = keep, say
         self._managers: dict[str, Any] = {}
-        self.saved: int | None = None
-        """Step of the newest one that was begun."""
+        self._begun: dict[str, int] = {}
+
+    @property
+    def newest(self) -> int | None:
+        """Step of the newest one on disk."""
+        return max(steps(self.folder), default=None)
 
     def save(self, step: int, state: Any, meta: dict[str, Any], *, kind: str = LATEST) -> None:
         """Begin to write a checkpoint; the arrays are copied first.
@@ -68,6 +75,7 @@ class Checkpoints:
           meta: JSON-able facts.
           kind: `LATEST` or `BEST`.
         """
+        self.wait()  # an earlier one that failed is told as such
         arrays = _flat(state)
         facts = {
             **meta,
@@ -83,12 +91,10 @@ class Checkpoints:
 
             items = {"state": ocp.args.StandardSave(arrays), "meta": ocp.args.JsonSave(facts)}  # type: ignore[call-arg]
             manager.save(step, args=ocp.args.Composite(**items))
+            self._begun[kind] = step
         except Exception as error:  # whatever it is, training goes on
             self._failed(step, error)
             self._managers.pop(kind, None)
-        else:
-            if kind == LATEST:
-                self.saved = step
 
     def wait(self) -> None:
         """Return when all that was begun is written, or has failed and that was said."""
@@ -96,17 +102,18 @@ class Checkpoints:
             try:
                 manager.wait_until_finished()
             except Exception as error:
-                self._failed(self.saved, error)
+                self._failed(self._begun.get(kind), error)
                 self._managers.pop(kind)
 
     def close(self) -> None:
         """Wait, and end the threads."""
         self.wait()
         for manager in self._managers.values():
-            manager.close()
+            with suppress(Exception):  # it was told
+                manager.close()
         self._managers.clear()
 
-    def restore(self, like: Any, *, kind: str = LATEST) -> Checkpoint | None:
+    def restore(self, like: Any, *, kind: str = LATEST, own: bool = True) -> Checkpoint | None:
         """Return the newest checkpoint that is whole, None if there is none.
 
         One that is not is reported, set aside, and the one before is tried.
@@ -114,25 +121,23 @@ class Checkpoints:
         Args:
           like: pytree with the structure, shapes and dtypes of the state.
           kind: `LATEST` or `BEST`.
+          own: False leaves damaged ones where they are.
 
         Raises:
           ConfigError: it is of another model or optimizer, or of a newer format.
         """
-        for step in reversed(steps(self.folder, kind)):
-            try:
-                arrays, meta = read(self.folder, step, kind)
-            except ConfigError:
-                raise
-            except Exception as error:
-                self._set_aside(step, kind, error)
-                continue
-            return Checkpoint(step, _unflat(arrays, like), meta)
-        return None
+        found = newest_whole(self.folder, self._say, kind=kind, aside=own)
+        if found is None:
+            return None
+        step, arrays, meta = found
+        return Checkpoint(step, _unflat(arrays, like), meta)
 
     def _manager(self, kind: str) -> Any:
         if kind not in self._managers:
             import orbax.checkpoint as ocp  # slow to import: only where checkpoints are written
 
+            # It logs a traceback for each failure; one warning says the same.
+            logging.getLogger("absl").setLevel(logging.CRITICAL)
             folder = self.folder / kind
             folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
@@ -149,15 +154,36 @@ class Checkpoints:
             f"({_first_line(error)}); {last}."
         )
 
-    def _set_aside(self, step: int, kind: str, error: Exception) -> None:
-        aside = self.folder / DAMAGED / str(step)
-        self._say(
-            f"[yellow]warning:[/] the checkpoint of step {step} is damaged "
-            f"({_first_line(error)}); it is now {aside}, and the one before is tried."
-        )
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(self.folder / kind / str(step), aside)
+
+def newest_whole(
+    folder: Path, say: Callable[[str], None], *, kind: str = LATEST, aside: bool
+) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
+    """Return step, arrays and facts of the newest checkpoint that is whole; None: there is none.
+
+    Args:
+      folder: of checkpoints.
+      say: prints a line for the user: those that are damaged are reported.
+      kind: `LATEST` or `BEST`.
+      aside: whether to move the damaged ones to `DAMAGED`.
+
+    Raises:
+      ConfigError: it is of a newer format.
+    """
+    for step in reversed(steps(folder, kind)):
+        try:
+            return step, *read(folder, step, kind)
+        except ConfigError:
+            raise
+        except Exception as error:
+            why, moved = _first_line(error), ""
+            if aside:
+                target = folder / DAMAGED / str(step)
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(folder / kind / str(step), target)
+                moved = f", and is now {target}"
+            say(f"[yellow]warning:[/] the checkpoint of step {step} is damaged ({why}){moved}.")
+    return None
 
 
 def steps(folder: Path, kind: str = LATEST) -> list[int]:
@@ -195,18 +221,22 @@ def read(
     return arrays, meta
 
 
-def load_params(folder: Path, like: Any) -> tuple[Any, int]:
+def load_params(folder: Path, like: Any, say: Callable[[str], None]) -> tuple[Any, int]:
     """Return the parameters of the newest checkpoint, and its step.
 
     Args:
       folder: of checkpoints.
       like: parameters with the same structure, shapes and dtypes.
+      say: prints a line for the user.
 
     Raises:
-      ConfigError: it is of another model.
+      ConfigError: it is of another model, or none can be read.
     """
-    step = steps(folder)[-1]
-    arrays, _ = read(folder, step)
+    kind = LATEST if steps(folder) else BEST
+    newest = newest_whole(folder, say, kind=kind, aside=False)
+    if newest is None:
+        raise ConfigError(f"{folder}: no checkpoint there can be read.")
+    step, arrays, _ = newest
     mark = ".params."  # the state's field, behind the leaf's number
     found = {
         name.partition(mark)[2]: array
@@ -271,11 +301,11 @@ def _unflat(arrays: dict[str, np.ndarray], like: Any) -> Any:
 
 
 def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).tobytes())
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:160]
+    return escape((str(error) or type(error).__name__).splitlines()[0][:160])
 
 
 def describe(run: Path, step: int | None = None, kind: str = LATEST) -> Table:

@@ -6,14 +6,17 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from llqr._errors import unknown
 from llqr_experiments.errors import ConfigError, RunError
+from llqr_experiments.preemption import Interrupted
 from llqr_experiments.spec import SCHEDULERS, Config, default, options, shrink
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -104,7 +107,13 @@ def execute(config: DictConfig, out_dir: Path) -> None:
             runner = comparison.run
         runner(settings, out_dir, command=" ".join(["run.py", *sys.argv[1:]]))
     except RunError as error:
-        stop(error)
+        if not _in_sweep() or isinstance(error, Interrupted):
+            stop(error)
+        show(error)  # the other jobs go on; the summary tells, and ends with an error code
+
+
+def _in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -115,10 +124,15 @@ def _remove_if_empty(folder: Path) -> None:
 
 def stop(error: RunError) -> NoReturn:
     """Print an error and leave with its code."""
+    show(error)
+    sys.exit(error.code)
+
+
+def show(error: RunError) -> None:
+    """Print an error."""
     console = Console(stderr=True, highlight=False)
     console.print(f"{error.title}:", style="bold red", end=" ")
     console.print(str(error), markup=False, soft_wrap=True)
-    sys.exit(error.code)
 
 
 def print_help() -> None:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -155,11 +156,11 @@ def _recipe(config: Config) -> step.Recipe:
 def _follow_all(recipe: step.Recipe, steps: int, starts: Array) -> Array:
     """Points of the paths from all starts: [starts, steps + 1, 2]."""
 
-    def loss(params: Params, batch: None) -> tuple[Array, tuple[()]]:
+    def loss(params: Params, batch: Any) -> tuple[Array, tuple[()]]:
         return potholes.OBJECTIVE(params, batch), ()
 
     def follow(start: Array) -> Array:
-        def one(state: step.TrainState, _: None) -> tuple[step.TrainState, Array]:
+        def one(state: step.TrainState, _: Any) -> tuple[step.TrainState, Array]:
             bound = potholes.OBJECTIVE.bind(None)
             active = recipe.ascent is not None
             state, _, _ = step.advance(loss, recipe, active, state, None, objective=bound)

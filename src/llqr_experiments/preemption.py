@@ -3,10 +3,15 @@
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 from llqr_experiments.errors import RunError
+
+ECHO = 2.0
+"""Seconds in which a signal is the same one again: `uv run` passes on to its child what the
+terminal or the scheduler has sent to the whole group."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -26,6 +31,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
+        self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interrupts":
@@ -40,6 +46,7 @@ class Interrupts:
         self._before.clear()
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.requested is not None:
+        if self.requested is None:
+            self.requested, self._since = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._since > ECHO:
             os._exit(128 + number)
-        self.requested = signal.Signals(number)

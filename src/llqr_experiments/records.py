@@ -39,14 +39,12 @@ def enter(config: Config, out_dir: Path, command: str, **facts: Any) -> bool:
     Raises:
       ConfigError: the folder cannot be written, or holds a run with other options.
     """
-    options = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(options, dict)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         known = out_dir / "config.yaml"
         if known.exists():
             there = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(known))
-            _check_same(OmegaConf.to_container(there), options, out_dir)
+            check_same(OmegaConf.to_container(there), options(config), out_dir)
             again = {"command": command, "started": _now(), "commit": _commit()}
             _update_meta(out_dir, lambda meta: meta | {"again": [*meta.get("again", ()), again]})
             return True
@@ -61,7 +59,21 @@ def enter(config: Config, out_dir: Path, command: str, **facts: Any) -> bool:
     return False
 
 
-def _check_same(there: Any, here: Any, out_dir: Path) -> None:
+def options(config: Config) -> dict[str, Any]:
+    """Return a config as plain data."""
+    found = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(found, dict)
+    return {str(name): value for name, value in found.items()}
+
+
+def check_same(there: Any, here: dict[str, Any], out_dir: Path) -> None:
+    """Raise ConfigError if two runs differ in what decides their numbers.
+
+    Args:
+      there: options of the run in the folder.
+      here: options of this one.
+      out_dir: the folder, for the message.
+    """
     differ = [
         f"{name}={there.get(name)} there, {here[name]} here"
         for name in here
@@ -149,12 +161,16 @@ def open_trackers(
       positions: where they were at the checkpoint from which the run goes on; None: it starts.
     """
     trackers, at = Trackers(say), positions or {}
-    trackers.add("metrics.jsonl", lambda: Jsonl(out_dir / "metrics.jsonl", at.get("Jsonl", 0)))
+    # A record that had failed before the checkpoint is gone on with as it is.
+    start = 0 if positions is None else None
+    trackers.add("metrics.jsonl", lambda: Jsonl(out_dir / "metrics.jsonl", at.get("Jsonl", start)))
     if config.logging.aim:
         repo = config.logging.aim_repo
         trackers.add("Aim", lambda: Aim(repo, experiment, config, at.get("Aim")))
     if config.logging.tensorboard:
-        trackers.add("TensorBoard", lambda: TensorBoard(out_dir / "tensorboard"))
+        trackers.add(
+            "TensorBoard", lambda: TensorBoard(out_dir / "tensorboard", at.get("TensorBoard"))
+        )
     return trackers
 
 

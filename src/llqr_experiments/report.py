@@ -38,6 +38,8 @@ PHASES = ("#77AADD", "#EE8866", "#44BB99", "#EEDD88", "#FFAABB", "#AAAA00", "#99
 
 LABEL = 48
 """Most characters of a run in a legend: what fits in a picture on a phone."""
+BRIEF = 4
+"""Most differing options that are repeated wherever a run is named."""
 ABSENT = "—"
 
 
@@ -77,14 +79,24 @@ class Run:
         return [Point(step, row["seconds"], row[name]) for step, row in sorted(found.items())]
 
     def phases(self) -> dict[str, float]:
-        """Return seconds by phase, the rest as "other"; empty if they were not logged."""
-        for row in reversed(self.rows):
-            split = {k[5:]: v for k, v in row.items() if k.startswith("time ") and v is not None}
-            total = split.pop("total", row["session"])
+        """Return seconds by phase, the rest as "other"; empty if they were not logged.
+
+        They are in a row, under "time <phase>", or in meta.json, under "time".
+        """
+        last = self.rows[-1]["session"] if self.rows else 0.0
+        noted = self.meta.get("time")
+        found = [({k[5:]: v for k, v in r.items() if k.startswith("time ")}, r) for r in self.rows]
+        for split, row in reversed(found):
             if split:
-                other = {"other": total - sum(split.values())} if "other" not in split else {}
-                return {k: v for k, v in (split | other).items() if v > 0}
-        return {}
+                return _with_rest(split, row["session"])
+        return _with_rest(noted, last) if isinstance(noted, dict) else {}
+
+
+def _with_rest(split: dict[str, Any], total: float) -> dict[str, float]:
+    known = {name: value for name, value in split.items() if _finite(value) is not None}
+    total = known.pop("total", total)
+    rest = {"other": total - sum(known.values())}
+    return {name: value for name, value in (rest | known).items() if value > 0}
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -109,7 +121,7 @@ def read(folder: Path) -> Run:
     if missing:
         inside = any((sub / FILES[-1]).is_file() for sub in folder.iterdir())
         hint = f" Folders in it are runs: give those, {folder}/*/." if inside else ""
-        raise ConfigError(f"{folder} is no run: {' and '.join(missing)} missing.{hint}")
+        raise ConfigError(f"{folder} is no run: it lacks {', '.join(missing)}.{hint}")
     try:
         config = (folder / "config.yaml").read_text()
         options = _flat(OmegaConf.to_container(OmegaConf.create(config), resolve=False))
@@ -241,7 +253,8 @@ def dash(i: int) -> str:
 
 def _canvas(handles: Sequence[Any], rows: float = 2.6) -> tuple[Figure, Axes]:
     """Axes `rows` inches high above a legend that has room of its own."""
-    columns = 1 if any(len(h.get_label()) > 12 for h in handles) else 3
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = 3 if longest <= 12 else 2 if longest <= 20 else 1
     lines = -(-len(handles) // columns)
     figure = Figure(figsize=(5, rows + 0.5 + 0.21 * lines), layout="constrained")
     axes = figure.subplots()
@@ -256,7 +269,8 @@ def _legend(runs: Sequence[Run], series: Sequence[Any], *words: tuple[str, Any])
     chosen = differences(runs)
     lines = []
     for i, run in enumerate(runs):
-        label = " ".join([run.name, *(f"{k}={row[i]}" for k, row in chosen.items())])
+        values = [f"{k}={row[i]}" for k, row in chosen.items()]
+        label = " ".join([run.name, *values] if len(values) <= BRIEF else [run.name])
         if series[i]:
             lines.append(Line2D([], [], **_line(i), linewidth=2.5, label=_plain(label)))
     return lines + [Line2D([], [], color="#666", label=word, **style) for word, style in words]
@@ -343,8 +357,9 @@ def _refits(runs: Sequence[Run]) -> Picture | None:
     figure, axes = _canvas(_legend(runs, afters, *words))
     steps = sorted({p.step for points in (*befores, *afters) for p in points})
     place = {step: k for k, step in enumerate(steps)}
-    for i in range(len(runs)):
-        shift = 0.6 * ((i + 0.5) / len(runs) - 0.5)  # refits at one step stand side by side
+    refitted = [i for i, points in enumerate(afters) if points]
+    for k, i in enumerate(refitted):
+        shift = 0.6 * ((k + 0.5) / len(refitted) - 0.5)  # refits at one step stand side by side
         ends = [{place[p.step] + shift: p.value for p in x[i]} for x in (befores, afters)]
         before, after = ({x: y for x, y in end.items() if y is not None} for end in ends)
         both = [x for x in after if x in before]
@@ -356,8 +371,11 @@ def _refits(runs: Sequence[Run]) -> Picture | None:
     axes.set_xticks(ticks, [f"{steps[k]:,}" for k in ticks])
     if min(values) > 0:
         axes.set_yscale("log")
+    else:
+        axes.set_yscale("symlog", linthresh=1)
     alt = f"Refit objective before and after each refit. The last: {_ends(runs, afters, '{:.4g}')}."
-    caption = "What a refit lowers, before and after it; one column a refit."
+    caption = "What a refit lowers, before and after it, on a logarithmic scale"
+    caption += "." if min(values) > 0 else " that is linear between -1 and 1."
     return Picture("refits", "Refit objective", caption, alt, figure)
 
 
@@ -393,15 +411,16 @@ def _time(runs: Sequence[Run]) -> Picture | None:
         axes.barh(range(len(splits)), widths, left=left, height=0.7, **fill, **edge)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(splits)), [_plain(_clip(runs[i].name, 18)) for i in splits])
+    axes.tick_params(axis="y", length=12, width=4)
     for i, tick in zip(splits, axes.yaxis.get_major_ticks(), strict=True):  # the run's colour
-        tick.tick1line.set(markersize=10, markeredgewidth=4, markeredgecolor=color(i))
+        tick.tick1line.set_markeredgecolor(color(i))
     axes.set(xlabel="time (s)")
     axes.invert_yaxis()
     axes.set_axisbelow(True)
     axes.grid(visible=False, axis="y")
     most = [f"{runs[i].name}: {max(split, key=split.__getitem__)}" for i, split in splits.items()]
     alt = f"Time by phase, one bar a run. Most goes into: {'; '.join(most)}."
-    caption = "Wall time by phase; of a resumed run, in its last session."
+    caption = "Wall time by phase, as the run has logged it."
     return Picture("time", "Where the time goes", caption, alt, figure)
 
 
@@ -426,11 +445,12 @@ h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem }
 h3 { font-size: 1rem; margin: 0 0 .2rem }
 .lead { font-size: 1.1rem; margin: 0 0 1rem }
 .scroll { overflow-x: auto; border: 1px solid #ddd; border-radius: 4px }
-table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .9rem; overflow-wrap: normal }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .9rem;
+  overflow-wrap: normal }
 th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; border-top: 1px solid #eee }
 thead th { border-top: 0; background: #f6f6f6; vertical-align: bottom }
 thead th.number { white-space: normal }
-th:first-child { position: sticky; left: 0; background: #fff; min-width: 7rem; max-width: 16rem;
+th:first-child { position: sticky; left: 0; background: #fff; min-width: 8.5rem; max-width: 16rem;
   overflow-wrap: anywhere }
 thead th:first-child { background: #f6f6f6 }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
@@ -440,6 +460,7 @@ thead th:first-child { background: #f6f6f6 }
 .warn { color: #8a3b00 }
 .key { vertical-align: middle; margin-right: .4rem }
 code, pre { font: .85rem/1.45 ui-monospace, monospace }
+.options a { white-space: nowrap }
 .options code { display: inline-block; background: #f2f2f2; border-radius: 3px;
   padding: 0 .3rem; margin: 0 .2rem .2rem 0; white-space: nowrap }
 .pictures { display: grid; gap: 1.2rem;
@@ -490,7 +511,7 @@ def page(runs: Sequence[Run], drawn: Sequence[tuple[Picture, bytes]]) -> str:
     title += f": {', '.join(what)}"
     parts = [_summary(runs), "<h2>Curves</h2>", _figures(drawn)]
     if len(runs) > 1:
-        parts += ["<h2>Options that differ</h2>", _options(runs)]
+        parts += ['<h2 id="options">Options that differ</h2>', _options(runs)]
     parts += ["<h2>How to run them again</h2>" if len(runs) > 1 else "<h2>How to run it again</h2>"]
     parts += [_origin(run, i) for i, run in enumerate(runs)]
     return PAGE.format(
@@ -529,10 +550,12 @@ def _best(run: Run, name: str, best: Callable[..., Any]) -> Point | None:
 
 
 def status(run: Run) -> str:
-    """Say whether a run reached its end, from the steps in meta.json and what was logged."""
+    """Say whether a run reached its end, from meta.json and what was logged."""
     if not run.rows:
         return "nothing logged"
     last, total = max(row["step"] for row in run.rows), run.meta.get("steps")
+    if "finished" in run.meta:
+        return "finished"
     losses = run.series("train loss")
     if losses and losses[-1].value is None:
         return f"stopped: loss not finite at step {losses[-1].step:,}"
@@ -555,7 +578,9 @@ def _summary(runs: Sequence[Run]) -> str:
     for i, run in enumerate(runs):
         steps = f"{max((row['step'] for row in run.rows), default=0):,}"
         seconds = _duration(run.rows[-1]["seconds"]) if run.rows else ABSENT
-        codes = (f"<code>{escape(f'{k}={row[i]}')}</code>" for k, row in chosen.items())
+        codes = [f"<code>{escape(f'{k}={row[i]}')}</code>" for k, row in chosen.items()]
+        if len(codes) > BRIEF:
+            codes[BRIEF:] = [f'<a href="#options">and {len(codes) - BRIEF} more</a>']
         rows.append(
             f'<th scope="row">{_key(i)}{escape(run.name)}</th>'
             + "".join(column[i] for column in columns)

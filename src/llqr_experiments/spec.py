@@ -51,7 +51,7 @@ class Dataset:
 class Architecture:
     """The model."""
 
-    name: str = _option("mlp", "mlp")
+    name: str = _option("mlp", "the model", choices=("mlp",))
     hidden: list[int] = _option([100, 300], "widths of the hidden layers")
 
 
@@ -164,7 +164,11 @@ class Config:
         1000, "steps between checkpoints; null or 0: none at all", low=0
     )
     checkpoint_keep: int = _option(3, "newest checkpoints kept, besides the best", low=1)
-    checkpoint_metric: str = _option("test accuracy", "what the best checkpoint is best in")
+    checkpoint_metric: str = _option(
+        "test accuracy",
+        "what the best checkpoint is best in",
+        choices=("test accuracy", "test loss", "train_eval accuracy", "train_eval loss"),
+    )
     maximize_checkpoint_metric: bool = _option(True, "whether more of it is better")
     resume: str | None = _option(None, "run folder to go on from, in a new folder")
     init_from: str | None = _option(None, "run folder whose parameters are the initial ones")
@@ -357,7 +361,18 @@ class Config:
                 f"precond_rank={self.precond_rank} is for low-rank-memory structures only, not for "
                 f"block_structure={self.block_structure}."
             )
+        yield from self._run_contradictions()
         yield from self._sam_contradictions()
+
+    def _run_contradictions(self) -> Iterator[str]:
+        if self.resume and self.init_from:
+            yield f"resume={self.resume} brings its own parameters: leave init_from out."
+        if self.preempt_handling and not self.checkpoint_freq:
+            yield "preempt_handling=true needs checkpoint_freq."
+        if self.preempt_handling and self.comparison.name:
+            yield "preempt_handling=true is for one run, not for a comparison."
+        if self.checkpoint_metric.startswith("train_eval") and not self.add_train_eval:
+            yield f"checkpoint_metric={self.checkpoint_metric} needs add_train_eval=true."
 
     def _sam_contradictions(self) -> Iterator[str]:
         mode, uses_p = self.sam_mode, self.perturb_mode != "ema_grad"

@@ -16,10 +16,12 @@ from llqr_experiments import build
 
 
 class Health(NamedTuple):
-    """Losses and gradients that were not finite."""
+    """Losses, gradients and parameters that were not finite."""
 
     bad_step: Int[Array, ""]  # the first step with one; -1: none
-    bad_leaf: Int[Array, ""]  # the first leaf whose gradient it was; -1: the loss
+    # the first leaf whose gradient it was; -1: the loss; from the number of leaves on: the first
+    # leaf whose new value it was
+    bad_leaf: Int[Array, ""]
     bad_steps: Int[Array, ""]  # how many there were
 
 
@@ -107,11 +109,11 @@ def advance(
             active=active,
         )
         apply = ascent.configured or not active
-    finite, health = _examined(state, value, grads)
     updates, opt_state = tx.update(grads, state.opt_state, params, apply=apply, **options)
     if recipe.normalize:
         params = jax.tree.map(_normalized, params)
     params = optax.apply_updates(params, updates)
+    finite, health = _examined(state, value, grads, params)
     new = TrainState(state.step + 1, params, opt_state, sharpness, health)
     if recipe.skip:
         kept = state._replace(step=new.step, health=health)
@@ -119,14 +121,16 @@ def advance(
     return new, value, aux
 
 
-def _examined(state: TrainState, value: Array, grads: Params) -> tuple[Array, Health]:
-    """Whether loss and gradient are finite, and the record of those that were not."""
-    leaves = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]
-    flags = jnp.stack([jnp.isfinite(value), *leaves])
-    finite, old = jnp.all(flags), state.health
+def _examined(
+    state: TrainState, value: Array, grads: Params, params: Params
+) -> tuple[Array, Health]:
+    """Whether loss, gradient and new parameters are finite, and the record of what was not."""
+    leaves = [*jax.tree.leaves(grads), *jax.tree.leaves(params)]
+    flags = jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])
+    finite, old = jnp.all(flags) & jnp.isfinite(value), state.health
     first = ~finite & (old.bad_step < 0)
-    # A gradient says more than the loss: its leaf is named where there is one.
-    leaf = jnp.where(jnp.all(flags[1:]), -1, jnp.argmin(flags[1:]).astype(jnp.int32))
+    # A leaf says more than the loss: it is named where there is one.
+    leaf = jnp.where(jnp.all(flags), -1, jnp.argmin(flags).astype(jnp.int32))
     return finite, Health(
         jnp.where(first, state.step, old.bad_step),
         jnp.where(first, leaf, old.bad_leaf),

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,19 @@ class Summary(Callback):
             writer.writeheader()
             writer.writerows(rows)
         print(f"in {folder}: summary.csv")
+        if any(row["status"] != "finished" for row in rows):
+            sys.exit(1)  # each one has said why; a sweep does not end with the first
 
 
 def collect(folder: Path) -> list[dict[str, Any]]:
     """Return one row for each run below a folder: its overrides, its results, its time."""
     rows = []
-    for path in sorted(folder.glob("*/meta.json")):
+    for path in sorted(folder.rglob("meta.json")):
         meta = json.loads(path.read_text())
-        row: dict[str, Any] = dict(_overrides(path.parent.name))
+        name = str(path.parent.relative_to(folder))
+        if "=" not in name:
+            continue
+        row: dict[str, Any] = dict(_overrides(name))
         row |= {name: value for name, value in meta.get("results", {}).items() if "test" in name}
         if meta.get("best"):
             row["best"] = meta["best"]["value"]

@@ -34,11 +34,11 @@ class Jsonl:
     Args:
       path: the file.
       position: bytes of it that belong to the run so far. What a killed run wrote after its
-        last checkpoint is made again, and is set aside in <name>.lost.
+        last checkpoint is made again, and is set aside in <name>.lost. None: all of it.
     """
 
-    def __init__(self, path: Path, position: int = 0):
-        if path.exists() and path.stat().st_size > position:
+    def __init__(self, path: Path, position: int | None = 0):
+        if position is not None and path.exists() and path.stat().st_size > position:
             with path.open("rb+") as file:
                 file.seek(position)
                 lost = file.read()
@@ -67,22 +67,26 @@ class TensorBoard:
 
     Args:
       folder: of the events.
+      position: the last step of the run so far; later ones of an interrupted run are dropped.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, position: int | None = None):
         from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
 
-        self._writer = SummaryWriter(str(folder))
+        purge = None if position is None else position + 1
+        self._writer, self._last = SummaryWriter(str(folder), purge_step=purge), position or 0
 
     def log(self, step: int, values: dict[str, float], seconds: float) -> None:
         """Write every value."""
         del seconds
+        self._last = max(self._last, step)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def position(self) -> None:
-        """Nothing: steps that come again overwrite those before."""
+    def position(self) -> int:
+        """The last step."""
         self._writer.flush()
+        return self._last
 
     def close(self) -> None:
         """Flush and close."""

@@ -1,6 +1,7 @@
 """A run, from config to plots: a loop of named phases that can stop at any step and go on."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -95,7 +96,7 @@ class Desk:
       display: the terminal.
       trackers: of metrics.
       clock: time by phase.
-      checkpoints: None where none are written.
+      checkpoints: of the run.
       interrupts: signals that ask the run to end.
       out_dir: the run's folder.
     """
@@ -103,7 +104,7 @@ class Desk:
     display: Display
     trackers: Trackers
     clock: Clock
-    checkpoints: Checkpoints | None
+    checkpoints: Checkpoints
     interrupts: Interrupts
     out_dir: Path
 
@@ -146,23 +147,24 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
                 config, job.task.name, out_dir, display.say, meta.get("trackers")
             )
             stack.callback(trackers.close)
-            if checkpoints is not None:
-                stack.callback(checkpoints.close)
+            stack.callback(checkpoints.close)
         desk = Desk(display, trackers, clock, checkpoints, interrupts, out_dir)
         _announce(job, display)
         stack.enter_context(display)
         quality = {}
         if config.quality and session.step == 0:
-            quality["before training"] = _quality(job, job.task.params, 0, desk)
+            quality["before training"] = _quality(job, session.state.params, 0, desk)
         final = _loop(job, session, desk)
         params = session.state.params
         if config.quality:
             quality["after training"] = _quality(job, params, job.last, desk)
             insight.draw(quality, _title(config), out_dir / "quality.png")
-        if checkpoints is not None:
-            checkpoints.wait()
-    plots.curves(out_dir / "metrics.jsonl", _title(config), out_dir / "curves.png")
-    records.finish(out_dir, results=final, best=session.best, time=dict(clock.seconds))
+        checkpoints.wait()
+    try:
+        records.finish(out_dir, results=final, best=session.best, time=dict(clock.seconds))
+        plots.curves(out_dir / "metrics.jsonl", _title(config), out_dir / "curves.png")
+    except (OSError, ValueError) as error:
+        display.say(f"[yellow]warning:[/] the closing files are not written: {error}")
     display.closing(_results(job, session, final), clock, records.shorten(out_dir))
     return Result(final, job.task, job.train, params)
 
@@ -171,6 +173,7 @@ def prepare(config: Config) -> Run:
     """Load the data and build everything that stays the same."""
     # Options are checked before the data is read: a schedule or a structure that does not
     # exist costs nothing to find.
+    _check_sources(config)
     early = build.Horizon(1.0, config.total_epochs)
     build.optimizer(config, early)
     build.ascent(config, early)
@@ -197,23 +200,32 @@ def prepare(config: Config) -> Run:
     return Run(config, task, recipe, horizon, refits, blocks, train, test)
 
 
-def _checkpoints(job: Run, out_dir: Path, say: Callable[[str], None]) -> Checkpoints | None:
+def _checkpoints(job: Run, out_dir: Path, say: Callable[[str], None]) -> Checkpoints:
     config, folder = job.config, out_dir / "checkpoints"
-    if not config.checkpoint_freq:
-        return None
     if config.preempt_handling:
-        place, name = os.environ.get("SCRATCH"), config.jobid or os.environ.get("SLURM_JOBID")
-        if not place or not name:
-            raise ConfigError(
-                "preempt_handling=true writes to $SCRATCH/<experiment>/<job id>: "
-                f"{'SCRATCH is not set' if not place else 'give jobid, or set SLURM_JOBID'}."
-            )
-        folder = Path(place) / job.task.name / name
+        folder = Path(os.environ["SCRATCH"]) / job.task.name / _job_id(config)
     return Checkpoints(folder, config.checkpoint_keep, say)
 
 
+def _job_id(config: Config) -> str:
+    return config.jobid or os.environ.get("SLURM_JOBID", "")
+
+
+def _check_sources(config: Config) -> None:
+    """Whether what a run needs besides data is there: before anything is read or written."""
+    scratch = "SCRATCH" in os.environ
+    if config.preempt_handling and not (scratch and _job_id(config)):
+        missing = "give jobid, or set SLURM_JOBID" if scratch else "SCRATCH is not set"
+        raise ConfigError(
+            f"preempt_handling=true writes to $SCRATCH/<experiment>/<job id>: {missing}."
+        )
+    for run in (config.resume, config.init_from):
+        if run is not None:
+            find(Path(run))
+
+
 def _begin(
-    job: Run, entered: bool, out_dir: Path, checkpoints: Checkpoints | None, display: Display
+    job: Run, entered: bool, out_dir: Path, checkpoints: Checkpoints, display: Display
 ) -> tuple[Session, dict[str, Any]]:
     """Return the session, new or restored, and the facts of the checkpoint it comes from."""
     config = job.config
@@ -229,42 +241,63 @@ def _begin(
         job.train, batch_size=config.precond_batch_size, seed=config.rng_seed, num_threads=0
     )
     session = Session(init(job.recipe, job.task.params), 0, stream, refits)
-    found = None
-    if checkpoints is not None and (entered or config.preempt_handling):
+    say, found, own = display.say, None, True
+    if entered or config.preempt_handling:
         found = checkpoints.restore(session.state)
-    own = found is not None
+        if found is not None:  # in $SCRATCH, the folder does not tell whose it is
+            records.check_same(found.meta["options"], records.options(config), checkpoints.folder)
     if found is None and config.resume:
-        found = Checkpoints(find(Path(config.resume)), 1, display.say).restore(session.state)
+        found = Checkpoints(find(Path(config.resume)), 1, say).restore(session.state, own=False)
+        own = False
         if found is None:
             raise ConfigError(f"resume={config.resume}: no checkpoint there can be read.")
     if found is None:
         if entered and "finished" in json.loads((out_dir / "meta.json").read_text()):
             raise ConfigError(
-                f"{out_dir} already holds a finished run without checkpoints; give another folder "
-                "(hydra.run.dir=...)."
+                f"{out_dir} already holds a finished run, without a checkpoint that can be read; "
+                "give another folder (hydra.run.dir=...)."
             )
         if config.init_from:
-            session.state = _with_params(session.state, Path(config.init_from), display)
+            params, step = load_params(find(Path(config.init_from)), session.state.params, say)
+            say(f"parameters of step {step} of {config.init_from}\n")
+            session.state = session.state._replace(params=params)
         return session, {}
     if found.step > job.last:
         raise ConfigError(
             f"the checkpoint is of step {found.step}, and this run ends at {job.last}."
         )
-    meta = found.meta
+    meta, fresh = found.meta, session.state
     session.state, session.step, session.best = found.state, found.step, meta["best"]
-    session.stream.set_state(meta["stream"])
-    session.refits.set_state(meta["refits"])
+    if not job.recipe.skip:  # what an earlier run skipped is no reason to stop
+        session.state = session.state._replace(health=fresh.health)
     where = "" if own else f" of {config.resume}"
-    display.say(f"going on from the checkpoint of step {found.step}{where}\n")
-    # The record of another run stays where it is.
-    return session, meta if own else {"seconds": meta["seconds"]}
+    say(f"going on from the checkpoint of step {found.step}{where}\n")
+    if all(meta["options"][name] == records.options(config)[name] for name in STREAM):
+        session.stream.set_state(meta["stream"])
+        session.refits.set_state(meta["refits"])
+    else:
+        say("[yellow]warning:[/] the options of the data are others: the streams start anew\n")
+    if not own:  # the record of another run stays where it is
+        return session, {"seconds": meta["seconds"]}
+    _forget_histograms(out_dir / HISTOGRAMS, found.step)
+    return session, meta
 
 
-def _with_params(state: TrainState, run: Path, display: Display) -> TrainState:
-    """The state with the parameters of another run's newest checkpoint."""
-    params, step = load_params(find(run), state.params)
-    display.say(f"parameters of step {step} of {run}\n")
-    return state._replace(params=params)
+STREAM = (
+    "dataset", "batch_size", "grad_acc_steps", "partial_batch", "batch_overlap_fraction",
+    "precond_batch_size", "rng_seed",
+)  # fmt: skip
+"""Options that a position in the streams of data belongs to."""
+
+HISTOGRAMS = "histograms.jsonl"
+
+
+def _forget_histograms(path: Path, step: int) -> None:
+    """Drop what comes again: evaluations from the checkpoint's step on."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
+        path.write_text("".join(kept))
 
 
 @partial(jax.jit, static_argnames=("objective", "recipe", "active"), donate_argnames="state")
@@ -332,22 +365,26 @@ def _checkpoint(job: Run, session: Session, desk: Desk) -> None:
     """Write a checkpoint if one is due; end the run if a signal asks for it."""
     step, every = session.step, job.config.checkpoint_freq
     signal, checkpoints = desk.interrupts.requested, desk.checkpoints
-    due = bool(every) and (step == job.last or (step > 0 and step % (every or 1) == 0))
-    if checkpoints is not None and (due or signal):
+    due = step == job.last or (step > 0 and step % (every or 1) == 0)
+    if every and (due or signal):
         _check_health(job, session.state, desk)
         with desk.clock.phase("checkpoint"):
-            checkpoints.save(step, session.state, _meta(session, desk))
+            checkpoints.save(step, session.state, _meta(job, session, desk))
     if signal is None:
         return
-    saved = ""
-    if checkpoints is not None:
-        checkpoints.wait()
-        saved = f" Everything is saved; the same command in {desk.out_dir} goes on from there."
-    raise Interrupted(f"{signal.name} ended the run at step {step}.{saved}")
+    checkpoints.wait()
+    saved = "Nothing is saved of it."
+    if checkpoints.newest is not None:
+        saved = (
+            f"It is saved up to step {checkpoints.newest}; the same command for the folder "
+            f"{desk.out_dir} goes on from there."
+        )
+    raise Interrupted(f"{signal.name} ended the run at step {step}. {saved}")
 
 
-def _meta(session: Session, desk: Desk) -> dict[str, Any]:
+def _meta(job: Run, session: Session, desk: Desk) -> dict[str, Any]:
     return {
+        "options": records.options(job.config),
         "best": session.best,
         "stream": session.stream.get_state(),
         "refits": session.refits.get_state(),
@@ -361,17 +398,16 @@ def _check_health(job: Run, state: TrainState, desk: Desk) -> None:
     health = jax.device_get(state.health)
     if job.recipe.skip or health.bad_step < 0:
         return
-    what = "loss"
+    what, names = "training loss", leaf_names(state.params)
     if health.bad_leaf >= 0:
-        what = f"gradient of {leaf_names(state.params)[health.bad_leaf]}"
-    where = "no checkpoint was written"
-    if desk.checkpoints is not None:
-        desk.checkpoints.wait()
-        last = desk.checkpoints.saved
-        if last is not None:
-            where = f"the last good checkpoint is of step {last}, in {desk.checkpoints.folder}"
+        kind = "gradient of" if health.bad_leaf < len(names) else "updated parameter"
+        what = f"{kind} {names[health.bad_leaf % len(names)]}"
+    desk.checkpoints.wait()
+    where, last = "there is no checkpoint", desk.checkpoints.newest
+    if last is not None:
+        where = f"the last good checkpoint is of step {last}, in {desk.checkpoints.folder}"
     raise TrainingError(
-        f"the training {what} is not finite at step {int(health.bad_step)}; {where}. Lower "
+        f"the {what} is not finite at step {int(health.bad_step)}; {where}. Lower "
         "learning_rate, refit more cautiously (damping, precond_lr, ema_decay), or go on past "
         "such steps with on_nonfinite=skip."
     )
@@ -392,7 +428,10 @@ def _evaluation(job: Run, session: Session, desk: Desk) -> dict[str, float]:
             )
             found |= {f"{name} {key}": value for key, value in values.items()}
     if histograms is not None:
-        histograms.write(desk.out_dir / "histograms.jsonl", step)
+        try:
+            histograms.write(desk.out_dir / HISTOGRAMS, step)
+        except (OSError, ValueError) as error:  # a full disk; losses that are not finite
+            desk.display.say(f"[yellow]warning:[/] no histograms of step {step}: {error}")
     desk.display.evaluation(step, found["test loss"], found["test accuracy"])
     desk.log(step, found)
     _keep_best(job, session, found, desk)
@@ -402,14 +441,15 @@ def _evaluation(job: Run, session: Session, desk: Desk) -> dict[str, float]:
 def _keep_best(job: Run, session: Session, found: dict[str, float], desk: Desk) -> None:
     """Write a checkpoint if this evaluation is the best so far."""
     name, sign = job.config.checkpoint_metric, 1 if job.config.maximize_checkpoint_metric else -1
-    if name not in found:
-        raise ConfigError(f"checkpoint_metric={name}: {', '.join(found)} are measured.")
-    if session.best and sign * found[name] <= sign * session.best["value"]:
+    value = found[name]
+    better = not session.best or sign * value > sign * session.best["value"]
+    if not math.isfinite(value) or not better:
         return
-    session.best = {"value": found[name], "step": float(session.step)}
-    if desk.checkpoints is not None:
+    session.best = {"value": value, "step": float(session.step)}
+    if job.config.checkpoint_freq:
+        meta = _meta(job, session, desk)
         with desk.clock.phase("checkpoint"):
-            desk.checkpoints.save(session.step, session.state, _meta(session, desk), kind=BEST)
+            desk.checkpoints.save(session.step, session.state, meta, kind=BEST)
 
 
 def _refit(job: Run, session: Session, training: dict[str, Any], desk: Desk) -> None:

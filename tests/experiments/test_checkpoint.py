@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from llqr_experiments import checkpoint, console, preemption
@@ -90,12 +91,17 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
 
 
 def test_the_second_signal_ends_the_process(monkeypatch):
-    ended = []
+    """But not its echo: `uv run` passes on what the whole group was sent."""
+    ended, now = [], [100.0]
     monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
     with preemption.Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGTERM)
         assert interrupts.requested is signal.SIGTERM
+        now[0] += 0.3
+        os.kill(os.getpid(), signal.SIGTERM)
         assert not ended
+        now[0] += 2.0
         os.kill(os.getpid(), signal.SIGTERM)
     assert ended == [128 + signal.SIGTERM]
 
@@ -138,16 +144,15 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
         with pytest.raises(Interrupted):
             support.run(run, *RUN)
     newest = run / "checkpoints" / LATEST / "25"
-    files = sorted(newest.rglob("d/*"), key=lambda path: -path.stat().st_size)
-    content = files[0].read_bytes()
-    if damage == "truncated":
-        files[0].write_bytes(content[: len(content) // 2])
-    elif damage == "altered":
-        middle = len(content) // 2
-        files[0].write_bytes(
-            content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
-        )
-    else:
+    for path in newest.rglob("d/*"):  # which of them hold arrays is orbax's affair
+        content, middle = path.read_bytes(), path.stat().st_size // 2
+        if damage == "truncated":
+            path.write_bytes(content[:middle])
+        elif damage == "altered":
+            path.write_bytes(
+                content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+            )
+    if damage == "emptied":
         for path in newest.rglob("*"):
             if path.is_file():
                 path.write_bytes(b"")
@@ -175,6 +180,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, c
     said = " ".join(capsys.readouterr().out.split())
     assert "the checkpoint of step 20 could not be written" in said
     assert "No space left on device); the last good one is of step 10" in said
+    assert "step 10 could not" not in said
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [10]
     assert final(tmp_path / "run")
 
@@ -228,8 +234,10 @@ def test_another_model_is_refused(tmp_path, whole):
         support.run(tmp_path / "a", *RUN, "architecture.hidden=[8]", f"resume={whole}")
     with pytest.raises(ConfigError, match=r"of another model: layers_0\.bias"):
         support.run(tmp_path / "b", *RUN, "architecture.hidden=[8]", f"init_from={whole}")
-    with pytest.raises(ConfigError, match="holds no checkpoint"):
-        support.run(tmp_path / "c", *RUN, f"resume={tmp_path}")
+    for option in ("resume", "init_from"):
+        with pytest.raises(ConfigError, match="holds no checkpoint"):
+            support.run(tmp_path / "c", *RUN, f"{option}={tmp_path / 'nowhere'}")
+    assert not (tmp_path / "c").exists(), "told before anything is written"
 
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
@@ -283,6 +291,8 @@ def test_preemptible_jobs_write_to_scratch(tmp_path, monkeypatch, whole):
     mine, theirs = checkpoint.read(place, 44)[0], final(whole)
     for name, array in mine.items():
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+    with pytest.raises(ConfigError, match=r"other options \(init_key=42 there, 1 here\)"):
+        support.run(tmp_path / "e", *options, "init_key=1")
 
 
 def test_a_look_into_a_checkpoint(whole, capsys):
@@ -296,6 +306,71 @@ def test_a_look_into_a_checkpoint(whole, capsys):
         checkpoint.main([str(whole), "--step", "41"])
     assert ended.value.code == 2
     assert "has the steps [30, 40, 44], not 41" in capsys.readouterr().err
+
+
+def test_a_failure_in_the_background_is_told_for_its_own_step(tmp_path, monkeypatch):
+    """It shows when the next one begins, which is written all the same."""
+    import orbax.checkpoint as ocp
+
+    wait, failed = ocp.CheckpointManager.wait_until_finished, []
+
+    def broken(self):
+        wait(self)
+        if checkpoint.steps(tmp_path) == [2] and not failed:
+            failed.append(None)
+            checkpoint.shutil.rmtree(tmp_path / LATEST / "2")
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", broken)
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, 3, said.append)
+    for step in (2, 4):
+        checkpoints.save(step, {"w": jnp.ones(2)}, {})
+    checkpoints.close()
+    assert len(said) == 1
+    assert "checkpoint of step 2 could not be written" in said[0]
+    assert checkpoints.newest == 4
+
+
+def test_initial_parameters_skip_a_damaged_checkpoint(tmp_path, whole, capsys):
+    copy = tmp_path / "copy"
+    checkpoint.shutil.copytree(whole, copy)
+    for path in (copy / "checkpoints" / LATEST / "44").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    support.run(tmp_path / "run", "max_steps=1", "architecture.hidden=[16]", f"init_from={copy}")
+    said = capsys.readouterr().out
+    assert "parameters of step 40 of" in said
+    assert (copy / "checkpoints" / LATEST / "44").is_dir(), "another run's stays where it is"
+
+
+def test_other_batches_start_the_data_anew(tmp_path, whole, capsys):
+    options = [option for option in RUN if "epochs" not in option]
+    support.run(tmp_path, *options, "total_epochs=9", "batch_size=256", f"resume={whole}")
+    assert "the streams start anew" in capsys.readouterr().out
+
+
+def test_checkpoints_switched_off_still_go_on(tmp_path, monkeypatch, capsys, whole):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 27)
+        with pytest.raises(Interrupted):
+            support.run(tmp_path / "run", *RUN)
+    support.run(tmp_path / "run", *RUN, "checkpoint_freq=null")
+    assert "going on from the checkpoint of step 27" in capsys.readouterr().out
+    assert support.timeless(support.rows(tmp_path / "run")) == support.timeless(support.rows(whole))
+
+
+def test_histograms_are_not_doubled(tmp_path, monkeypatch, whole):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 33)
+        with pytest.raises(Interrupted):
+            support.run(tmp_path / "run", *RUN, "record_histograms=true")
+    folder = tmp_path / "run" / "checkpoints" / LATEST
+    checkpoint.shutil.rmtree(folder / "33")
+    checkpoint.shutil.rmtree(folder / "30")  # as if killed at 29: the evaluation at 30 comes again
+    support.run(tmp_path / "run", *RUN, "record_histograms=true")
+    lines = (tmp_path / "run" / "histograms.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [15, 15, 30, 30, 44, 44]
 
 
 # --- losses that are not finite ------------------------------------------------------------
@@ -325,6 +400,35 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypa
     assert all(
         np.isfinite(array).all() for n, array in final(tmp_path / "run").items() if "params" in n
     )
+
+
+def test_parameters_that_overflow_are_not_saved(tmp_path, monkeypatch):
+    """The step before one whose loss is not finite has already broken the parameters."""
+    from llqr_experiments import build
+
+    huge = optax.with_extra_args_support(optax.chain(optax.sgd(1e30), optax.scale(1e30)))
+    monkeypatch.setattr(build, "optimizer", lambda *_: huge)
+    plain = ("sam_mode=null", "use_preconditioner=false", "perturb_mode=ema_grad")
+    with pytest.raises(TrainingError, match=r"updated parameter layers_0/bias .* at step 0; there"):
+        support.run(tmp_path, *RUN, *plain, "checkpoint_freq=1")
+    assert checkpoint.steps(tmp_path / "checkpoints") == []
+
+
+def test_an_evaluation_that_is_not_finite_is_not_the_best(tmp_path, monkeypatch):
+    from llqr_experiments import train
+
+    evaluate, calls = train.evaluate, []
+
+    def spoilt(*args):
+        calls.append(None)
+        found = evaluate(*args)
+        return found | {"loss": float("nan")} if len(calls) == 3 else found
+
+    monkeypatch.setattr(train, "evaluate", spoilt)
+    support.run(tmp_path, *RUN, 'checkpoint_metric="test loss"', "maximize_checkpoint_metric=false")
+    best = json.loads((tmp_path / "meta.json").read_text())["best"]
+    assert best["step"] == 30
+    assert checkpoint.steps(tmp_path / "checkpoints", BEST) == [30]
 
 
 def poison(monkeypatch, at: int) -> None:

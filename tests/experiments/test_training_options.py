@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ import optax
 import pytest
 
 from llqr_experiments import cli, options, plan, spec, sweep, tasks, train
+from llqr_experiments.checkpoint import Checkpoints
+from llqr_experiments.console import Display
 from llqr_experiments.errors import ConfigError, DataError
 from llqr_experiments.step import Recipe, advance, init
 from tests.experiments import support
@@ -98,6 +102,19 @@ def test_tensors_of_rank_four_are_normalised_before_the_update():
     assert np.all(np.isfinite(state.params["conv"]))
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_parameter_that_overflows_is_noted(skip):
+    """Loss and gradient are finite, the update is not."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    loss = lambda p, _: (jnp.sum(p["a"]) + 1e30 * jnp.sum(p["b"]), ())  # noqa: E731
+    recipe = Recipe(optax.with_extra_args_support(optax.sgd(1e30)), skip=skip)
+    state, _, _ = advance(loss, recipe, False, init(recipe, params), None)
+    assert int(state.health.bad_step) == 0
+    assert int(state.health.bad_leaf) == 2 + 1, "behind the two gradients, the second parameter"
+    assert bool(jnp.all(state.params["b"] == 1.0)) is skip
+    assert int(state.step) == 1
+
+
 # --- data ----------------------------------------------------------------------------------
 
 
@@ -115,7 +132,7 @@ def test_overlapping_batches_share_examples(tmp_path):
     config = support.config("experiment=quick-local-test", "batch_overlap_fraction=0.5")
     job = train.prepare(config)
     assert job.last == 2246, "the number of steps is that of whole batches"
-    session = train._begin(job, False, tmp_path, None, None)[0]  # type: ignore[arg-type]
+    session = train._begin(job, False, tmp_path, Checkpoints(tmp_path, 1, print), Display(1, 1))[0]
     first, second = next(session.stream), next(session.stream)
     np.testing.assert_array_equal(first["image"][64:], second["image"][:64])
     with pytest.raises(ConfigError, match="batch_overlap_fraction"):
@@ -147,9 +164,33 @@ def test_tensorboard_gets_the_metrics(tmp_path):
     assert b"train_loss" in events[0].read_bytes()
 
 
-def test_the_best_checkpoint_needs_a_metric_that_is_measured(tmp_path):
-    with pytest.raises(ConfigError, match="test loss"):
-        support.run(tmp_path, *PLAIN, "max_steps=1", "checkpoint_metric=test_loss")
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (['checkpoint_metric="test acuracy"'], "did you mean 'test accuracy'"),
+        (['checkpoint_metric="train_eval loss"'], "needs add_train_eval=true"),
+        (["architecture.name=resnet"], "architecture.name: unknown value 'resnet'"),
+        (["resume=a", "init_from=b"], "leave init_from out"),
+        (["preempt_handling=true", "checkpoint_freq=null"], "needs checkpoint_freq"),
+        (["preempt_handling=true", "comparison.name=training"], "is for one run"),
+        (["partial_batch=fill"], "straddle"),
+        (["precision=float16"], "bf16"),
+        (["batch_overlap_fraction=1.0"], "must be >= 0 and < 1"),
+    ],
+)
+def test_what_cannot_be_is_told_at_once(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        support.config(*overrides)
+
+
+def test_half_precision_keeps_losses_of_near_certainty():
+    """log p of a sure answer is small and not 0."""
+    task = tasks.build(support.config("dataset=digits", "precision=bf16"))
+    params = jax.tree.map(lambda x: 3 * x, task.params)
+    batch = {"image": jnp.asarray(task.dataset.train.images[:64], jnp.float32)}
+    half = task.training.forward(params, batch)
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(jnp.sum(jnp.exp(half), -1), 1.0, rtol=1e-5)
 
 
 def test_the_closing_table_says_how_long_steps_waited(tmp_path, capsys):
@@ -213,7 +254,11 @@ def test_a_sweep_is_summed_up(tmp_path, capsys):
     (tmp_path / "init_key=2,wd_mask=[a,b]" / "meta.json").write_text("{}")
     from omegaconf import OmegaConf
 
-    sweep.Summary().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    with pytest.raises(SystemExit) as ended:
+        sweep.Summary().on_multirun_end(
+            OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+        )
+    assert ended.value.code == 1, "one did not finish"
     said = capsys.readouterr().out
     assert "3 runs" in said
     assert re.search(r"0\s+91\s", said)
@@ -222,6 +267,20 @@ def test_a_sweep_is_summed_up(tmp_path, capsys):
     lines = (tmp_path / "summary.csv").read_text().splitlines()
     assert lines[0] == "init_key,wd_mask,test accuracy,seconds,status"
     assert lines[2].startswith('1,"[a,b]",92.5')
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_past_a_run_that_fails(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "run.py", "-m", "experiment=quick-local-test", "smoke=true",
+         "logging.aim=false", "use_preconditioner=false", "learning_rate=1e38,0.1",
+         f"hydra.sweep.dir={tmp_path}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    lines = (tmp_path / "summary.csv").read_text().splitlines()
+    assert len(lines) == 3
+    assert {line.rsplit(",", 1)[-1] for line in lines[1:]} == {"finished", "not finished"}
 
 
 def test_the_table_of_options_is_that_of_the_schema():

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from llqr import _types as t
@@ -47,5 +48,10 @@ class MLP(nnx.Module):
         for i in range(self.dense):
             parts.append((f"layers_{2 * i}", getattr(self, f"layers_{2 * i}")))
             parts.append((f"layers_{2 * i + 1}", nnx.relu))
-        parts[-1] = (parts[-1][0], jax.nn.log_softmax)
+        parts[-1] = (parts[-1][0], _log_softmax)
         return parts
+
+
+def _log_softmax(logits: t.Array) -> t.Array:
+    """Log-probabilities, in float32 at least: near certainty, half precision rounds them to 0."""
+    return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
