@@ -98,7 +98,7 @@ class Display:
         split = "   ".join(f"{name} {value:.1f} s" for name, value in _largest_first(seconds))
         other = total - sum(seconds.values())
         table.add_row("time", f"{total:.1f} s:   {split}   other {max(other, 0):.1f} s")
-        running = sum(seconds[name] for name in ("training", "refit", "data", "logging"))
+        running = sum(seconds[name] for name in ("training", "refit", "data", "logging")) or 1.0
         shares = (f"{name} {100 * seconds[name] / running:.1f} %" for name in ("data", "logging"))
         table.add_row("waiting", f"of the time of training and refits: {', '.join(shares)}")
         table.add_row("files", ", ".join(path.name for path in sorted(folder.iterdir())))

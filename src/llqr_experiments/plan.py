@@ -1,7 +1,6 @@
 """What a run would do: its steps, refits, memory and cost, before anything is run."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -33,7 +32,7 @@ def show(config: Config) -> None:
         runs, steps = config.comparison.runs, config.comparison.steps
         console.print(f"potholes: four methods, {runs} starts each, {steps:,} steps")
         return
-    variants = {"": replace(config)}
+    variants = {"": config}
     if config.comparison.name:
         variants = comparison.variants(config)
         console.print(f"{len(variants)} methods, {config.comparison.runs} runs each")

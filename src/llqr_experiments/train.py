@@ -27,8 +27,6 @@ from llqr_experiments.spec import Config
 from llqr_experiments.step import Recipe, TrainState, advance, init
 from llqr_experiments.tracking import Trackers
 
-Log = Callable[[int, dict[str, float]], None]
-
 
 class Result(NamedTuple):
     """What a run ends with."""
@@ -237,15 +235,12 @@ def _begin(
         seed=config.rng_seed,
         num_threads=config.data_threads,
     )
-    refits = data.refit_stream(
-        job.train, batch_size=config.precond_batch_size, seed=config.rng_seed, num_threads=0
-    )
-    session = Session(init(job.recipe, job.task.params), 0, stream, refits)
-    say, found, own = display.say, None, True
+    session = Session(init(job.recipe, job.task.params), 0, stream, _refit_batches(job))
+    say, found, own, options = display.say, None, True, records.options(config)
     if entered or config.preempt_handling:
         found = checkpoints.restore(session.state)
         if found is not None:  # in $SCRATCH, the folder does not tell whose it is
-            records.check_same(found.meta["options"], records.options(config), checkpoints.folder)
+            records.check_same(found.meta["options"], options, checkpoints.folder)
     if found is None and config.resume:
         found = Checkpoints(find(Path(config.resume)), 1, say).restore(session.state, own=False)
         own = False
@@ -272,7 +267,7 @@ def _begin(
         session.state = session.state._replace(health=fresh.health)
     where = "" if own else f" of {config.resume}"
     say(f"going on from the checkpoint of step {found.step}{where}\n")
-    if all(meta["options"][name] == records.options(config)[name] for name in STREAM):
+    if all(meta["options"][name] == options[name] for name in STREAM):
         session.stream.set_state(meta["stream"])
         session.refits.set_state(meta["refits"])
     else:
@@ -281,6 +276,12 @@ def _begin(
         return session, {"seconds": meta["seconds"]}
     _forget_histograms(out_dir / HISTOGRAMS, found.step)
     return session, meta
+
+
+def _refit_batches(job: Run) -> Any:
+    """The stream that refits draw from, at its start."""
+    size, seed = job.config.precond_batch_size, job.config.rng_seed
+    return data.refit_stream(job.train, batch_size=size, seed=seed, num_threads=0)
 
 
 STREAM = (
@@ -479,12 +480,7 @@ def _refit(job: Run, session: Session, training: dict[str, Any], desk: Desk) -> 
 
 def _quality(job: Run, params: Params, step: int, desk: Desk) -> llqr.Quality:
     """Compare the steps of `config.quality` with the exact one, on the first refit batch."""
-    config = job.config
-    batch = next(
-        data.refit_stream(
-            job.train, batch_size=config.precond_batch_size, seed=config.rng_seed, num_threads=0
-        )
-    )
+    config, batch = job.config, next(_refit_batches(job))
     with desk.clock.phase("quality"):
         found = insight.measure(config, job.task.objective.bind(batch), params)
     desk.display.say(f"\nstep {step:>6}   steps compared with the exact one\n{found}\n")
