@@ -252,6 +252,18 @@ def test_a_newer_format_is_refused(tmp_path, monkeypatch):
         checkpoints.restore({"w": jnp.ones(2)})
 
 
+def test_an_array_that_reads_well_and_is_another_is_told_by_its_checksum(tmp_path, monkeypatch):
+    """Storage has checks of its own; ours does not depend on them."""
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, 1, said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_checksum", lambda array: 1)
+        checkpoints.save(1, {"w": jnp.ones(2)}, {})
+        checkpoints.close()
+    assert checkpoints.restore({"w": jnp.ones(2)}) is None
+    assert "the checkpoint of step 1 is damaged (0000.w is not what was written)" in said[0]
+
+
 def test_every_dtype_comes_back(tmp_path):
     state = {
         "half": jnp.arange(3, dtype=jnp.bfloat16),
