@@ -261,7 +261,7 @@ def test_an_array_that_reads_well_and_is_another_is_told_by_its_checksum(tmp_pat
         checkpoints.save(1, {"w": jnp.ones(2)}, {})
         checkpoints.close()
     assert checkpoints.restore({"w": jnp.ones(2)}) is None
-    assert "the checkpoint of step 1 is damaged (0000.w is not what was written)" in said[0]
+    assert "the checkpoint of step 1 is damaged (0000.w is not what was written.)" in said[0]
 
 
 def test_every_dtype_comes_back(tmp_path):
