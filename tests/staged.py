@@ -134,3 +134,27 @@ STAGED = [
         mask=(True, False, True, True),
     ),
 ]  # fmt: skip
+
+
+def _tied() -> list[tuple[str, Callable[[Any, Any], Any], tuple[str, ...]]]:
+    """An embedding that is read twice more: alone, and beside parameters of a stage's own."""
+
+    def embed(table: Any, tokens: Any) -> Any:
+        return {"h": table[tokens], "tokens": tokens}
+
+    def scores(p: Any, s: Any) -> Any:
+        return {"h": jnp.tanh(s["h"] @ p["mix"]) + p["embed"][s["tokens"]] ** 2}
+
+    def head(p: Any, s: Any) -> Any:
+        return jnp.mean(s["h"], 1) @ p["embed"].T
+
+    return [("embed", embed, ()), ("mix", scores, ("embed",)), ("head", head, ("embed",))]
+
+
+def _tied_data(rng: np.random.Generator) -> tuple[Any, Any, Any]:
+    params = {"embed": rng.normal(size=(4, 3)), "mix": rng.normal(size=(3, 3))}
+    return params, np.array([[0, 1, 2], [3, 0, 3], [1, 1, 3]]), np.array([0, 1, 2])
+
+
+SHARED = [Staged("tied", lqr.stages_from_functions(_tied()), _tied_data)]
+"""Problems where stages share parameters: all but the Riccati recursion."""

@@ -123,7 +123,7 @@ def _stage_by_stage(
             "solver='cg', which takes any model."
         )
     return lqr.linearize(
-        forward.staged,
+        forward.bound(objective.batch),
         params,
         forward.inputs(objective.batch),
         loss=objective.loss,

@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 
 import llqr
 from llqr import lqr
-from tests.staged import STAGED
+from tests.staged import SHARED, STAGED
 
 CASES = pytest.mark.parametrize("case", STAGED, ids=lambda case: case.name)
 METRICS = ("ngd", "reverse_kl", "gauss_newton", "renyi", "newton", "renyi_zero")
@@ -66,7 +66,7 @@ def random_control(case, seed=5):
     ("case", "metric"),
     [
         (case, metric)
-        for case in STAGED
+        for case in STAGED + SHARED
         for metric in (METRICS if case.name in ("three stages", "masked") else ("ngd", "newton"))
     ],
     ids=lambda value: getattr(value, "name", value),
@@ -93,9 +93,15 @@ def test_cost_gradient_and_solution(case, metric):
 
     expected = -np.linalg.solve(damped, g)
     scale = np.linalg.norm(expected)
-    solution = lqr.riccati(p)
-    assert np.linalg.norm(flat_of(solution.controls) - expected) < 1e-10 * scale
-    np.testing.assert_allclose(solution.objective, g @ expected / 2, rtol=1e-9)
+    if case in SHARED:
+        with pytest.raises(
+            ValueError, match=r"'mix' shares the parameters of \['embed'\].*solve_cg"
+        ):
+            lqr.riccati(p)
+    else:
+        solution = lqr.riccati(p)
+        assert np.linalg.norm(flat_of(solution.controls) - expected) < 1e-10 * scale
+        np.testing.assert_allclose(solution.objective, g @ expected / 2, rtol=1e-9)
     by_cg = flat_of(lqr.solve_cg(p, tolerance=1e-13))
     assert np.linalg.norm(by_cg - expected) < 1e-10 * scale
 
@@ -179,12 +185,13 @@ def test_operators_are_the_derivatives(case):
         state = segment(control, state)
 
 
-@CASES
+@pytest.mark.parametrize("case", STAGED + SHARED, ids=lambda case: case.name)
 @pytest.mark.parametrize("metric", ["ngd", "newton"])
 def test_recomputed_and_grouped_give_the_same_numbers(case, metric):
     u = random_control(case)
     value, gradient = lqr.cost_and_gradient(problem(case, metric), u)
-    step = lqr.solve(problem(case, metric))
+    solve = lambda p: lqr.solve_cg(p, tolerance=1e-13) if case in SHARED else lqr.solve(p)  # noqa: E731
+    step = solve(problem(case, metric))
     names = list(case.model.names)
     pairs = [names[i : i + 2] for i in range(0, len(names), 2)]
     for other in (
@@ -195,7 +202,7 @@ def test_recomputed_and_grouped_give_the_same_numbers(case, metric):
         v, g = lqr.cost_and_gradient(other, u)
         np.testing.assert_allclose(v, value, rtol=1e-12)
         np.testing.assert_allclose(flat_of(g), flat_of(gradient), rtol=1e-10, atol=1e-12)
-        np.testing.assert_allclose(flat_of(lqr.solve(other)), flat_of(step), rtol=1e-8, atol=1e-11)
+        np.testing.assert_allclose(flat_of(solve(other)), flat_of(step), rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize("where", ["layer0", "layer1"])
@@ -341,3 +348,33 @@ def test_an_explicit_right_side():
     _, c = dense(case, "ngd")
     expected = -np.linalg.solve(c + 0.1 * np.eye(len(c)), flat_of(r))
     np.testing.assert_allclose(flat_of(lqr.solve(p, gradient=r)), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_stages_with_a_context():
+    """Constants of the batch reach every stage by name, on both routes and in both memories."""
+    scaled = lambda p, x, context: jnp.tanh(x @ p * context["scale"])  # noqa: E731
+    staged = lqr.stages_from_functions([("first", scaled), ("second", scaled)])
+    rng = np.random.default_rng(0)
+    params = {
+        "first": jnp.asarray(rng.normal(size=(3, 4))),
+        "second": jnp.asarray(rng.normal(size=(4, 2))),
+    }
+    batch = {"x": jnp.asarray(rng.normal(size=(5, 3))), "scale": jnp.asarray(rng.normal(size=()))}
+    forward = staged.as_forward(lambda b: b["x"], context=lambda b: {"scale": b["scale"]})
+    objective = llqr.Objective(forward, lambda z, b: jnp.mean(z**2)).bind(batch)
+    expected = jnp.tanh(
+        jnp.tanh(batch["x"] @ params["first"] * batch["scale"]) @ params["second"] * batch["scale"]
+    )
+    np.testing.assert_allclose(objective.outputs(params), expected, rtol=1e-14)
+    u = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), params)
+    plain = llqr.linearize(objective, params, "newton").product(u)
+    for memory in ("cached", "recomputed"):
+        route = llqr.Route(layerwise=True, memory=memory)
+        found = llqr.linearize(objective, params, "newton", route=route).product(u)
+        np.testing.assert_allclose(flat_of(found), flat_of(plain), rtol=1e-11)
+
+
+def test_a_stage_reads_only_what_comes_before_it():
+    identity = lambda _, x: x  # noqa: E731
+    with pytest.raises(ValueError, match="stage 'a': unknown earlier stage 'b'"):
+        lqr.stages_from_functions([("a", identity, ("b",)), ("b", identity)])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -43,22 +43,66 @@ def refresh(optimizer: nnx.Optimizer, model: nnx.Module, objective: BoundObjecti
     nnx.update(optimizer.opt_state, nnx.state(state))
 
 
-def stages(parts: Sequence[tuple[str, Any]]) -> tuple[StagedModel, dict[str, Any]]:
-    """Return a staged model, and its parameters, from modules and functions x -> x in order.
+class Stages(NamedTuple):
+    """A staged model of NNX modules.
 
-    Other state than parameters (batch statistics) is frozen: use modules in evaluation mode.
+    Attributes:
+      model: its functions take the statistics as their context; `model.bind(statistics)`
+        freezes them.
+      params: by stage.
+      statistics: batch statistics, by stage.
     """
-    functions, params = [], {}
-    for name, part in parts:
-        if isinstance(part, nnx.Module):
-            graphdef, theta, rest = nnx.split(part, nnx.Param, ...)
-            functions.append((name, partial(_run, graphdef, rest)))
-            if jax.tree.leaves(theta):
-                params[name] = nnx.as_pure(theta)
-        else:
-            functions.append((name, lambda _, x, part=part: part(x)))
-    return stages_from_functions(functions), params
+
+    model: StagedModel
+    params: dict[str, Any]
+    statistics: dict[str, Any]
 
 
-def _run(graphdef: Any, rest: Any, theta: Any, x: Any) -> Any:
-    return nnx.merge(graphdef, nnx.State({}) if theta is None else theta, rest)(x)
+def stages(parts: Sequence[tuple[Any, ...]]) -> Stages:
+    """Return a staged model from modules and functions in order.
+
+    Args:
+      parts: (name, module or function) with x -> x; or (name, part, how) with
+        `how(part, x) -> x`, where it acts on some of x only. A module that comes again shares
+        its parameters with the stage where it came first. Mode is kept: use modules in
+        evaluation mode.
+
+    Raises:
+      ValueError: two modules share some of their parameters.
+    """
+    functions, owners, params, statistics, seen = [], {}, {}, {}, {}
+    for name, part, *how in parts:
+        call = how[0] if how else _call
+        if not isinstance(part, nnx.Module):
+            functions.append((name, partial(_apply, partial(call, part))))
+            continue
+        graphdef, theta, batch, rest = nnx.split(part, nnx.Param, nnx.BatchStat, ...)
+        owner = owners.setdefault(id(part), name)
+        shared = name != owner
+        run = partial(_run, graphdef, rest, call, owner, shared)
+        functions.append((name, run, (owner,) if shared else ()))
+        if shared:
+            continue
+        for variable in jax.tree.leaves(theta, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+            if seen.setdefault(id(variable), name) != name:
+                raise ValueError(f"stages {seen[id(variable)]!r} and {name!r} share parameters.")
+        for found, kept in ((theta, params), (batch, statistics)):
+            if jax.tree.leaves(found):
+                kept[name] = nnx.to_pure_dict(found)
+    return Stages(stages_from_functions(functions), params, statistics)
+
+
+def _call(module: Any, x: Any) -> Any:
+    return module(x)
+
+
+def _apply(function: Callable[[Any], Any], _: Any, x: Any, context: Any = None) -> Any:
+    return function(x)
+
+
+def _run(
+    graphdef: Any, rest: Any, how: Any, owner: str, shared: bool, theta: Any, x: Any, context: Any
+) -> Any:
+    own = theta[owner] if shared else theta
+    states = [nnx.State(found or {}) for found in (own, context.get(owner))]
+    return how(nnx.merge(graphdef, *states, rest), x)

@@ -40,7 +40,13 @@ def cost_and_gradient(problem: LQRProblem, controls: Control) -> tuple[Float[Arr
         if stage.metric is not None and following is not None:
             nu = jax.tree.map(jnp.add, nu, stage.metric(following))
         nu, control = _adjoint(stage, deltas[i], us[i], nu)
-        gradient |= jax.tree.map(lambda d, u: d + problem.damping * u, control, us[i])
+        control = control | {
+            name: jax.tree.map(lambda d, u: d + problem.damping * u, control[name], u)
+            for name, u in stage.own(us[i]).items()
+        }
+        for name, slope in control.items():  # a control of several stages gets a part from each
+            known = gradient.get(name)
+            gradient[name] = slope if known is None else jax.tree.map(jnp.add, known, slope)
         if nu is None:
             break
     return total, {name: gradient[name] for name in problem.params}
@@ -61,7 +67,8 @@ def _rollout(problem: LQRProblem, us: list[Control]) -> tuple[Array, list[Tangen
         if stage.state is None and stage.passive:
             deltas.append(None)
             continue
-        total = total + 0.5 * problem.damping * vdot(u, u)
+        own = stage.own(u)
+        total = total + 0.5 * problem.damping * vdot(own, own)
         if stage.curvature is not None:
             on_state, on_control = stage.curvature(delta, u)
             total = total + 0.5 * vdot(u, on_control)

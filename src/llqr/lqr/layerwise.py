@@ -26,7 +26,7 @@ def _(
             f"the layerwise route places metrics by stage: make the forward function without "
             f"watch={forward.watch}."
         )
-    staged = forward.staged
+    staged = forward.bound(objective.batch)
     if route.checkpoint_policy != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         staged = staged.rematerialized(policy)

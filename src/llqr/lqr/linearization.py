@@ -165,7 +165,10 @@ def _stage(
         slope = jax.grad(lambda z: potential(_merge(y, z), jax.lax.stop_gradient(y)))
         metric = _linear(slope, (_inexact(y),), memory == "cached")
     dynamics = _linear(step, point, memory != "recomputed")
-    return Stage(segment.name, control, state, _inexact(y), dynamics, curvature, metric, costate)
+    shared = segment.shared & control.keys()
+    return Stage(
+        segment.name, shared, control, state, _inexact(y), dynamics, curvature, metric, costate
+    )
 
 
 def _linear(

@@ -74,6 +74,8 @@ class Stage:
     Attributes:
       name: of the stage.
       control: theta_i, by member; an empty dict for a passive stage.
+      shared: names in `control` that are controls of earlier stages: this stage reads the same
+        parameters.
       state: inexact leaves of x_i, or None while no control has acted yet (delta_i = 0).
       output: inexact leaves of x_{i+1}.
       dynamics: (delta_i or None, u_i) -> delta_{i+1}.
@@ -84,6 +86,7 @@ class Stage:
     """
 
     name: str = field(metadata={"static": True})
+    shared: frozenset[str] = field(metadata={"static": True})
     control: Control
     state: Tangent | None
     output: Tangent
@@ -91,6 +94,10 @@ class Stage:
     curvature: Callable[[Tangent | None, Control], tuple[Any, Control]] | None
     metric: Callable[[Tangent], Tangent] | None
     costate: Tangent | None
+
+    def own(self, control: Control) -> Control:
+        """The part of a control that no earlier stage has."""
+        return {name: value for name, value in control.items() if name not in self.shared}
 
     @property
     def passive(self) -> bool:

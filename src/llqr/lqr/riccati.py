@@ -79,11 +79,12 @@ def riccati(
       max_size: bound on the number of entries of any state (batch included) or control.
 
     Raises:
-      ValueError: a size above the bound; the message says which, and what to do instead.
+      ValueError: a size above the bound, or parameters that several stages share; the message
+        says which, and what to do instead.
       NonConvexError: some S_i is not positive definite; names the stage and the eigenvalue.
         Inside `jit`, where nothing can be raised, the controls are NaN instead.
     """
-    _check_size(problem, max_size)
+    _check(problem, max_size)
     v = ravel_pytree(problem.cotangent)[0]
     linear = [None] * len(problem.stages)
     if gradient is not None:
@@ -176,8 +177,14 @@ def solve_cg(
     return jax.tree.map(jnp.negative, solution)
 
 
-def _check_size(problem: LQRProblem, limit: int) -> None:
+def _check(problem: LQRProblem, limit: int) -> None:
     for stage in problem.stages:
+        if stage.shared:
+            raise ValueError(
+                f"stage {stage.name!r} shares the parameters of {sorted(stage.shared)}: the "
+                "Riccati recursion needs controls that act at one stage each. Use "
+                "llqr.lqr.solve_cg."
+            )
         for kind, tree in (("state", stage.output), ("control", stage.control)):
             size = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(tree))
             if size > limit:

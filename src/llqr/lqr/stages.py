@@ -1,8 +1,9 @@
 """Staged models: a network as an ordered list of named stages x -> x."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 
@@ -10,7 +11,29 @@ from llqr._errors import unknown
 from llqr._types import PyTree
 
 StageFunction: TypeAlias = Callable[[Any, PyTree], PyTree]
-"""(parameters of the stage or None, state) -> next state."""
+"""(parameters of the stage or None, state) -> next state; see `Member.reads`."""
+
+
+class Member(NamedTuple):
+    """A named stage.
+
+    Attributes:
+      name: under which it has its parameters.
+      function: what it does.
+      reads: names of earlier stages whose parameters it uses too, such as an embedding that
+        is also the output matrix. A stage that reads receives a mapping in place of its own
+        parameters: stage name -> parameters, its own under its own name.
+    """
+
+    name: str
+    function: StageFunction
+    reads: tuple[str, ...] = ()
+
+    def parameters(self, params: Mapping[str, PyTree]) -> Any:
+        """What of `params`, by stage name, the function receives."""
+        if not self.reads:
+            return params.get(self.name)
+        return {name: params[name] for name in (self.name, *self.reads) if name in params}
 
 
 @dataclass(frozen=True)
@@ -18,24 +41,31 @@ class Segment:
     """Consecutive named stages that form one stage of the LQR.
 
     Attributes:
-      members: (name, function) in order.
+      members: in order.
     """
 
-    members: tuple[tuple[str, StageFunction], ...]
+    members: tuple[Member, ...]
 
     @property
     def name(self) -> str:
         """Name of the last member: that of the state which the segment produces."""
         return self.members[-1][0]
 
+    @property
+    def shared(self) -> frozenset[str]:
+        """Names of the stages outside the segment whose parameters it reads."""
+        own = {member.name for member in self.members}
+        return frozenset(name for member in self.members for name in member.reads) - own
+
     def control(self, params: Mapping[str, PyTree]) -> dict[str, PyTree]:
-        """Parameters of the members that have some; empty for a passive segment."""
-        return {name: params[name] for name, _ in self.members if name in params}
+        """Parameters that act on the segment, by stage; empty for a passive segment."""
+        names = [name for member in self.members for name in (member.name, *member.reads)]
+        return {name: params[name] for name in names if name in params}
 
     def __call__(self, control: Mapping[str, PyTree], state: PyTree) -> PyTree:
         """Run the members in order."""
-        for name, function in self.members:
-            state = function(control.get(name), state)
+        for member in self.members:
+            state = member.function(member.parameters(control), state)
         return state
 
 
@@ -51,13 +81,27 @@ class StagedModel:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all stages, in order."""
-        return tuple(name for segment in self.segments for name, _ in segment.members)
+        return tuple(member.name for segment in self.segments for member in segment.members)
 
     def __call__(self, params: Mapping[str, PyTree], inputs: PyTree) -> PyTree:
         """Return the final state."""
         for segment in self.segments:
             inputs = segment(segment.control(params), inputs)
         return inputs
+
+    def bind(self, context: Any) -> "StagedModel":
+        """Return the model whose functions, `(params, state, context=...)`, have their context.
+
+        A context holds constants of a batch that every stage can see: running statistics of
+        batch norm, say. Nothing is differentiated in it.
+        """
+
+        def bound(member: Member) -> Member:
+            return member._replace(function=partial(cast(Any, member.function), context=context))
+
+        return StagedModel(
+            tuple(replace(s, members=tuple(map(bound, s.members))) for s in self.segments)
+        )
 
     def grouped(self, groups: Sequence[Sequence[str]]) -> "StagedModel":
         """Return the same model with consecutive stages grouped into segments.
@@ -75,9 +119,9 @@ class StagedModel:
                 f"groups must name every stage once, in order, {list(self.names)}; got "
                 f"{[list(group) for group in groups]}."
             )
-        functions = dict(member for segment in self.segments for member in segment.members)
+        members = {member.name: member for s in self.segments for member in s.members}
         return StagedModel(
-            tuple(Segment(tuple((name, functions[name]) for name in group)) for group in groups)
+            tuple(Segment(tuple(members[name] for name in group)) for group in groups)
         )
 
     def rematerialized(self, policy: Callable[..., Any] | None = None) -> "StagedModel":
@@ -89,12 +133,16 @@ class StagedModel:
         return StagedModel(tuple(_Checkpointed(s.members, policy) for s in self.segments))
 
     def as_forward(
-        self, inputs: Callable[[Any], PyTree] = lambda batch: batch, watch: Sequence[str] = ()
+        self,
+        inputs: Callable[[Any], PyTree] = lambda batch: batch,
+        watch: Sequence[str] = (),
+        context: Callable[[Any], Any] | None = None,
     ) -> "StagedForward":
         """Return `(params, batch) -> outputs` for an `llqr.Objective`: the fused route.
 
         Args:
           inputs: batch -> the first stage's input.
+          context: batch -> what `bind` gives to the stages; None: they take none.
           watch: stages whose states are returned as well; outputs are then a dict with the
             key "output" and one for each of these names, so that a metric can be placed on
             any of them.
@@ -102,7 +150,7 @@ class StagedModel:
         for name in watch:
             if name not in self.names:
                 raise ValueError(unknown("stage", name, self.names))
-        return StagedForward(self, inputs, tuple(watch))
+        return StagedForward(self, inputs, tuple(watch), context)
 
 
 @dataclass(frozen=True)
@@ -124,33 +172,41 @@ class StagedForward:
     staged: StagedModel
     inputs: Callable[[Any], PyTree]
     watch: tuple[str, ...] = ()
+    context: Callable[[Any], Any] | None = None
+
+    def bound(self, batch: Any) -> StagedModel:
+        """Return the stages with the context of a batch."""
+        return self.staged if self.context is None else self.staged.bind(self.context(batch))
 
     def __call__(self, params: Mapping[str, PyTree], batch: Any) -> PyTree:
         """Return the final state, or a dict with the watched ones."""
-        state, seen = self.inputs(batch), {}
+        state, staged, seen = self.inputs(batch), self.bound(batch), {}
         if not self.watch:
-            return self.staged(params, state)
-        for segment in self.staged.segments:
-            for name, function in segment.members:
-                state = function(params.get(name), state)
-                if name in self.watch:
-                    seen[name] = state
+            return staged(params, state)
+        for segment in staged.segments:
+            for member in segment.members:
+                state = member.function(member.parameters(params), state)
+                if member.name in self.watch:
+                    seen[member.name] = state
         return {"output": state, **seen}
 
     def rematerialized(self, policy: Any) -> "StagedForward":
         """Return the same function, each segment a `jax.checkpoint` of its own."""
-        return StagedForward(self.staged.rematerialized(policy), self.inputs, self.watch)
+        return replace(self, staged=self.staged.rematerialized(policy))
 
 
-def stages_from_functions(stages: Iterable[tuple[str, StageFunction]]) -> StagedModel:
+def stages_from_functions(
+    stages: Iterable[tuple[str, StageFunction] | tuple[str, StageFunction, tuple[str, ...]]],
+) -> StagedModel:
     """Make a staged model from functions, one segment for each.
 
     Args:
       stages: (name, f) in order, with f(params[name], x) -> x; a stage whose name is not in
-        the parameters is passive and receives None.
+        the parameters is passive and receives None. Or (name, f, reads) with the names of
+        earlier stages whose parameters f uses too, see `Member.reads`.
 
     Raises:
-      ValueError: no stage, or two of one name.
+      ValueError: no stage, two of one name, or one that reads what does not come before it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -159,8 +215,14 @@ def stages_from_functions(stages: Iterable[tuple[str, StageFunction]]) -> Staged
       >>> staged({"dense": jnp.ones((2, 3))}, jnp.ones((1, 2))).tolist()
       [[2.0, 2.0, 2.0]]
     """
-    members = tuple(stages)
-    names = [name for name, _ in members]
+    members = tuple(Member(*cast(Any, stage)) for stage in stages)
+    names = [member.name for member in members]
     if not members or len(set(names)) != len(names):
         raise ValueError(f"give at least one stage, each with a name of its own; got {names}.")
+    for i, member in enumerate(members):
+        for name in member.reads:
+            if name not in names[:i]:
+                raise ValueError(
+                    f"stage {member.name!r}: {unknown('earlier stage', name, names[:i])}"
+                )
     return StagedModel(tuple(Segment((member,)) for member in members))

@@ -1,5 +1,73 @@
-"""Models of the experiments, in Flax NNX."""
+"""Models of the experiments, in Flax NNX: `make` by name, `network` for their pure functions."""
 
-from llqr_experiments.models.mlp import MLP
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["MLP"]
+from flax import nnx
+
+from llqr._errors import unknown
+from llqr_experiments.errors import ConfigError
+from llqr_experiments.models import mlp, resnet
+from llqr_experiments.models.staged import Network, Staged, network
+
+__all__ = ["MODELS", "Network", "Staged", "make", "network"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the catalogue.
+
+    Attributes:
+      factory: `(shape or sizes of the data, classes, *, options, rngs) -> Staged`.
+      small: options of a small sibling, for smoke runs and tests.
+    """
+
+    factory: Callable[..., Staged]
+    small: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def options(self) -> list[str]:
+        """Names of its own options."""
+        known = inspect.signature(self.factory).parameters.values()
+        return [p.name for p in known if p.kind is p.KEYWORD_ONLY and p.name != "rngs"]
+
+
+MODELS: dict[str, Model] = {
+    "mlp": Model(mlp.mlp, {"hidden": [16]}),
+    "resnet-18": Model(resnet.resnet18, {"width": 4, "depth": 1}),
+    "resnet-50": Model(resnet.resnet50, {"width": 4, "depth": 1}),
+}
+
+
+def make(
+    name: str, shape: Sequence[int], classes: int, *, seed: int, options: Mapping[str, Any]
+) -> Staged:
+    """Return a model.
+
+    Args:
+      name: one of `MODELS`.
+      shape: of an input, without the batch.
+      classes: number of outputs.
+      seed: of the initial parameters.
+      options: of the model; None values are left to it.
+
+    Raises:
+      ConfigError: an unknown name, an option that the model does not have, or a size it cannot
+        be built in.
+    """
+    if name not in MODELS:
+        raise ConfigError(unknown("architecture", name, MODELS))
+    model = MODELS[name]
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in given:
+        if key not in model.options:
+            raise ConfigError(
+                f"architecture.{key}={given[key]}: {name} has no such option, only "
+                f"{', '.join(model.options) or 'none'}."
+            )
+    try:
+        return model.factory(shape, classes, **given, rngs=nnx.Rngs(seed))
+    except ValueError as error:
+        raise ConfigError(f"architecture {name}: {error}") from error

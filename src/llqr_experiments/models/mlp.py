@@ -1,57 +1,34 @@
 """The multilayer perceptron of the papers."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from itertools import pairwise
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from llqr import _types as t
+from llqr_experiments.models.staged import Staged, call, flat, log_softmax
 
 
-class MLP(nnx.Module):
-    """Flatten, then dense layers with ReLU between them, then log-softmax.
+def mlp(
+    shape: Sequence[int], classes: int, *, hidden: Sequence[int] = (100, 300), rngs: nnx.Rngs
+) -> Staged:
+    """Return dense layers with ReLU between them, then log-softmax.
 
-    Parameter groups are `layers_0`, `layers_2`, ...: every stage has a number, and the
-    activations between the dense layers count.
+    Kernels are LeCun-normal, biases zero. A segment is a dense layer with its activation.
 
     Args:
-      features: size of a flattened input.
-      hidden: widths of the hidden layers.
+      shape: of an input, without the batch; it is flattened.
       classes: number of outputs.
-      rngs: random streams; kernels are LeCun-normal, biases zero.
+      hidden: widths of the hidden layers.
+      rngs: random streams.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> model = MLP(64, (100, 300), 10, rngs=nnx.Rngs(0))
-      >>> model(jnp.zeros((2, 8, 8, 1))).shape
+      >>> mlp((8, 8, 1), 10, rngs=nnx.Rngs(0))(jnp.zeros((2, 8, 8, 1))).shape
       (2, 10)
     """
-
-    def __init__(self, features: int, hidden: Sequence[int], classes: int, *, rngs: nnx.Rngs):
-        widths = [features, *hidden, classes]
-        self.dense = len(widths) - 1
-        for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
-            setattr(self, f"layers_{2 * i}", nnx.Linear(fan_in, fan_out, rngs=rngs))
-
-    def __call__(self, x: t.Float[t.Array, "batch ..."]) -> t.Float[t.Array, "batch classes"]:
-        """Return log-probabilities."""
-        x = x.reshape(x.shape[0], -1)
-        for _, stage in self.stages():
-            x = stage(x)
-        return x
-
-    def stages(self) -> list[tuple[str, Callable[[t.Array], t.Array]]]:
-        """Return (name, module or function) in order, from flattened inputs."""
-        parts: list[tuple[str, Callable[[t.Array], t.Array]]] = []
-        for i in range(self.dense):
-            parts.append((f"layers_{2 * i}", getattr(self, f"layers_{2 * i}")))
-            parts.append((f"layers_{2 * i + 1}", nnx.relu))
-        parts[-1] = (parts[-1][0], _log_softmax)
-        return parts
-
-
-def _log_softmax(logits: t.Array) -> t.Array:
-    """Log-probabilities, in float32 at least: near certainty, half precision rounds them to 0."""
-    return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    widths = [math.prod(shape), *hidden, classes]
+    dense = [nnx.Linear(m, n, rngs=rngs) for m, n in pairwise(widths)]
+    hows = [flat] + [call] * (len(dense) - 2)
+    segments = [[(layer, how), nnx.relu] for layer, how in zip(dense, hows, strict=False)]
+    return Staged([*segments, [dense[-1], log_softmax]])
