@@ -221,12 +221,14 @@ def read(
     return arrays, meta
 
 
-def load_params(folder: Path, like: Any, say: Callable[[str], None]) -> tuple[Any, int]:
-    """Return the parameters of the newest checkpoint, and its step.
+def load_fields(
+    folder: Path, like: dict[str, Any], say: Callable[[str], None]
+) -> tuple[dict[str, Any], int]:
+    """Return fields of the state in the newest checkpoint, and its step.
 
     Args:
       folder: of checkpoints.
-      like: parameters with the same structure, shapes and dtypes.
+      like: by the name of a field, a tree with its structure, shapes and dtypes.
       say: prints a line for the user.
 
     Raises:
@@ -237,12 +239,7 @@ def load_params(folder: Path, like: Any, say: Callable[[str], None]) -> tuple[An
     if newest is None:
         raise ConfigError(f"{folder}: no checkpoint there can be read.")
     step, arrays, _ = newest
-    mark = ".params."  # the state's field, behind the leaf's number
-    found = {
-        name.partition(mark)[2]: array
-        for name, array in arrays.items()
-        if name[4:].startswith(mark)
-    }
+    found = {name.partition(".")[2]: array for name, array in arrays.items()}  # without numbers
     wanted = [name.replace("/", ".") for name in leaf_names(like)]
     leaves, treedef = jax.tree.flatten(like)
     for name, leaf in zip(wanted, leaves, strict=True):

@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from llqr._types import Array, Params
-from llqr_experiments import build, landscape, potholes, records, step, train
+from llqr_experiments import build, landscape, potholes, records, step, tasks, train
 from llqr_experiments.clock import Clock
 from llqr_experiments.spec import Config
 
@@ -124,7 +124,7 @@ def _measure_model(config: Config, done: train.Result) -> Ending:
     source = done.train
     count = min(len(source), MOST_EXAMPLES)
     batch = jax.tree.map(jnp.asarray, source.gather(np.arange(count)))
-    bound = done.task.objective.bind(batch)
+    bound = tasks.bound(done.task, batch, done.statistics)
     found = landscape.measure(bound, done.params, config.comparison.radii)
     names = ("test accuracy", "test loss")
     return Ending(found, {name: done.metrics[name] for name in names})
@@ -156,14 +156,14 @@ def _recipe(config: Config) -> step.Recipe:
 def _follow_all(recipe: step.Recipe, steps: int, starts: Array) -> Array:
     """Points of the paths from all starts: [starts, steps + 1, 2]."""
 
-    def loss(params: Params, batch: Any) -> tuple[Array, tuple[()]]:
-        return potholes.OBJECTIVE(params, batch), ()
+    def loss(params: Params, batch: Any, carry: tasks.Carry) -> tuple[Array, tasks.Carry]:
+        return potholes.OBJECTIVE(params, batch), carry
 
     def follow(start: Array) -> Array:
         def one(state: step.TrainState, _: Any) -> tuple[step.TrainState, Array]:
             bound = potholes.OBJECTIVE.bind(None)
             active = recipe.ascent is not None
-            state, _, _ = step.advance(loss, recipe, active, state, None, objective=bound)
+            state, _ = step.advance(loss, recipe, active, state, None, objective=bound)
             return state, state.params["w"]
 
         first = step.init(recipe, {"w": start})

@@ -13,7 +13,7 @@ import numpy as np
 import llqr
 from llqr._types import Array, Params
 from llqr_experiments import data
-from llqr_experiments.tasks import examples, measure
+from llqr_experiments.tasks import STATISTICS, SUMS, examples, keep, measure
 
 BINS, RESERVOIR = 50, 200_000
 
@@ -57,7 +57,7 @@ class Histograms:
 
 def evaluate(
     objective: llqr.Objective,
-    params: Params,
+    model: tuple[Params, Any],
     source: data.Source,
     batch_size: int,
     histograms: Histograms | None = None,
@@ -66,18 +66,20 @@ def evaluate(
     """Return loss (natural log, no smoothing) and accuracy (percent) over a whole split.
 
     Args:
-      objective: model.
-      params: its parameters.
+      objective: forward function.
+      model: its parameters and running statistics.
       source: the split.
       batch_size: examples at once.
       histograms: where to add p(correct) and loss of every example; None: nowhere.
       name: of the split, in the histograms.
     """
-    totals = {key: jnp.zeros(()) for key in ("loss", "correct", "rows")}
+    params, statistics = model
+    totals = {key: jnp.zeros(()) for key in SUMS}
     for batch in data.evaluation_batches(source, batch_size):
+        batch = {**batch, STATISTICS: statistics}
         totals = _accumulate(objective.forward, params, totals, batch)
         if histograms is not None:
             for key, values in _examples(objective.forward, params, batch).items():
-                histograms.add(f"{name}/{key}_hist", np.asarray(values)[batch["mask"]])
-    loss, correct, rows = (float(totals[key]) for key in ("loss", "correct", "rows"))
+                histograms.add(f"{name}/{key}_hist", np.asarray(values)[np.asarray(keep(batch))])
+    loss, correct, rows = (float(totals[key]) for key in SUMS)
     return {"loss": loss / rows, "accuracy": 100.0 * correct / rows}

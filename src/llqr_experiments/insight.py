@@ -1,7 +1,6 @@
 """What a refit did, and how near the learned steps come to the exact one."""
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,17 +19,16 @@ from llqr_experiments.spec import Config
 BARS = ("#8aa6c1", "#c8452c", "#5b8c5a")
 
 
-@partial(jax.jit, static_argnames="objective")
+@jax.jit
 def gradient_cosine(
-    objective: llqr.Objective, params: Params, refit: Any, training: Any
+    refit: llqr.BoundObjective, training: llqr.BoundObjective, params: Params
 ) -> Float[Array, ""]:
     """Return the cosine of the loss gradients on a refit batch and on a training batch.
 
     Near 0, P is learned for a direction that training does not take: refit later
     (`precond_start_step`) or on more examples.
     """
-    a, b = (jax.grad(objective)(params, batch) for batch in (refit, training))
-    return cosine(a, b)
+    return cosine(jax.grad(refit)(params), jax.grad(training)(params))
 
 
 def refit_record(report: llqr.Report, agreement: float) -> dict[str, float]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 import llqr
-from llqr_experiments import build, comparison, train
+from llqr_experiments import build, comparison, tasks, train
 from llqr_experiments.spec import Config
 from llqr_experiments.step import TrainState, init
 
@@ -44,7 +44,9 @@ def show(config: Config) -> None:
 
 def _show_run(config: Config, console: Console) -> None:
     job = train.prepare(config)
-    state = jax.eval_shape(lambda params: init(job.recipe, params), job.task.params)
+    state = jax.eval_shape(
+        lambda model: init(job.recipe, *model), (job.task.params, job.task.statistics)
+    )
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -140,7 +142,8 @@ def _gradient_flops(job: train.Run) -> float:
     shapes = {
         name: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for name, x in batch.items()
     }
-    lowered = jax.jit(jax.grad(job.task.objective)).lower(job.task.params, shapes)
+    objective = tasks.bound(job.task, shapes, job.task.statistics)
+    lowered = jax.jit(lambda p, o: jax.grad(o)(p)).lower(job.task.params, objective)
     found: Any = lowered.cost_analysis()
     return float((found or {}).get("flops", 0.0))
 

@@ -34,6 +34,12 @@ OPERATOR_MODES = {
 """The papers' names and ours."""
 
 
+ARCHITECTURES = (
+    "mlp", "mlp-legacy", "resnet-18", "resnet-50", "vgg16-bn", "wide-resnet-28-10",
+    "pyramidnet-110", "vit-ti-16", "vit-s-16",
+)  # fmt: skip
+
+
 @dataclass
 class Dataset:
     """Where the data comes from."""
@@ -51,8 +57,19 @@ class Dataset:
 class Architecture:
     """The model."""
 
-    name: str = _option("mlp", "the model", choices=("mlp",))
-    hidden: list[int] = _option([100, 300], "widths of the hidden layers")
+    name: str = _option("mlp", "the model", choices=ARCHITECTURES)
+    hidden: list[int] | None = _option(None, "widths of hidden layers; null: the model's own")
+    width: int | None = _option(None, "channels or features; null: the model's own", low=1)
+    depth: int | None = _option(None, "blocks, or layers; null: the model's own", low=1)
+    dropout: float | None = _option(
+        None, "share of activations dropped in training; null: the model's own", low=0, below=1
+    )
+    heads: int | None = _option(None, "of attention; null: the model's own", low=1)
+    patch: int | None = _option(None, "side of a ViT's patches; null: by the image", low=1)
+    alpha: int | None = _option(None, "channels that a PyramidNet adds; null: 270", low=1)
+    units_per_group: int | None = _option(
+        None, "of a wide ResNet; null: 4; 5 is the size of the papers", low=1
+    )
 
 
 @dataclass
@@ -319,10 +336,9 @@ class Config:
             _check(name, option.metadata, value)
         if len(self.adam_betas) != 2 or not all(0 <= b < 1 for b in self.adam_betas):
             raise ConfigError(f"adam_betas={self.adam_betas}: give two numbers in [0, 1).")
-        if not self.architecture.hidden or min(self.architecture.hidden) < 1:
-            raise ConfigError(
-                f"architecture.hidden={self.architecture.hidden}: give at least one width >= 1."
-            )
+        hidden = self.architecture.hidden
+        if hidden is not None and (not hidden or min(hidden) < 1):
+            raise ConfigError(f"architecture.hidden={hidden}: give at least one width >= 1.")
         radii = self.comparison.radii
         if not radii or min(radii) <= 0:
             raise ConfigError(f"comparison.radii={radii}: give at least one radius > 0.")

@@ -1,6 +1,6 @@
 """One step of training: gradient, perturbed or not, check, and update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import llqr
 from llqr._tree import norm, normal_like
 from llqr._types import Array, Int, Params
 from llqr_experiments import build
+from llqr_experiments.tasks import Carry
 
 
 class Health(NamedTuple):
@@ -31,6 +32,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     params: Params
     opt_state: Any
+    statistics: Any  # running statistics of the model; empty without batch norm
     sharpness: llqr.SharpnessState | None  # None without SAM
     health: Health
 
@@ -42,7 +44,7 @@ class Recipe:
     Attributes:
       tx: the optimizer.
       ascent: how SAM perturbs; None without.
-      seed: of random perturbations.
+      seed: of dropout and random perturbations.
       microbatches: parts of the batch whose gradients are averaged.
       normalize: whether tensors of rank 4 and more are scaled to L2 norm sqrt(size) first.
       skip: whether a step with a loss or gradient that is not finite changes nothing.
@@ -58,13 +60,13 @@ class Recipe:
     weight: Callable[[Any], Array] | None = None
 
 
-def init(recipe: Recipe, params: Params) -> TrainState:
+def init(recipe: Recipe, params: Params, statistics: Any = ()) -> TrainState:
     """Return the state before the first step; its arrays are its own."""
     ascent = recipe.ascent
     sharpness = ascent.method(_no_loss).init(params) if ascent else None
     count = lambda value: jnp.asarray(value, jnp.int32)  # noqa: E731
     health = Health(count(-1), count(-1), count(0))
-    state = TrainState(count(0), params, recipe.tx.init(params), sharpness, health)
+    state = TrainState(count(0), params, recipe.tx.init(params), statistics, sharpness, health)
     return jax.tree.map(jnp.array, state)  # steps donate their state
 
 
@@ -73,52 +75,87 @@ def _no_loss(params: Params) -> Array:
 
 
 def advance(
-    loss: Callable[[Params, Any], tuple[Array, Any]],
+    loss: Callable[[Params, Any, Carry], tuple[Array, Carry]],
     recipe: Recipe,
     active: bool,
     state: TrainState,
     batch: Any,
+    sums: Sequence[str] = (),
     **options: Any,
-) -> tuple[TrainState, Array, Any]:
-    """Return the state after one step, and loss and auxiliary data of its last gradient.
+) -> tuple[TrainState, dict[str, Array]]:
+    """Return the state after one step, and the sums over its batch at the last gradient.
+
+    The model's statistics are those that the last gradient leaves: with SAM, at the perturbed
+    point.
 
     Args:
-      loss: `(params, batch) -> (loss, aux)`.
+      loss: `(params, batch, carry) -> (loss, carry)`.
       recipe: how.
       active: whether SAM perturbs this step.
       state: before the step.
       batch: of the step.
+      sums: names of the sums over rows that `loss` adds to in its carry.
       **options: of `tx.update`.
     """
     tx, ascent, params, sharpness, apply = recipe.tx, recipe.ascent, state.params, None, True
+    carry = Carry(
+        state.statistics,
+        jax.random.fold_in(jax.random.key(recipe.seed), state.step),
+        {name: jnp.zeros(()) for name in sums},
+    )
     gradient: Any = jax.value_and_grad
     if recipe.microbatches > 1:
-        gradient = llqr.microbatched(recipe.microbatches, weight=recipe.weight)
+        gradient = llqr.microbatched(
+            recipe.microbatches, in_axes=AXES, weight=recipe.weight, thread=_hand_on
+        )
     if ascent is None or state.sharpness is None:
-        (value, aux), grads = gradient(loss, has_aux=True)(params, batch)
+        (value, carry), grads = gradient(loss, has_aux=True)(params, batch, carry)
     else:
         product = partial(llqr.precondition, tx, state.opt_state)
-        weight = recipe.weight if ascent.method.groups > 1 else None
-        oracle = ascent.method(loss, has_aux=True, value_and_grad=gradient, weight=weight)
-        (value, aux), grads, sharpness = oracle.step(
+        grouped = ascent.method.groups > 1
+        weight = recipe.weight if grouped else None
+        oracle = ascent.method(
+            loss, has_aux=True, value_and_grad=gradient, in_axes=AXES, weight=weight
+        )
+        (value, carry), grads, sharpness = oracle.step(
             params,
             state.sharpness,
             batch,
+            carry,
             precondition=product if ascent.uses_preconditioner else None,
             base=_base_vector(ascent, recipe.seed, state) if active else None,
             active=active,
         )
+        carry = _over_groups(carry) if grouped else carry
         apply = ascent.configured or not active
     updates, opt_state = tx.update(grads, state.opt_state, params, apply=apply, **options)
     if recipe.normalize:
         params = jax.tree.map(_normalized, params)
     params = optax.apply_updates(params, updates)
     finite, health = _examined(state, value, grads, params)
-    new = TrainState(state.step + 1, params, opt_state, sharpness, health)
+    new = TrainState(state.step + 1, params, opt_state, carry.statistics, sharpness, health)
     if recipe.skip:
         kept = state._replace(step=new.step, health=health)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
-    return new, value, aux
+    return new, carry.sums
+
+
+AXES = (0, None)
+"""Where the examples are in batch and carry."""
+
+
+def _hand_on(args: tuple[Any, Carry], carry: Carry) -> tuple[Any, Carry]:
+    """What a micro-batch leaves is what the next one starts from."""
+    return args[0], carry
+
+
+def _over_groups(carry: Carry) -> Carry:
+    """Means of statistics, and totals of sums, over groups that each started from the same."""
+    mean = lambda x: jnp.mean(x, 0).astype(x.dtype)  # noqa: E731
+    total = lambda x: jnp.sum(x, 0)  # noqa: E731
+    return carry._replace(
+        statistics=jax.tree.map(mean, carry.statistics), sums=jax.tree.map(total, carry.sums)
+    )
 
 
 def _examined(

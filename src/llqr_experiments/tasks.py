@@ -1,21 +1,31 @@
 """A task: data, model, objective and what is measured, from the config."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from flax import nnx
 
 import llqr
-from llqr._types import Array, Float, Params
-from llqr.integrations.nnx import stages
-from llqr_experiments import data
-from llqr_experiments.models import MLP
-from llqr_experiments.spec import Config
+from llqr._types import Array, Bool, Float, Params, PyTree
+from llqr_experiments import data, models
+from llqr_experiments.spec import Architecture, Config
+
+STATISTICS = "statistics"
+"""The key of a bound batch under which the model's running statistics travel."""
+
+IGNORE = -1
+"""Labels that do not count: those of padding."""
+
+
+class Carry(NamedTuple):
+    """What one micro-batch hands on to the next."""
+
+    statistics: PyTree  # running statistics of the model
+    key: Array  # of dropout
+    sums: dict[str, Array]  # over the rows so far, see `measure`
 
 
 @dataclass(frozen=True)
@@ -26,22 +36,25 @@ class Task:
       name: "<dataset>_<architecture>".
       dataset: training and test split.
       params: initial parameters.
-      objective: forward function and loss in float32, for refits and evaluation; batches are
-        dicts of image and label, and of mask where some rows do not count.
-      training: the same in the precision of training.
+      statistics: running statistics of the model before training; empty without batch norm.
+      objective: inference in float32, for refits and evaluation. Batches are dicts of inputs and
+        label, of mask where some examples do not count, and of statistics: see `bound`.
+      training: `(params, batch, carry) -> (loss, carry)` in the mode and precision of training.
     """
 
     name: str
     dataset: data.Dataset
     params: Params
+    statistics: PyTree
     objective: llqr.Objective
-    training: llqr.Objective
+    training: Callable[[Params, dict[str, Array], Carry], tuple[Array, Carry]]
 
 
 def build(config: Config) -> Task:
     """Load the data and make the model.
 
     Raises:
+      ConfigError: the model cannot be made as it is asked for.
       DataError: the data is missing, corrupt, empty or not what the config says.
     """
     dataset = data.load(
@@ -51,53 +64,87 @@ def build(config: Config) -> Task:
         dataset = data.truncated(dataset, config.dataset.truncate)
     if config.dataset.imbalance is not None:
         dataset = data.long_tailed(dataset, ratio=config.dataset.imbalance)
-    features = int(np.prod(dataset.train.images.shape[1:]))
-    model = MLP(
-        features,
-        config.architecture.hidden,
+    name = config.architecture.name
+    model = models.make(
+        name,
+        dataset.train.images.shape[1:],
         dataset.num_classes,
-        rngs=nnx.Rngs(config.init_key),
+        seed=config.init_key,
+        options=architecture_options(config.architecture),
     )
-    staged, params = stages(model.stages())
-    forward = staged.as_forward(inputs=_flat_images)
+    network = models.network(model)
     smoothing = config.label_smoothing
 
     def loss(outputs: Array, batch: dict[str, Array]) -> Float[Array, ""]:
-        rows = cross_entropy(outputs, batch["label"], smoothing)
-        if "mask" not in batch:
+        rows = cross_entropy(outputs, batch["label"].reshape(-1), smoothing)
+        kept = keep(batch)
+        if kept is None:
             return jnp.mean(rows)
-        return jnp.sum(rows, where=batch["mask"]) / jnp.maximum(valid(batch), 1)
+        return jnp.sum(rows, where=kept) / jnp.maximum(jnp.sum(kept), 1)
 
-    name = f"{config.dataset.name}_{config.architecture.name}"
-    objective = training = llqr.Objective(forward, loss, _mask)
-    if config.precision == "bf16":
-        training = llqr.Objective(_in_bfloat16(forward), loss, _mask)
-    return Task(name, dataset, params, objective, training)
-
-
-def _in_bfloat16(forward: Callable[..., Array]) -> Callable[..., Array]:
-    """The same function computed in bfloat16, with outputs in float32."""
-
-    def half(tree: Any) -> Any:
-        floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
-        return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if floating(x) else x, tree)
-
-    return lambda params, batch: forward(half(params), half(batch)).astype(jnp.float32)
+    forward = network.model.as_forward(inputs, context=lambda batch: batch[STATISTICS])
+    objective = llqr.Objective(forward, loss, keep, _batch_axes)
+    training = _training(network, loss, half=config.precision == "bf16")
+    title = f"{config.dataset.name}_{name}"
+    return Task(title, dataset, network.params, network.statistics, objective, training)
 
 
-def _mask(batch: dict[str, Array]) -> Array | None:
-    return batch.get("mask")
+def architecture_options(architecture: Architecture) -> dict[str, Any]:
+    """Return the options of a model that are given."""
+    values = {f.name: getattr(architecture, f.name) for f in fields(architecture)}
+    return {name: value for name, value in values.items() if name != "name" and value is not None}
 
 
-def valid(batch: dict[str, Array]) -> Float[Array, ""]:
+def _training(network: models.Network, loss: Callable[..., Array], half: bool) -> Any:
+    """The loss of training, in bfloat16 or not; statistics and outputs stay in float32."""
+
+    def training(params: Params, batch: dict[str, Array], carry: Carry) -> tuple[Array, Carry]:
+        statistics, key, sums = carry
+        given = inputs(batch)
+        if half:
+            params, given = _in_bfloat16(params), _in_bfloat16(given)
+        outputs, statistics = network.training(params, statistics, key, given)
+        outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+        sums = jax.tree.map(jnp.add, sums, measure(outputs, batch))
+        return loss(outputs, batch), Carry(statistics, jax.random.fold_in(key, 1), sums)
+
+    return training
+
+
+def _in_bfloat16(tree: PyTree) -> PyTree:
+    floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if floating(x) else x, tree)
+
+
+def inputs(batch: dict[str, Array]) -> Any:
+    """Return what the model sees of a batch."""
+    return batch["image"]
+
+
+def bound(task: Task, batch: dict[str, Any], statistics: PyTree) -> llqr.BoundObjective:
+    """Return the objective on a batch, with the model's running statistics."""
+    return task.objective.bind({**batch, STATISTICS: statistics})
+
+
+def _batch_axes(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if name == STATISTICS else 0 for name in batch}
+
+
+def keep(batch: dict[str, Array]) -> Bool[Array, " rows"] | None:
+    """Return which rows of the outputs count; None: all of them."""
+    label, mask = batch["label"], batch.get("mask")
+    if label.ndim == 1:
+        return mask
+    kept = label != IGNORE
+    if mask is not None:
+        kept = kept & mask.reshape(-1, *[1] * (label.ndim - 1))
+    return kept.reshape(-1)
+
+
+def valid(batch: dict[str, Array], *_: Any) -> Float[Array, ""]:
     """Return how many rows of a batch count."""
-    mask = batch.get("mask")
-    return jnp.asarray(len(batch["label"]) if mask is None else jnp.sum(mask), jnp.float32)
-
-
-def _flat_images(batch: dict[str, Array]) -> Array:
-    images = batch["image"]
-    return images.reshape(images.shape[0], -1)
+    kept = keep(batch)
+    return jnp.asarray(batch["label"].size if kept is None else jnp.sum(kept), jnp.float32)
 
 
 def cross_entropy(
@@ -108,12 +155,17 @@ def cross_entropy(
     return optax.softmax_cross_entropy(log_probs, optax.smooth_labels(targets, smoothing))
 
 
+SUMS = ("loss", "correct", "rows")
+"""What `measure` returns."""
+
+
 def measure(outputs: Array, batch: dict[str, Any]) -> dict[str, Float[Array, ""]]:
     """Return sums over the rows that count: loss (no smoothing), correct answers, rows."""
-    rows = batch.get("mask", jnp.ones(outputs.shape[0], bool))
-    correct = jnp.argmax(outputs, -1) == batch["label"]
+    labels, rows = batch["label"].reshape(-1), keep(batch)
+    rows = jnp.ones(labels.shape, bool) if rows is None else rows
+    correct = jnp.argmax(outputs, -1) == labels
     return {
-        "loss": jnp.sum(cross_entropy(outputs, batch["label"]), where=rows),
+        "loss": jnp.sum(cross_entropy(outputs, labels), where=rows),
         "correct": jnp.sum(correct, where=rows, dtype=jnp.float32),
         "rows": jnp.sum(rows, dtype=jnp.float32),
     }
@@ -121,5 +173,5 @@ def measure(outputs: Array, batch: dict[str, Any]) -> dict[str, Float[Array, ""]
 
 def examples(outputs: Array, batch: dict[str, Any]) -> dict[str, Float[Array, " rows"]]:
     """Return what histograms are made of: probability of the label and loss of every row."""
-    loss = cross_entropy(outputs, batch["label"])
+    loss = cross_entropy(outputs, batch["label"].reshape(-1))
     return {"p_correct": jnp.exp(-loss), "nll": loss}

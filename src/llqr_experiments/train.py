@@ -17,7 +17,7 @@ import llqr
 from llqr._tree import leaf_names
 from llqr._types import Array, Params
 from llqr_experiments import build, data, insight, plots, records, tasks
-from llqr_experiments.checkpoint import BEST, Checkpoints, find, load_params
+from llqr_experiments.checkpoint import BEST, Checkpoints, find, load_fields
 from llqr_experiments.clock import Clock
 from llqr_experiments.console import Display
 from llqr_experiments.errors import ConfigError, TrainingError
@@ -35,6 +35,7 @@ class Result(NamedTuple):
     task: tasks.Task
     train: data.Source
     params: Params
+    statistics: Any
 
 
 @dataclass(frozen=True)
@@ -151,11 +152,10 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
         stack.enter_context(display)
         quality = {}
         if config.quality and session.step == 0:
-            quality["before training"] = _quality(job, session.state.params, 0, desk)
+            quality["before training"] = _quality(job, session.state, 0, desk)
         final = _loop(job, session, desk)
-        params = session.state.params
         if config.quality:
-            quality["after training"] = _quality(job, params, job.last, desk)
+            quality["after training"] = _quality(job, session.state, job.last, desk)
             insight.draw(quality, _title(config), out_dir / "quality.png")
         checkpoints.wait()
     try:
@@ -164,7 +164,7 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
     except (OSError, ValueError) as error:
         display.say(f"[yellow]warning:[/] the closing files are not written: {error}")
     display.closing(_results(job, session, final), clock, records.shorten(out_dir))
-    return Result(final, job.task, job.train, params)
+    return Result(final, job.task, job.train, session.state.params, session.state.statistics)
 
 
 def prepare(config: Config) -> Run:
@@ -235,7 +235,8 @@ def _begin(
         seed=config.rng_seed,
         num_threads=config.data_threads,
     )
-    session = Session(init(job.recipe, job.task.params), 0, stream, _refit_batches(job))
+    state = init(job.recipe, job.task.params, job.task.statistics)
+    session = Session(state, 0, stream, _refit_batches(job))
     say, found, own, options = display.say, None, True, records.options(config)
     if entered or config.preempt_handling:
         found = checkpoints.restore(session.state)
@@ -253,9 +254,10 @@ def _begin(
                 "give another folder (hydra.run.dir=...)."
             )
         if config.init_from:
-            params, step = load_params(find(Path(config.init_from)), session.state.params, say)
+            model = {"params": state.params, "statistics": state.statistics}
+            found_model, step = load_fields(find(Path(config.init_from)), model, say)
             say(f"parameters of step {step} of {config.init_from}\n")
-            session.state = session.state._replace(params=params)
+            session.state = state._replace(**found_model)
         return session, {}
     if found.step > job.last:
         raise ConfigError(
@@ -301,9 +303,9 @@ def _forget_histograms(path: Path, step: int) -> None:
         path.write_text("".join(kept))
 
 
-@partial(jax.jit, static_argnames=("objective", "recipe", "active"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("loss", "recipe", "active"), donate_argnames="state")
 def train_step(
-    objective: llqr.Objective,
+    loss: Callable[..., Any],
     recipe: Recipe,
     active: bool,
     state: TrainState,
@@ -312,19 +314,13 @@ def train_step(
     """One update; also sums over the batch (before the update), see `tasks.measure`.
 
     Args:
-      objective: model and loss.
+      loss: of the task, see `tasks.Task.training`.
       recipe: of the step.
       active: whether SAM perturbs it.
       state: before the step.
       batch: of the step.
     """
-
-    def loss(params: Params, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        outputs = objective.forward(params, batch)
-        return objective.loss(outputs, batch), tasks.measure(outputs, batch)
-
-    state, _, sums = advance(loss, recipe, active, state, batch, refresh=False)
-    return state, jax.tree.map(lambda x: x.sum(), sums)  # over groups and micro-batches
+    return advance(loss, recipe, active, state, batch, tasks.SUMS, refresh=False)
 
 
 def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:
@@ -424,9 +420,8 @@ def _evaluation(job: Run, session: Session, desk: Desk) -> dict[str, float]:
         size = config.eval_batch_size or config.batch_size
         found = {}
         for name, source in splits.items():
-            values = evaluate(
-                job.task.objective, session.state.params, source, size, histograms, name
-            )
+            model = session.state.params, session.state.statistics
+            values = evaluate(job.task.objective, model, source, size, histograms, name)
             found |= {f"{name} {key}": value for key, value in values.items()}
     if histograms is not None:
         try:
@@ -461,28 +456,36 @@ def _refit(job: Run, session: Session, training: dict[str, Any], desk: Desk) -> 
     before = clock.seconds["refit"]
     with clock.phase("refit"):
         batch = seen = next(session.refits)
+        statistics = state.statistics
         if config.multibatch_training:  # one for every inner step, on an axis of their own
             more = [next(session.refits) for _ in range(config.precond_steps - 1)]
             seen = jax.tree.map(lambda *leaves: np.stack(leaves), batch, *more)
-        objective = job.task.objective.bind(seen)
+            statistics = jax.tree.map(lambda x: np.stack([x] * config.precond_steps), statistics)
+        objective = tasks.bound(job.task, seen, statistics)
         opt_state = llqr.refresh(job.recipe.tx, state.opt_state, state.params, objective)
         jax.block_until_ready(opt_state)
     seconds = clock.seconds["refit"] - before
     with clock.phase("insight"):
         skew = config.measure_asymmetry
         report = llqr.inspect(job.recipe.tx, opt_state, state.params, asymmetry=skew)
-        cosine = insight.gradient_cosine(job.task.objective, state.params, batch, training)
+        pair = [_bound(job, given, state) for given in (batch, training)]
+        cosine = insight.gradient_cosine(*pair, state.params)
         record = insight.refit_record(report, float(cosine))
     desk.display.refit(session.step, report, seconds)
     desk.log(session.step, record)
     session.state = state._replace(opt_state=opt_state)
 
 
-def _quality(job: Run, params: Params, step: int, desk: Desk) -> llqr.Quality:
+def _bound(job: Run, batch: dict[str, Any], state: TrainState) -> llqr.BoundObjective:
+    """The objective in inference mode, as refits see it."""
+    return tasks.bound(job.task, batch, state.statistics)
+
+
+def _quality(job: Run, state: TrainState, step: int, desk: Desk) -> llqr.Quality:
     """Compare the steps of `config.quality` with the exact one, on the first refit batch."""
     config, batch = job.config, next(_refit_batches(job))
     with desk.clock.phase("quality"):
-        found = insight.measure(config, job.task.objective.bind(batch), params)
+        found = insight.measure(config, _bound(job, batch, state), state.params)
     desk.display.say(f"\nstep {step:>6}   steps compared with the exact one\n{found}\n")
     desk.log(step, insight.metrics(found))
     return found
