@@ -187,10 +187,18 @@ def test_half_precision_keeps_losses_of_near_certainty():
     """log p of a sure answer is small and not 0."""
     task = tasks.build(support.config("dataset=digits", "precision=bf16"))
     params = jax.tree.map(lambda x: 3 * x, task.params)
-    batch = {"image": jnp.asarray(task.dataset.train.images[:64], jnp.float32)}
-    half = task.training.forward(params, batch)
+    image = jnp.asarray(task.dataset.train.images[:64], jnp.float32)
+    sure = jnp.zeros(64, jnp.int32)
+    bound = tasks.bound(task, {"image": image, "label": sure}, task.statistics)
+    sure = jnp.argmax(bound.outputs(params), -1)
+    batch, sums = {"image": image, "label": sure}, dict.fromkeys(tasks.SUMS, jnp.zeros(()))
+    carry = tasks.Carry(task.statistics, jax.random.key(0), sums)
+    half, after = task.training(params, batch, carry)
     assert half.dtype == jnp.float32
-    np.testing.assert_allclose(jnp.sum(jnp.exp(half), -1), 1.0, rtol=1e-5)
+    exact = float(tasks.bound(task, batch, task.statistics)(params))
+    assert 0 < exact < 1e-2
+    np.testing.assert_allclose(half, exact, rtol=0.2)
+    np.testing.assert_allclose(after.sums["loss"], 64 * half, rtol=1e-5)
 
 
 def test_the_closing_table_says_how_long_steps_waited(tmp_path, capsys):

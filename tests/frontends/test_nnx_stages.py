@@ -30,10 +30,11 @@ def test_stages_of_modules_equal_the_model():
     with jax.enable_x64(True):
         net = Net(nnx.Rngs(0))
         net.eval()
-        staged, params = llqr_nnx.stages(
+        model, params, statistics = llqr_nnx.stages(
             [("hidden", net.hidden), ("norm", net.norm), ("relu", nnx.relu), ("drop", net.drop),
              ("out", net.out)]
         )  # fmt: skip
+        staged = model.bind(statistics)
         assert sorted(params) == ["hidden", "norm", "out"]
         batch = {"x": jax.random.normal(jax.random.key(1), (5, 4)), "y": jnp.arange(5) % 3}
         np.testing.assert_allclose(staged(params, batch["x"]), net(batch["x"]), rtol=1e-12)
