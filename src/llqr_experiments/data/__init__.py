@@ -6,6 +6,7 @@ it) into normalised batches, which `cifar_augmentation` can change at random.
 """
 
 from llqr_experiments.data.idx import read_idx
+from llqr_experiments.data.operations import Grokking, grokking
 from llqr_experiments.data.order import Partial, stride
 from llqr_experiments.data.pipeline import (
     Batch,
@@ -25,6 +26,7 @@ __all__ = [
     "Batch",
     "DataError",
     "Dataset",
+    "Grokking",
     "Partial",
     "Source",
     "Split",
@@ -32,6 +34,7 @@ __all__ = [
     "cifar_augmentation",
     "epoch_length",
     "evaluation_batches",
+    "grokking",
     "load",
     "long_tailed",
     "names",
