@@ -192,9 +192,10 @@ def _line_start(texts: list[TextFile], sizes: list[int], position: int) -> int:
                 if ended and end < sum(sizes):
                     return end
                 file.seek(position - before)
-                # Bytes 10xxxxxx go on with a character, which has at most four.
-                starts = (i for i, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80)
-                return position + next(starts, 0)
+                # Bytes 10xxxxxx go on with a character: at most three, or to the end of the file.
+                tail = file.read(3)
+                starts = (i for i, byte in enumerate(tail) if byte & 0xC0 != 0x80)
+                return position + next(starts, len(tail))
         before += size
     return position
 

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,30 +84,38 @@ def _rows(path: Path) -> Iterator[str]:
     """
     arrow = require("pyarrow", extra="text", reason=f"{path.name}: a table of text")
     try:
-        for batch in _batches(path, arrow):
-            if COLUMN not in batch.schema.names:
+        with contextlib.ExitStack() as stack:
+            names, batches = _open(path, arrow, stack)
+            if COLUMN not in names:
                 raise DataError(
-                    f"{path.absolute()}: no column {COLUMN!r}, there are "
-                    f"{', '.join(batch.schema.names)}. Rename the one with the text."
+                    f"{path.absolute()}: no column {COLUMN!r}, there are {', '.join(names)}. "
+                    "Rename the one with the text."
                 )
-            for row in batch.column(COLUMN).to_pylist():
-                if not isinstance(row, str):
-                    raise DataError(
-                        f"{path.absolute()}: a row of {COLUMN!r} is {row!r}, expected a string."
-                    )
-                yield row
+            for batch in batches():
+                for row in batch.column(COLUMN).to_pylist():
+                    if not isinstance(row, str):
+                        raise DataError(
+                            f"{path.absolute()}: a row of {COLUMN!r} is {row!r}, expected a string."
+                        )
+                    yield row
     except (OSError, arrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
             f"{path.absolute()}: cannot be read ({error}). Get or save the file again."
         ) from error
 
 
-def _batches(path: Path, arrow: Any) -> Iterator[Any]:
-    """Return the record batches of an Arrow stream or a Parquet file."""
-    with contextlib.ExitStack() as stack:
-        if path.suffix == ".parquet":
-            module = require("pyarrow.parquet", extra="text", reason="Parquet")
-            yield from stack.enter_context(module.ParquetFile(path)).iter_batches(columns=None)
-        else:
-            source = stack.enter_context(arrow.memory_map(str(path)))
-            yield from stack.enter_context(arrow.ipc.open_stream(source))
+def _open(
+    path: Path, arrow: Any, stack: contextlib.ExitStack
+) -> tuple[list[str], Callable[[], Iterable[Any]]]:
+    """Open a Parquet file or an Arrow stream, to be closed with `stack`.
+
+    Returns:
+      The names of the columns, and what gives the record batches, of the text at least.
+    """
+    if path.suffix == ".parquet":
+        module = require("pyarrow.parquet", extra="text", reason=path.name)
+        file = stack.enter_context(module.ParquetFile(path))
+        return file.schema_arrow.names, lambda: file.iter_batches(columns=[COLUMN])
+    source = stack.enter_context(arrow.memory_map(str(path)))
+    stream = stack.enter_context(arrow.ipc.open_stream(source))
+    return stream.schema.names, lambda: stream
