@@ -378,6 +378,11 @@ class TestPythonTopics:
         assert not (paragraphs[0] | paragraphs[1]) & paragraphs[2]
         assert len(re.findall(r"\bthe\b", parts[0])) > 1000
 
+    def test_python_without_them(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+        with pytest.raises(DataError, match=r"packaged without it.*dataset.name=local"):
+            text("python_topics")
+
     def test_in_the_pipeline(self):
         data = text("python_topics", target_len=32)
         with closing(train_stream(data.train, batch_size=8, seed=0, num_threads=2)) as stream:

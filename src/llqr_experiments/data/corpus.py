@@ -101,9 +101,13 @@ def python_topics() -> Corpus:
       >>> next(corpus.train.read())
       'The "assert" statement\n'
     """
-    topics = require(
-        "pydoc_data.topics", extra="text", reason="the corpus python_topics (part of pydoc)"
-    ).topics
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "python_topics is part of Python's standard library (pydoc_data.topics), and this "
+            "Python was packaged without it. Use another Python, or dataset.name=local."
+        ) from error
     seen, paragraphs = set(), []
     for name in sorted(topics):
         for paragraph in re.split(r"\n\s*\n", topics[name].strip()):

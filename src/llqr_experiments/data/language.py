@@ -120,7 +120,8 @@ def text(
 
     Example:
       >>> import tempfile
-      >>> data = text("python_topics", cache_dir=tempfile.mkdtemp(), target_len=64)
+      >>> with tempfile.TemporaryDirectory() as cache:
+      ...     data = text("python_topics", target_len=64, cache_dir=cache)
       >>> data.decode(data.train.gather(np.array([0]))["tokens"][0][:22])
       'The "assert" statement'
     """
