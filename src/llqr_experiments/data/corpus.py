@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from llqr_experiments.data import lines, tables
 from llqr_experiments.data.lines import Lines, TextFile
 from llqr_experiments.data.optional import require
@@ -115,7 +117,8 @@ def python_topics() -> Corpus:
             if words not in seen:
                 seen.add(words)
                 paragraphs.append(paragraph)
-    first, second = (round(len(paragraphs) * share) for share in (0.8, 0.9))
+    ends = np.cumsum([len(paragraph) for paragraph in paragraphs])
+    first, second = np.searchsorted(ends, [0.8 * ends[-1], 0.9 * ends[-1]])
     parts = paragraphs[:first], paragraphs[first:second], paragraphs[second:]
     texts = ["\n\n".join(part) + "\n" for part in parts]
     return Corpus(*map(lines.of_text, texts), origin="pydoc_data.topics")
