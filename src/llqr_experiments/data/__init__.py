@@ -5,19 +5,18 @@ ones of it; `train_stream`, `refit_stream` and `evaluation_batches` turn a `Sour
 it) into normalised batches, which `cifar_augmentation` can change at random.
 """
 
+from llqr_experiments.data.dataset import Dataset, Split, validate
+from llqr_experiments.data.examples import Batch, Examples, Source, Transform
 from llqr_experiments.data.idx import read_idx
 from llqr_experiments.data.order import Partial, stride
 from llqr_experiments.data.pipeline import (
-    Batch,
-    Source,
-    Transform,
     epoch_length,
     evaluation_batches,
     refit_seed,
     refit_stream,
     train_stream,
 )
-from llqr_experiments.data.sources import Dataset, Split, load, names, validate
+from llqr_experiments.data.sources import load, names
 from llqr_experiments.data.variants import cifar_augmentation, long_tailed, truncated
 from llqr_experiments.errors import DataError
 
@@ -25,6 +24,7 @@ __all__ = [
     "Batch",
     "DataError",
     "Dataset",
+    "Examples",
     "Partial",
     "Source",
     "Split",

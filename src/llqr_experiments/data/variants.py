@@ -2,7 +2,7 @@
 
   long_tailed          classes of exponentially decreasing size
   truncated            the first training examples
-  cifar_augmentation   random crop, flip and cutout, a `transform` of `train_stream`
+  cifar_augmentation   random crop, flip and cutout, an `augment` of `Source`
 
 The test split and the constants that normalise the pixels stay as they are.
 """
@@ -12,8 +12,8 @@ import math
 
 import numpy as np
 
-from llqr_experiments.data.pipeline import Batch, Transform
-from llqr_experiments.data.sources import Dataset, Split
+from llqr_experiments.data.dataset import Dataset, Split
+from llqr_experiments.data.examples import Batch, Transform
 from llqr_experiments.errors import DataError
 
 
@@ -144,7 +144,7 @@ def cifar_augmentation(
         pixels above and left of its centre.
 
     Returns:
-      A `transform` for `train_stream`; it changes "image", (B, h, w, c), and keeps the rest.
+      An `augment` for `Source`; it changes "image", (B, h, w, c), and keeps the rest.
 
     Raises:
       ValueError: `pad` or `cutout` is below 0.
@@ -158,7 +158,7 @@ def cifar_augmentation(
     for name, value in (("pad", pad), ("cutout", cutout)):
         if value < 0:
             raise ValueError(f"{name} is {value}, expected 0 or more.")
-    # In float32 and in this order, as `Source.gather` does it, so that it is the same number.
+    # In float32 and in this order, as `examples.normalized` does it, so that it is the same number.
     black = (np.float32(0) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
     def augment(batch: Batch, rng: np.random.Generator) -> Batch:
