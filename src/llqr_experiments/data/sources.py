@@ -1,6 +1,6 @@
 """The datasets that are held in memory, and where the IDX files of some are found.
 
-  load(name)   one of `names()`: cifar10, cifar100, digits, fashion_mnist, mnist
+load(name)   one of `names()`: cifar10, cifar100, digits, fashion_mnist, mnist
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from llqr._errors import unknown
+from llqr_experiments.data import cifar
 from llqr_experiments.data.dataset import Dataset, Split, validate
 from llqr_experiments.data.download import fetch
 from llqr_experiments.data.idx import REMEDY, read_idx
@@ -84,7 +85,7 @@ _IDX_SETS: dict[str, _IdxSet] = {
 
 def names() -> tuple[str, ...]:
     """Return the names that `load` knows."""
-    return ("digits", *sorted(_IDX_SETS))
+    return tuple(sorted(("digits", *_IDX_SETS, *cifar.SETS)))
 
 
 def load(name: str, dataset_dir: str | Path | None = None, *, download: bool = True) -> Dataset:
@@ -92,11 +93,12 @@ def load(name: str, dataset_dir: str | Path | None = None, *, download: bool = T
 
     The IDX files of `mnist` and `fashion_mnist` are taken from `dataset_dir` if it is given, and
     from nowhere else. Otherwise from the first of these that has all four: `./data/<name>`, the
-    folder of the system's package (fashion_mnist), a download into `./data/<name>`.
+    folder of the system's package (fashion_mnist), a download into `./data/<name>`. So are those
+    of the CIFAR sets, in the form that `llqr_experiments.data.cifar` says.
 
     Args:
       name: one of `names()`.
-      dataset_dir: folder with the four IDX files, compressed or not.
+      dataset_dir: folder with the official files.
       download: whether the network may be used.
 
     Returns:
@@ -113,6 +115,8 @@ def load(name: str, dataset_dir: str | Path | None = None, *, download: bool = T
         dataset = _load_digits(dataset_dir)
     elif name in _IDX_SETS:
         dataset = _load_idx(name, dataset_dir, download)
+    elif name in cifar.SETS:
+        dataset = cifar.load(name, dataset_dir, download)
     else:
         raise DataError(unknown("dataset", name, names()))
     validate(dataset)
