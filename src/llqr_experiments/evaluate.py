@@ -58,7 +58,7 @@ class Histograms:
 def evaluate(
     objective: llqr.Objective,
     params: Params,
-    source: data.Source,
+    source: data.Examples,
     batch_size: int,
     histograms: Histograms | None = None,
     name: str = "test",

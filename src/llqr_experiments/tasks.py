@@ -32,7 +32,7 @@ class Task:
     """
 
     name: str
-    dataset: data.Dataset
+    dataset: data.Images
     params: Params
     objective: llqr.Objective
     training: llqr.Objective
@@ -44,14 +44,8 @@ def build(config: Config) -> Task:
     Raises:
       DataError: the data is missing, corrupt, empty or not what the config says.
     """
-    dataset = data.load(
-        config.dataset.name, config.dataset.dataset_dir, download=config.dataset.download
-    )
-    if config.dataset.truncate is not None:
-        dataset = data.truncated(dataset, config.dataset.truncate)
-    if config.dataset.imbalance is not None:
-        dataset = data.long_tailed(dataset, ratio=config.dataset.imbalance)
-    features = int(np.prod(dataset.train.images.shape[1:]))
+    dataset = data.images(**vars(config.dataset))
+    features = int(np.prod(dataset.shape))
     model = MLP(
         features,
         config.architecture.hidden,

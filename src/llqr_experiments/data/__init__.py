@@ -1,14 +1,18 @@
 """Datasets and batches for the experiment runner.
 
-`load` returns a checked `Dataset` of raw pixels, and `long_tailed` and `truncated` make smaller
-ones of it; `train_stream`, `refit_stream` and `evaluation_batches` turn a `Source` (one split of
-it) into normalised batches, which `cifar_augmentation` can change at random.
+`images` returns a set of images by its name: two splits that are `Examples`, which
+`train_stream`, `refit_stream` and `evaluation_batches` make batches of. Underneath, `load` returns
+a checked `Dataset` in memory, `long_tailed` and `truncated` make smaller ones of it, and `Source`
+makes examples of a split, which `cifar_augmentation` can change at random. `Photos` are examples
+that are decoded when they are asked for.
 """
 
+from llqr_experiments.data.catalogue import Images, image_names, images
 from llqr_experiments.data.dataset import Dataset, Split, validate
 from llqr_experiments.data.examples import Batch, Examples, Source, Transform
 from llqr_experiments.data.idx import read_idx
 from llqr_experiments.data.order import Partial, stride
+from llqr_experiments.data.photos import Photos
 from llqr_experiments.data.pipeline import (
     epoch_length,
     evaluation_batches,
@@ -25,13 +29,17 @@ __all__ = [
     "DataError",
     "Dataset",
     "Examples",
+    "Images",
     "Partial",
+    "Photos",
     "Source",
     "Split",
     "Transform",
     "cifar_augmentation",
     "epoch_length",
     "evaluation_batches",
+    "image_names",
+    "images",
     "load",
     "long_tailed",
     "names",

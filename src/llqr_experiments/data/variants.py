@@ -41,17 +41,34 @@ def long_tailed(dataset: Dataset, *, ratio: float = 100.0, seed: int = 42) -> Da
       >>> np.bincount(long_tailed(load("digits"), ratio=10).train.labels).tolist()
       [142, 113, 88, 68, 52, 41, 31, 24, 19, 15]
     """
-    labels = dataset.train.labels
-    sizes = long_tail_sizes(np.bincount(labels, minlength=dataset.num_classes), ratio)
-    kept = np.concatenate(
+    kept = long_tail(dataset.train.labels, dataset.num_classes, ratio, seed)
+    train = Split(dataset.train.images[kept], dataset.train.labels[kept])
+    return _with_training_split(dataset, train, f"long tail of ratio {ratio:g}")
+
+
+def long_tail(labels: np.ndarray, num_classes: int, ratio: float, seed: int = 42) -> np.ndarray:
+    """Return which examples `long_tailed` keeps.
+
+    Args:
+      labels: (n,) integers.
+      num_classes: K.
+      ratio: as for `long_tailed`.
+      seed: as for `long_tailed`.
+
+    Returns:
+      Their places in `labels`, one class after the other, int64.
+
+    Raises:
+      As `long_tailed`.
+    """
+    sizes = long_tail_sizes(np.bincount(labels, minlength=num_classes), ratio)
+    return np.concatenate(
         [
             # RandomState is the generator whose stream numpy has frozen.
             np.random.RandomState(seed + c).permutation(np.flatnonzero(labels == c))[:size]
             for c, size in enumerate(sizes)
         ]
     )
-    train = Split(dataset.train.images[kept], labels[kept])
-    return _with_training_split(dataset, train, f"long tail of ratio {ratio:g}")
 
 
 def long_tail_sizes(counts: np.ndarray, ratio: float) -> list[int]:
