@@ -28,7 +28,7 @@ def source() -> data.Source:
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (EXAMPLES, 32, 32, 3), dtype=np.uint8)
     labels = random.integers(0, 10, EXAMPLES, dtype=np.int32)
-    return data.Source(images, labels, MEAN, STD, 255.0)
+    return data.Source(images, labels, MEAN, STD, 255.0, data.cifar_augmentation(MEAN, STD))
 
 
 def measure(threads: int, steps: int) -> dict[str, Any]:
@@ -43,10 +43,7 @@ def measure(threads: int, steps: int) -> dict[str, Any]:
         updates, state = tx.update(grads, state)
         return optax.apply_updates(params, updates), state
 
-    stream = data.train_stream(
-        source(), batch_size=BATCH, seed=0, num_threads=threads,
-        transform=data.cifar_augmentation(MEAN, STD),
-    )  # fmt: skip
+    stream = data.train_stream(source(), batch_size=BATCH, seed=0, num_threads=threads)
     waited, start = 0.0, 0.0
     for i in range(steps + 1):
         before = time.perf_counter()

@@ -57,8 +57,13 @@ class Histograms:
 
 def evaluate(
     objective: llqr.Objective,
+<<<<<<< HEAD
     model: tuple[Params, Any],
     source: data.Source,
+=======
+    params: Params,
+    source: data.Examples,
+>>>>>>> d09f7be
     batch_size: int,
     histograms: Histograms | None = None,
     name: str = "test",

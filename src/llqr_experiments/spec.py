@@ -44,9 +44,14 @@ ARCHITECTURES = (
 class Dataset:
     """Where the data comes from."""
 
-    name: str = _option("mnist", "digits, mnist or fashion_mnist")
+    name: str = _option(
+        "mnist", "digits, mnist, fashion_mnist, cifar10, cifar100 or imagenet; see docs/data.md"
+    )
     dataset_dir: str | None = _option(None, "folder with the official files; null: search")
     download: bool = _option(True, "download the files if they are found nowhere")
+    augment: bool = _option(
+        False, "random crops, flips and the like in training, for the CIFAR sets and imagenet"
+    )
     imbalance: float | None = _option(
         None, "long tail: largest class / smallest class of the training set; null: as it is", low=1
     )

@@ -33,7 +33,7 @@ class Result(NamedTuple):
 
     metrics: dict[str, float]
     task: tasks.Task
-    train: data.Source
+    train: data.Examples
     params: Params
     statistics: Any
 
@@ -59,8 +59,8 @@ class Run:
     horizon: build.Horizon
     refit_steps: frozenset[int]
     blocks: llqr.Description | None
-    train: data.Source
-    test: data.Source
+    train: data.Examples
+    test: data.Examples
 
     @property
     def last(self) -> int:
@@ -180,7 +180,7 @@ def prepare(config: Config) -> Run:
     except ValueError as error:
         raise ConfigError(f"batch_overlap_fraction: {error}") from error
     task = tasks.build(config)
-    train, test = (data.Source.of(task.dataset, split) for split in ("train", "test"))
+    train, test = task.dataset.train, task.dataset.test
     examples, partial = config.batch_size * config.grad_acc_steps, config.partial_batch
     length = data.epoch_length(train, examples, partial=cast(data.Partial, partial))
     horizon = build.Horizon(length, config.total_epochs, config.max_steps)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from llqr_experiments import checkpoint, console, preemption
+from llqr_experiments import checkpoint, console, data, preemption
 from llqr_experiments.checkpoint import BEST, LATEST, Checkpoints
 from llqr_experiments.errors import ConfigError, TrainingError
 from llqr_experiments.preemption import Interrupted
@@ -447,20 +447,18 @@ def test_an_evaluation_that_is_not_finite_is_not_the_best(tmp_path, monkeypatch)
 
 
 def poison(monkeypatch, at: int) -> None:
-    from llqr_experiments.data import pipeline
-
-    gather = pipeline.Source.gather
+    draw = data.Source.draw
     served = []
 
-    def poisoned(self, index):
-        batch = gather(self, index)
+    def poisoned(self, index, rng):
+        batch = draw(self, index, rng)
         if len(index) == 128:
             served.append(None)
             if len(served) == at + 1:
                 batch["image"][3, 2, 2] = np.nan
         return batch
 
-    monkeypatch.setattr(pipeline.Source, "gather", poisoned)
+    monkeypatch.setattr(data.Source, "draw", poisoned)
 
 
 # --- killed at random ----------------------------------------------------------------------

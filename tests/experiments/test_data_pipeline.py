@@ -24,6 +24,7 @@ from llqr_experiments.data import (
     stride,
     train_stream,
 )
+from llqr_experiments.data.examples import normalized
 
 # n, B, overlap: B divides n, does not, exceeds it, spans epochs; strides of B, B/2, B/4, 1.
 SIZES = [(10, 5, 0.0), (10, 4, 0.0), (10, 4, 0.5), (10, 4, 0.75), (3, 8, 0.5), (11, 6, 0.5)]
@@ -117,6 +118,12 @@ class TestTrainStream:
         (batch,) = take(Source.of(make_dataset(), "train"), 1, batch_size=15, seed=0)
         assert ids(batch).tolist() == [4, 8, 3, 1, 5, 7, 2, 0, 6, 9, 2, 3, 4, 1, 9]
 
+    def test_augmentation_is_frozen(self):
+        """So is the generator that a batch is augmented with."""
+        source = Source.of(make_dataset(), "train", augment)
+        _, batch = take(source, 2, batch_size=2, seed=0)
+        np.testing.assert_allclose(batch["image"][:, 0, 0, 0], [3.047943244944, 1.397540777377])
+
     def test_the_seed_decides(self):
         source = Source.of(make_dataset(100), "train")
         first = take(source, 8, batch_size=32, seed=5)
@@ -134,7 +141,8 @@ class TestTrainStream:
     @pytest.mark.parametrize("num_threads", [0, 1, 4])
     def test_threads_change_nothing(self, num_threads):
         source = Source.of(make_dataset(50), "train")
-        jitter = {"transform": augment, "batch_size": 8, "seed": 1}
+        source = dataclasses.replace(source, augment=augment)
+        jitter = {"batch_size": 8, "seed": 1}
         batches = take(source, 100, num_threads=num_threads, **jitter)
         assert_same(batches, take(source, 100, num_threads=2, prefetch=3, **jitter))
 
@@ -158,10 +166,10 @@ class TestTrainStream:
         take(source, 3, batch_size=10, seed=0)
         np.testing.assert_array_equal(data.train.images, make_dataset().train.images)
 
-    def test_transform_differs_between_batches_and_seeds(self):
-        source = Source.of(make_dataset(), "train")
-        one, two = take(source, 2, batch_size=10, seed=0, transform=augment)
-        (other,) = take(source, 1, batch_size=10, seed=1, transform=augment)
+    def test_augmentation_differs_between_batches_and_seeds(self):
+        source = Source.of(make_dataset(), "train", augment)
+        one, two = take(source, 2, batch_size=10, seed=0)
+        (other,) = take(source, 1, batch_size=10, seed=1)
         noise = [batch["image"] - np.round(batch["image"]) for batch in (one, two, other)]
         assert all(np.abs(part).max() > 0 for part in noise)
         assert not np.allclose(noise[0], noise[1])
@@ -233,14 +241,14 @@ class TestOverlapAndPartialBatches:
         assert_same(same, take(source, 20, batch_size=4, seed=3))
 
     def test_a_shared_example_is_augmented_anew(self):
-        source = Source.of(make_dataset(30), "train")
-        one, two = take(source, 2, batch_size=8, seed=2, overlap=0.5, transform=augment)
+        source = Source.of(make_dataset(30), "train", augment)
+        one, two = take(source, 2, batch_size=8, seed=2, overlap=0.5)
         np.testing.assert_array_equal(ids(one)[4:], ids(two)[:4])
         assert not np.allclose(one["image"][4:], two["image"][:4])
 
-    def test_a_padded_batch_is_transformed_and_keeps_its_mask(self):
-        source = Source.of(make_dataset(10), "train")
-        batch = take(source, 3, batch_size=4, seed=0, partial="pad", transform=augment)[-1]
+    def test_a_padded_batch_is_augmented_and_keeps_its_mask(self):
+        source = Source.of(make_dataset(10), "train", augment)
+        batch = take(source, 3, batch_size=4, seed=0, partial="pad")[-1]
         assert batch["mask"].tolist() == [True, True, False, False]
         assert (ids(batch)[2:] == 0).all()
         assert (batch["image"] != np.round(batch["image"])).all()
@@ -299,12 +307,12 @@ class TestOverlapAndPartialBatches:
 
 class TestResume:
     @pytest.mark.parametrize("num_threads", [0, 2])
-    @pytest.mark.parametrize("transform", [None, augment])
+    @pytest.mark.parametrize("change", [None, augment])
     @pytest.mark.parametrize("partial", MODES)
     @pytest.mark.parametrize("overlap", [0.0, 0.75])
-    def test_from_any_batch(self, overlap, partial, transform, num_threads):
-        source = Source.of(make_dataset(22), "train")
-        options = {"overlap": overlap, "partial": partial, "transform": transform}
+    def test_from_any_batch(self, overlap, partial, change, num_threads):
+        source = Source.of(make_dataset(22), "train", change)
+        options = {"overlap": overlap, "partial": partial}
         options |= {"batch_size": 8, "seed": 1, "num_threads": num_threads, "prefetch": 4}
         states, expected = [], []
         with closing(train_stream(source, **options)) as stream:
@@ -328,17 +336,18 @@ class TestResume:
             prepared.release()
             return augment(batch, rng)
 
-        source = Source.of(make_dataset(22), "train")
+        source = Source.of(make_dataset(22), "train", augment)
         options = {"batch_size": 8, "seed": 1, "num_threads": 2, "prefetch": 6, "overlap": 0.5}
-        expected = take(source, 12, transform=augment, **options)
-        with closing(train_stream(source, transform=counted, **options)) as stream:
+        expected = take(source, 12, **options)
+        watched = dataclasses.replace(source, augment=counted)
+        with closing(train_stream(watched, **options)) as stream:
             start = stream.get_state()
             assert_same(expected[:3], [next(stream) for _ in range(3)])
             deadline = time.monotonic() + 20
             for _ in range(3 + 6):  # three taken, six ready
                 assert prepared.acquire(timeout=max(0, deadline - time.monotonic()))
             state = stream.get_state()
-        with closing(train_stream(source, transform=augment, **options)) as fresh:
+        with closing(train_stream(source, **options)) as fresh:
             for _ in range(3):
                 next(fresh)
             assert fresh.get_state() == state != start
@@ -369,3 +378,91 @@ class TestEvaluation:
         data = dataclasses.replace(make_dataset(), test=make_dataset(4).test)
         assert len(Source.of(data, "train")) == 10
         assert len(Source.of(data, "test")) == 4
+
+
+class Sentences:
+    """Examples that are no images: n rows of tokens, each filled with its number."""
+
+    def __init__(self, n: int, mask: np.ndarray | None = None):
+        self._n, self._mask = n, mask
+
+    def __len__(self) -> int:
+        return self._n
+
+    def gather(self, index):
+        batch = {"tokens": np.repeat(index[:, None], 3, axis=1)}
+        return batch if self._mask is None else batch | {"mask": self._mask[index]}
+
+    def draw(self, index, rng):
+        return self.gather(index) | {"noise": rng.random(len(index))}
+
+
+class TestExamples:
+    """The streams take anything that has rows."""
+
+    @pytest.mark.parametrize("partial", MODES)
+    def test_keys_are_those_of_the_source(self, partial):
+        source = Sentences(10)
+        batches = take(source, 6, batch_size=4, seed=0, partial=partial)
+        for batch in batches:
+            assert batch.keys() - {"mask"} == {"tokens", "noise"}
+            assert batch["tokens"].shape == (4, 3)
+        plain = take(Source.of(make_dataset(), "train"), 6, batch_size=4, seed=0, partial=partial)
+        tokens = [batch["tokens"][:, 0] for batch in batches]
+        np.testing.assert_array_equal(tokens, [ids(batch) for batch in plain])
+
+    def test_evaluation_gathers_and_does_not_draw(self):
+        batches = list(evaluation_batches(Sentences(10), 4))
+        assert all(batch.keys() == {"tokens", "mask"} for batch in batches)
+        assert batches[-1]["mask"].tolist() == [True, True, False, False]
+
+    def test_a_row_that_the_source_masks_stays_masked(self):
+        source = Sentences(6, mask=np.array([True, True, True, True, True, False]))
+        last = list(evaluation_batches(source, 4))[-1]
+        assert last["tokens"][:, 0].tolist() == [4, 5, 0, 0]
+        assert last["mask"].tolist() == [True, False, False, False]
+        for batch in take(source, 3, batch_size=4, seed=0, partial="pad"):
+            rows, kept = batch["tokens"][:, 0], batch["mask"]
+            assert not kept[rows == 5].any()
+
+    def test_refits_draw_as_training_does(self):
+        with closing(refit_stream(Sentences(10), batch_size=4, seed=0)) as stream:
+            assert next(stream)["noise"].shape == (4,)
+
+    @pytest.mark.parametrize("num_threads", [0, 2])
+    def test_an_error_of_the_source_is_what_is_raised(self, num_threads):
+        class Broken(Sentences):
+            def gather(self, index):
+                raise DataError("photo.jpg is broken")
+
+        with pytest.raises(DataError) as caught:
+            take(Broken(10), 1, batch_size=4, seed=0, num_threads=num_threads)
+        assert str(caught.value) == "photo.jpg is broken"
+        with pytest.raises(DataError) as caught:
+            list(evaluation_batches(Broken(10), 4, num_threads=num_threads))
+        assert str(caught.value) == "photo.jpg is broken"
+
+    def test_evaluation_ahead_of_time_changes_nothing(self):
+        source = Source.of(make_dataset(23), "test")
+        one, two = (list(evaluation_batches(source, 4, num_threads=n)) for n in (0, 3))
+        assert_same(one, two)
+
+    def test_an_evaluation_that_is_left_ends_its_threads(self):
+        before = threading.active_count()
+        batches = evaluation_batches(Sentences(100), 4)
+        next(batches)
+        batches.close()
+        deadline = time.monotonic() + 20
+        while threading.active_count() > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert threading.active_count() <= before
+
+    def test_normalization_takes_any_layout(self):
+        pixels = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
+        expected = normalized(pixels, (0.1, 0.2, 0.3, 0.4, 0.5), 0.7, 255.0)
+        turned = np.asfortranarray(pixels)
+        np.testing.assert_array_equal(
+            normalized(turned, (0.1, 0.2, 0.3, 0.4, 0.5), 0.7, 255.0), expected
+        )
+        slow = (pixels / np.float32(255) - np.float32([0.1, 0.2, 0.3, 0.4, 0.5])) / np.float32(0.7)
+        np.testing.assert_array_equal(expected, slow)

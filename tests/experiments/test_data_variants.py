@@ -247,8 +247,9 @@ class TestCifarAugmentation:
             MEAN,
             STD,
             255.0,
+            cifar_augmentation(MEAN, STD),
         )
-        options = {"batch_size": 8, "seed": 0, "transform": cifar_augmentation(MEAN, STD)}
+        options = {"batch_size": 8, "seed": 0}
         with closing(train_stream(source, num_threads=2, **options)) as stream:
             threaded = [next(stream)["image"] for _ in range(6)]
         with closing(train_stream(source, num_threads=0, **options)) as stream:

@@ -6,19 +6,24 @@ import logging
 import os
 import tempfile
 import urllib.request
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
+from llqr_experiments.data.progress import progress
 from llqr_experiments.errors import DataError
 
 _log = logging.getLogger(__name__)
 _TIMEOUT_SECONDS = 10.0
+_CHUNK_BYTES = 1 << 20
 
 
 def fetch(url: str, folder: Path, md5: str) -> Path:
     """Download `url` into `folder` under its own name.
 
-    A run that is killed half-way leaves no half file: the bytes are verified in memory, written
-    to a temporary file beside the target, and renamed.
+    A run that is killed half-way leaves no half file under that name: the bytes go to a temporary
+    file beside the target, which is renamed once they are verified.
 
     Args:
       url: what to get; its last component names the file.
@@ -31,34 +36,61 @@ def fetch(url: str, folder: Path, md5: str) -> Path:
     Raises:
       DataError: the URL cannot be fetched, has other bytes, or `folder` cannot be written.
     """
-    try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
-            payload = response.read()
-    # The second is not an OSError: a connection that is cut raises IncompleteRead.
-    except (OSError, http.client.HTTPException) as error:
-        raise DataError(f"{url}: download failed ({error})") from error
-    found = hashlib.md5(payload, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise DataError(
-            f"{url}: downloaded {len(payload)} bytes with MD5 {found}, expected {md5}; a proxy may "
-            "have answered instead of the mirror"
-        )
     target = folder / url.rsplit("/", 1)[-1]
+    chunks = _chunks(url)
+    # The folder is made only when there is something to put into it.
+    first = next(chunks, b"")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(target, payload)
+        with replacing(target) as file:
+            digest, size = hashlib.md5(first, usedforsecurity=False), len(first)
+            file.write(first)
+            for chunk in chunks:
+                digest.update(chunk)
+                size += len(chunk)
+                file.write(chunk)
+            if digest.hexdigest() != md5:
+                raise DataError(
+                    f"{url}: downloaded {size} bytes with MD5 {digest.hexdigest()}, expected "
+                    f"{md5}; a proxy may have answered instead of the mirror"
+                )
     except OSError as error:
         raise DataError(f"{target.absolute()}: cannot be written ({error})") from error
+    finally:
+        chunks.close()
     _log.info("downloaded %s to %s", url, target.absolute())
     return target
 
 
-def _write_atomically(target: Path, payload: bytes) -> None:
-    """Write `target` so that it never exists with a part of its content."""
+def _chunks(url: str) -> Generator[bytes, None, None]:
+    """Yield the bytes of a URL piece by piece, with a progress bar."""
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
+            length = getattr(response, "length", None)
+            with progress(f"downloading {url.rsplit('/', 1)[-1]}", length) as advance:
+                while chunk := response.read(_CHUNK_BYTES):
+                    advance(len(chunk))
+                    yield chunk
+            # A connection that is cut shows in the number of bytes that are left.
+            if length and getattr(response, "length", 0):
+                raise http.client.IncompleteRead(b"", response.length)
+    # The second is not an OSError.
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(f"{url}: download failed ({error})") from error
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of `target` when the block ends without an error.
+
+    `target` never exists with a part of its content.
+    """
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(payload)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         # `mkstemp` makes the file private; a dataset may be shared.
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)

@@ -8,69 +8,26 @@ Which examples batch k of the stream has is a pure function of (seed, k), see
 change it.
 """
 
-import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import closing
 
 import grain
 import numpy as np
 
+from llqr_experiments.data.examples import Batch, Examples
 from llqr_experiments.data.order import Order, Partial, batches_per_epoch
-from llqr_experiments.data.sources import Dataset
 from llqr_experiments.errors import DataError
-
-Batch = dict[str, np.ndarray]
-Transform = Callable[[Batch, np.random.Generator], Batch]
 
 # Keys of the seeds derived from a stream's seed. An epoch's key is a single small integer, so a
 # key of two integers meets none of them.
-_TRANSFORM_KEY = (0, 1)
+_DRAW_KEY = (0, 1)
 _REFIT_KEY = (0, 2)
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """The examples of one split with the constants that normalise them.
-
-    Attributes:
-      images: (n, h, w, c), raw pixels.
-      labels: (n,), int32.
-      mean, std, scale: as in `Dataset`.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    mean: float | tuple[float, ...]
-    std: float | tuple[float, ...]
-    scale: float
-
-    @classmethod
-    def of(cls, dataset: Dataset, split: Literal["train", "test"]) -> "Source":
-        """Return a split of `dataset`."""
-        part = dataset.train if split == "train" else dataset.test
-        return cls(part.images, part.labels, dataset.mean, dataset.std, dataset.scale)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def gather(self, index: np.ndarray) -> Batch:
-        """Return the examples `index`, (B,) integers.
-
-        Returns:
-          "image": (B, h, w, c) float32, `(pixel / scale - mean) / std`; "label": (B,) int32.
-        """
-        image = self.images[index].astype(np.float32)
-        # In place: one array of this size per batch and not four.
-        image /= np.float32(self.scale)
-        image -= np.asarray(self.mean, np.float32)
-        image /= np.asarray(self.std, np.float32)
-        return {"image": image, "label": self.labels[index].astype(np.int32)}
-
-
 def epoch_length(
-    source: Source, batch_size: int, *, overlap: float = 0.0, partial: Partial = "straddle"
+    source: Examples, batch_size: int, *, overlap: float = 0.0, partial: Partial = "straddle"
 ) -> float:
     """Return the number of batches of `train_stream` in an epoch, one pass over the examples.
 
@@ -89,7 +46,7 @@ def epoch_length(
       ValueError: as `train_stream`.
 
     Example:
-      >>> from llqr_experiments.data import load
+      >>> from llqr_experiments.data import Source, load
       >>> epoch_length(Source.of(load("digits"), "train"), 32, partial="pad")
       45
     """
@@ -98,28 +55,28 @@ def epoch_length(
 
 
 def train_stream(
-    source: Source,
+    source: Examples,
     *,
     batch_size: int,
     seed: int,
-    transform: Transform | None = None,
     overlap: float = 0.0,
     partial: Partial = "straddle",
     num_threads: int = 2,
-    prefetch: int = 16,
+    prefetch: int | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """Return an endless stream of shuffled, normalised batches of one shape.
+    """Return an endless stream of shuffled batches, each of B rows.
 
     Each epoch contains every example once, in an order of its own. By default no remainder is
     dropped and every batch is full, because batches straddle epochs.
+
+    Batches are made by `source.draw`, with a generator that is seeded by the seed and the batch's
+    index, so that random augmentation resumes too. An example that two batches share is
+    augmented anew in each.
 
     Args:
       source: n examples.
       batch_size: B, at least 1; it may exceed n.
       seed: the only thing, with n, that the order depends on; a non-negative integer.
-      transform: random augmentation of a normalised batch, `(batch, rng) -> batch`. `rng` is
-        seeded by the seed and the batch's index, so that it too resumes. An example that two
-        batches share is augmented anew in each. Other entries of the batch must be kept.
       overlap: share of a batch that it has in common with the one before it, in [0, 1). Its
         stride, round(B (1 - overlap)) clamped to [1, B], must divide B.
       partial: what becomes of the examples at the end of an epoch that fill no batch:
@@ -128,13 +85,13 @@ def train_stream(
         "drop": they are not used.
         "pad" and "drop" start each epoch with a batch that shares nothing with the one before.
       num_threads: worker threads that prepare batches ahead of time; 0 prepares each on demand.
-      prefetch: number of batches kept ready.
+      prefetch: number of batches kept ready; None: two for each thread, since those of large
+        images take hundreds of megabytes.
 
     Returns:
-      An iterator of {"image": (B, h, w, c) float32, "label": (B,) int32}, and for "pad" in every
-      batch "mask": (B,) bool, False for the copies. `get_state()` returns a small JSON-able
-      dictionary; `set_state()` continues from one, on a stream made with the same arguments.
-      `close()` ends its threads.
+      An iterator of batches of the source, and for "pad" in every batch "mask": (B,) bool, False
+      for the copies. `get_state()` returns a small JSON-able dictionary; `set_state()` continues
+      from one, on a stream made with the same arguments. `close()` ends its threads.
 
     Raises:
       DataError: the source is empty, or "drop" leaves no batch because n < B.
@@ -142,7 +99,7 @@ def train_stream(
         out of range or with a stride that does not divide B.
 
     Example:
-      >>> from llqr_experiments.data import load
+      >>> from llqr_experiments.data import Source, load
       >>> stream = train_stream(Source.of(load("digits"), "train"), batch_size=32, seed=0)
       >>> next(stream)["image"].shape
       (32, 8, 8, 1)
@@ -152,28 +109,22 @@ def train_stream(
     # example for n = 60,000, 31 us for n = 1,437, 320 us for n = 100. One permutation per epoch
     # and one slice per batch cost less than 1 us per example.
     order = Order(len(source), batch_size, seed, overlap, partial)
-    fill = functools.partial(_fill, source, batch_size)
+    draw = functools.partial(_draw_filled, source, batch_size) if partial == "pad" else source.draw
     batches = (
         grain.MapDataset.range(sys.maxsize // batch_size)
         .map(order.batch)
-        .map(fill if partial == "pad" else source.gather)
+        .random_map(draw, seed=_derive(seed, _DRAW_KEY))
     )
-    if transform is not None:
-        batches = batches.random_map(transform, seed=_derive(seed, _TRANSFORM_KEY))
-    options = grain.ReadOptions(
-        num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0
-    )
-    return iter(batches.to_iter_dataset(options))
+    return iter(batches.to_iter_dataset(_read_options(num_threads, prefetch)))
 
 
 def refit_stream(
-    source: Source,
+    source: Examples,
     *,
     batch_size: int,
     seed: int,
-    transform: Transform | None = None,
     num_threads: int = 2,
-    prefetch: int = 16,
+    prefetch: int | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Return the stream that refits of the preconditioner draw from.
 
@@ -184,7 +135,6 @@ def refit_stream(
       source: as for `train_stream`.
       batch_size: as for `train_stream`; the two may differ.
       seed: the seed of the run, the one its `train_stream` has.
-      transform: as for `train_stream`.
       num_threads: as for `train_stream`.
       prefetch: as for `train_stream`.
 
@@ -199,7 +149,6 @@ def refit_stream(
         source,
         batch_size=batch_size,
         seed=refit_seed(seed),
-        transform=transform,
         num_threads=num_threads,
         prefetch=prefetch,
     )
@@ -214,8 +163,10 @@ def refit_seed(seed: int) -> int:
     return _derive(seed, _REFIT_KEY)
 
 
-def evaluation_batches(source: Source, batch_size: int) -> Iterator[Batch]:
-    """Return every example once, in order, in batches of one shape.
+def evaluation_batches(
+    source: Examples, batch_size: int, *, num_threads: int = 2
+) -> Iterator[Batch]:
+    """Return every example once, in order, in batches of B rows.
 
     The last batch is filled up with copies of example 0, so that a compiled function sees one
     shape; "mask" tells them apart.
@@ -223,10 +174,11 @@ def evaluation_batches(source: Source, batch_size: int) -> Iterator[Batch]:
     Args:
       source: n examples.
       batch_size: B, at least 1.
+      num_threads: worker threads that prepare batches ahead of time; 0 prepares each on demand.
 
     Returns:
-      An iterator of ceil(n / B) batches as those of `train_stream`, and with "mask": (B,) bool,
-      False for the copies.
+      An iterator of ceil(n / B) batches of the source, and with "mask": (B,) bool, False for the
+      copies.
 
     Raises:
       DataError: the source is empty.
@@ -234,23 +186,49 @@ def evaluation_batches(source: Source, batch_size: int) -> Iterator[Batch]:
     """
     # Checked here and not in the generator, which would run only at the first batch.
     _check(source, batch_size)
-    return _in_order(source, batch_size)
+    return _in_order(source, batch_size, num_threads)
 
 
-def _in_order(source: Source, batch_size: int) -> Iterator[Batch]:
-    for start in range(0, len(source), batch_size):
-        yield _fill(source, batch_size, np.arange(start, min(start + batch_size, len(source))))
+def _in_order(source: Examples, batch_size: int, num_threads: int) -> Iterator[Batch]:
+    n = len(source)
+
+    def gather(start: int) -> Batch:
+        index, mask = _filled(np.arange(start, min(start + batch_size, n)), batch_size)
+        return _masked(source.gather(index), mask)
+
+    batches = grain.MapDataset.range(0, n, batch_size).map(gather)
+    with closing(iter(batches.to_iter_dataset(_read_options(num_threads, None)))) as iterator:
+        yield from iterator
 
 
-def _fill(source: Source, batch_size: int, index: np.ndarray) -> Batch:
-    """Return the examples `index`, (B,) or fewer, filled up with copies of example 0."""
-    mask = np.arange(batch_size) < len(index)
-    padded = np.zeros(batch_size, np.int64)
-    padded[: len(index)] = index
-    return {**source.gather(padded), "mask": mask}
+def _draw_filled(
+    source: Examples, batch_size: int, index: np.ndarray, rng: np.random.Generator
+) -> Batch:
+    """Return the examples `index`, (B,) or fewer, filled up, as training sees them."""
+    index, mask = _filled(index, batch_size)
+    return _masked(source.draw(index, rng), mask)
 
 
-def _check(source: Source, batch_size: int, seed: int = 0) -> None:
+def _filled(index: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return `index` filled up with zeros, (B,) int64, and where it is not, (B,) bool."""
+    filled = np.zeros(batch_size, np.int64)
+    filled[: len(index)] = index
+    return filled, np.arange(batch_size) < len(index)
+
+
+def _masked(batch: Batch, mask: np.ndarray) -> Batch:
+    """Return `batch` with "mask"; a row that the source masks stays masked."""
+    return {**batch, "mask": mask & batch["mask"] if "mask" in batch else mask}
+
+
+def _read_options(num_threads: int, prefetch: int | None) -> grain.ReadOptions:
+    ahead = 2 * num_threads if prefetch is None else prefetch
+    return grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=ahead if num_threads else 0
+    )
+
+
+def _check(source: Examples, batch_size: int, seed: int = 0) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more.")
     if len(source) == 0:

@@ -1,15 +1,10 @@
-"""The datasets: where their files are found, what they hold, and whether that makes sense.
+"""The datasets that are held in memory, and where the IDX files of some are found.
 
-  load(name)   one of `names()`: digits, fashion_mnist, mnist
-  validate     the checks that every loaded dataset has passed
-
-Pixels stay as they were published (uint8); `llqr_experiments.data.pipeline` normalises each
-batch with the dataset's constants, so that 60,000 images take 47 MB and not 188 MB.
+load(name)   one of `names()`: cifar10, cifar100, digits, fashion_mnist, mnist
 """
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -17,54 +12,13 @@ from types import MappingProxyType
 import numpy as np
 
 from llqr._errors import unknown
+from llqr_experiments.data import cifar
+from llqr_experiments.data.dataset import Dataset, Split, validate
 from llqr_experiments.data.download import fetch
 from llqr_experiments.data.idx import REMEDY, read_idx
 from llqr_experiments.errors import DataError
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Labelled images.
-
-    Attributes:
-      images: (n, h, w, c), uint8 or float32, raw pixels.
-      labels: (n,), int32, in [0, number of classes).
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A training and a test split with the constants that normalise their pixels.
-
-    A model sees `(pixel / scale - mean) / std`.
-
-    Attributes:
-      name: the name it is loaded by.
-      train: the split to fit.
-      test: the split to report.
-      num_classes: labels are in [0, num_classes).
-      mean: mean of `pixel / scale` over the training split, one number or one per channel.
-      std: standard deviation of the same, one number or one per channel.
-      scale: the largest pixel value, which maps pixels to [0, 1].
-      origin: where the data came from, for logs and reports.
-    """
-
-    name: str
-    train: Split
-    test: Split
-    num_classes: int
-    mean: float | tuple[float, ...]
-    std: float | tuple[float, ...]
-    scale: float
-    origin: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +85,7 @@ _IDX_SETS: dict[str, _IdxSet] = {
 
 def names() -> tuple[str, ...]:
     """Return the names that `load` knows."""
-    return ("digits", *sorted(_IDX_SETS))
+    return tuple(sorted(("digits", *_IDX_SETS, *cifar.SETS)))
 
 
 def load(name: str, dataset_dir: str | Path | None = None, *, download: bool = True) -> Dataset:
@@ -139,11 +93,12 @@ def load(name: str, dataset_dir: str | Path | None = None, *, download: bool = T
 
     The IDX files of `mnist` and `fashion_mnist` are taken from `dataset_dir` if it is given, and
     from nowhere else. Otherwise from the first of these that has all four: `./data/<name>`, the
-    folder of the system's package (fashion_mnist), a download into `./data/<name>`.
+    folder of the system's package (fashion_mnist), a download into `./data/<name>`. So are those
+    of the CIFAR sets, in the form that `llqr_experiments.data.cifar` says.
 
     Args:
       name: one of `names()`.
-      dataset_dir: folder with the four IDX files, compressed or not.
+      dataset_dir: folder with the official files.
       download: whether the network may be used.
 
     Returns:
@@ -160,6 +115,8 @@ def load(name: str, dataset_dir: str | Path | None = None, *, download: bool = T
         dataset = _load_digits(dataset_dir)
     elif name in _IDX_SETS:
         dataset = _load_idx(name, dataset_dir, download)
+    elif name in cifar.SETS:
+        dataset = cifar.load(name, dataset_dir, download)
     else:
         raise DataError(unknown("dataset", name, names()))
     validate(dataset)
@@ -306,52 +263,3 @@ def _read_split(files: dict[str, Path], which: str) -> Split:
                 f"uint8. {REMEDY}"
             )
     return Split(images[..., None], labels.astype(np.int32))
-
-
-def validate(dataset: Dataset) -> None:
-    """Check that a dataset can be trained on.
-
-    Raises:
-      DataError: the constants cannot normalise; or a split is empty, has arrays of the wrong
-        number of dimensions, labels that are no integers, not as many images as labels, a pixel
-        that is NaN or infinite, or a label that is no class.
-    """
-    divisors = np.concatenate([np.ravel(dataset.std), np.ravel(dataset.scale)])
-    constants = np.concatenate([np.ravel(dataset.mean), divisors])
-    if not np.isfinite(constants).all() or (divisors <= 0).any():
-        raise DataError(
-            f"{dataset.name}: pixels cannot be normalised by mean {dataset.mean}, std "
-            f"{dataset.std}, scale {dataset.scale}; expected finite numbers, std and scale above 0."
-        )
-    for which in ("train", "test"):
-        _validate_split(f"{dataset.name}, {which} split", getattr(dataset, which), dataset)
-
-
-def _validate_split(where: str, split: Split, dataset: Dataset) -> None:
-    """Raise `DataError` for the first fault of a split, which the message calls `where`."""
-    images, labels = split.images, split.labels
-    if images.ndim != 4 or labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(
-            f"{where}: images of shape {images.shape} and {labels.dtype} labels of shape "
-            f"{labels.shape}, expected (n, h, w, c) and integers (n,)."
-        )
-    if len(images) != len(labels):
-        raise DataError(
-            f"{where}: {len(images)} images but {len(labels)} labels, expected as many of each."
-        )
-    if len(images) == 0:
-        raise DataError(f"{where}: empty, expected at least one example.")
-    if np.issubdtype(images.dtype, np.floating):
-        bad = np.argwhere(~np.isfinite(images))
-        if len(bad):
-            raise DataError(
-                f"{where}: {len(bad)} of {math.prod(images.shape)} pixels are NaN or infinite, the "
-                f"first at (example, row, column, channel) = {tuple(map(int, bad[0]))}."
-            )
-    outside = np.flatnonzero((labels < 0) | (labels >= dataset.num_classes))
-    if len(outside):
-        raise DataError(
-            f"{where}: labels go from {labels.min()} to {labels.max()}, expected 0 to "
-            f"{dataset.num_classes - 1} for {dataset.num_classes} classes; the first of "
-            f"{len(outside)} outside is example {outside[0]}, with label {labels[outside[0]]}."
-        )

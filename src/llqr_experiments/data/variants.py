@@ -2,7 +2,7 @@
 
   long_tailed          classes of exponentially decreasing size
   truncated            the first training examples
-  cifar_augmentation   random crop, flip and cutout, a `transform` of `train_stream`
+  cifar_augmentation   random crop, flip and cutout, an `augment` of `Source`
 
 The test split and the constants that normalise the pixels stay as they are.
 """
@@ -12,8 +12,8 @@ import math
 
 import numpy as np
 
-from llqr_experiments.data.pipeline import Batch, Transform
-from llqr_experiments.data.sources import Dataset, Split
+from llqr_experiments.data.dataset import Dataset, Split
+from llqr_experiments.data.examples import Batch, Transform
 from llqr_experiments.errors import DataError
 
 
@@ -41,17 +41,34 @@ def long_tailed(dataset: Dataset, *, ratio: float = 100.0, seed: int = 42) -> Da
       >>> np.bincount(long_tailed(load("digits"), ratio=10).train.labels).tolist()
       [142, 113, 88, 68, 52, 41, 31, 24, 19, 15]
     """
-    labels = dataset.train.labels
-    sizes = long_tail_sizes(np.bincount(labels, minlength=dataset.num_classes), ratio)
-    kept = np.concatenate(
+    kept = long_tail(dataset.train.labels, dataset.num_classes, ratio, seed)
+    train = Split(dataset.train.images[kept], dataset.train.labels[kept])
+    return _with_training_split(dataset, train, f"long tail of ratio {ratio:g}")
+
+
+def long_tail(labels: np.ndarray, num_classes: int, ratio: float, seed: int = 42) -> np.ndarray:
+    """Return which examples `long_tailed` keeps.
+
+    Args:
+      labels: (n,) integers.
+      num_classes: K.
+      ratio: as for `long_tailed`.
+      seed: as for `long_tailed`.
+
+    Returns:
+      Their places in `labels`, one class after the other, int64.
+
+    Raises:
+      As `long_tailed`.
+    """
+    sizes = long_tail_sizes(np.bincount(labels, minlength=num_classes), ratio)
+    return np.concatenate(
         [
             # RandomState is the generator whose stream numpy has frozen.
             np.random.RandomState(seed + c).permutation(np.flatnonzero(labels == c))[:size]
             for c, size in enumerate(sizes)
         ]
     )
-    train = Split(dataset.train.images[kept], labels[kept])
-    return _with_training_split(dataset, train, f"long tail of ratio {ratio:g}")
 
 
 def long_tail_sizes(counts: np.ndarray, ratio: float) -> list[int]:
@@ -144,7 +161,7 @@ def cifar_augmentation(
         pixels above and left of its centre.
 
     Returns:
-      A `transform` for `train_stream`; it changes "image", (B, h, w, c), and keeps the rest.
+      An `augment` for `Source`; it changes "image", (B, h, w, c), and keeps the rest.
 
     Raises:
       ValueError: `pad` or `cutout` is below 0.
@@ -158,7 +175,7 @@ def cifar_augmentation(
     for name, value in (("pad", pad), ("cutout", cutout)):
         if value < 0:
             raise ValueError(f"{name} is {value}, expected 0 or more.")
-    # In float32 and in this order, as `Source.gather` does it, so that it is the same number.
+    # In float32 and in this order, as `examples.normalized` does it, so that it is the same number.
     black = (np.float32(0) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
     def augment(batch: Batch, rng: np.random.Generator) -> Batch:
