@@ -121,9 +121,9 @@ def _training(config: Config, out_dir: Path, console: Console) -> dict[str, list
 
 
 def _measure_model(config: Config, done: train.Result) -> Ending:
-    source = done.train
-    count = min(len(source), MOST_EXAMPLES)
-    batch = jax.tree.map(jnp.asarray, source.gather(np.arange(count)))
+    made = done.task.material
+    size = min(made.sizes["train"], MOST_EXAMPLES)
+    batch = jax.tree.map(jnp.asarray, next(made.streams.evaluation("train", size)))
     bound = tasks.bound(done.task, batch, done.statistics)
     found = landscape.measure(bound, done.params, config.comparison.radii)
     names = ("test accuracy", "test loss")

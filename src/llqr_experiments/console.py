@@ -69,10 +69,11 @@ class Display:
         if not self.console.is_terminal and step % self._report_freq == 0:
             self.say(f"step {step:>6} of {self._total}   {metrics}")
 
-    def evaluation(self, step: int, loss: float, accuracy: float) -> None:
-        """Print the result on the test set."""
+    def evaluation(self, step: int, found: dict[str, float]) -> None:
+        """Print what an evaluation found."""
         self._bar.update(self._task, completed=step)
-        self.say(f"step {step:>6}   test loss {loss:.4f}   test accuracy [bold]{accuracy:.2f} %[/]")
+        values = [f"{name} {shown(name, value)}" for name, value in found.items()]
+        self.say(f"step {step:>6}   {'   '.join(values)}")
 
     def refit(self, step: int, report: llqr.Report, seconds: float) -> None:
         """Print what a refit did."""
@@ -109,3 +110,15 @@ class Display:
 
 def _largest_first(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
     return sorted(seconds.items(), key=lambda item: -item[1])
+
+
+def shown(name: str, value: float) -> str:
+    """A measured value as people write it: an accuracy in percent, others with four digits."""
+    if "accuracy" in name:
+        return f"{value:.2f} %"
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
+
+
+def counts(sizes: dict[str, int]) -> str:
+    """Sizes by name: "1,438 train, 359 test"."""
+    return ", ".join(f"{size:,} {name}" for name, size in sizes.items())

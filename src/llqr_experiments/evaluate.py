@@ -1,7 +1,7 @@
 """Evaluation: one compiled step, every example exactly once."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,34 +57,26 @@ class Histograms:
 
 def evaluate(
     objective: llqr.Objective,
-<<<<<<< HEAD
     model: tuple[Params, Any],
-    source: data.Source,
-=======
-    params: Params,
-    source: data.Examples,
->>>>>>> d09f7be
-    batch_size: int,
+    batches: Iterable[data.Batch],
     histograms: Histograms | None = None,
     name: str = "test",
 ) -> dict[str, float]:
-    """Return loss (natural log, no smoothing) and accuracy (percent) over a whole split.
+    """Return the sums of `tasks.measure` over a whole split.
 
     Args:
       objective: forward function.
       model: its parameters and running statistics.
-      source: the split.
-      batch_size: examples at once.
+      batches: of the split, all of one shape or of a few.
       histograms: where to add p(correct) and loss of every example; None: nowhere.
       name: of the split, in the histograms.
     """
     params, statistics = model
     totals = {key: jnp.zeros(()) for key in SUMS}
-    for batch in data.evaluation_batches(source, batch_size):
+    for batch in batches:
         batch = {**batch, STATISTICS: statistics}
         totals = _accumulate(objective.forward, params, totals, batch)
         if histograms is not None:
             for key, values in _examples(objective.forward, params, batch).items():
                 histograms.add(f"{name}/{key}_hist", np.asarray(values)[np.asarray(keep(batch))])
-    loss, correct, rows = (float(totals[key]) for key in SUMS)
-    return {"loss": loss / rows, "accuracy": 100.0 * correct / rows}
+    return {key: float(total) for key, total in totals.items()}

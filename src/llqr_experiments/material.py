@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, cast
 
 import jax
 import numpy as np
 
+from llqr._errors import unknown
 from llqr_experiments import data
-from llqr_experiments.errors import ConfigError
+from llqr_experiments.errors import ConfigError, DataError
 from llqr_experiments.spec import Config, Dataset
 
 Totals = Mapping[str, float]
@@ -90,19 +91,135 @@ def make(config: Dataset) -> Material:
       DataError: the data is missing, corrupt, empty or not what the config says.
     """
     for names, options, build in _KINDS:
-        if config.name in names():
+        if config.name in names:
             _check_options(config, options)
             return build(config)
-    raise data.unknown_dataset(config.name)
+    known = [name for names, _, _ in _KINDS for name in names]
+    raise DataError(unknown("dataset", config.name, known))
 
 
 def _check_options(config: Dataset, known: tuple[str, ...]) -> None:
-    known = ("name", *known)
     for option in fields(config):
         value = getattr(config, option.name)
-        plain = option.default if option.default_factory is None else value
-        if option.name not in known and value != plain:
+        plain = option.default
+        if option.default_factory is not MISSING:
+            plain = option.default_factory()
+        if option.name not in ("name", "download", *known) and value != plain:
             raise ConfigError(
                 f"dataset.{option.name}={value}: {config.name} has no such option, only "
-                f"{', '.join(known[1:])}."
+                f"{', '.join(known)}."
             )
+
+
+# --- examples by number -----------------------------------------------------------------------
+
+
+def example_streams(splits: Mapping[str, data.Examples]) -> Streams:
+    """Return the streams of splits whose examples can be fetched by number."""
+    train = splits["train"]
+    micro = lambda config: config.batch_size * config.grad_acc_steps  # noqa: E731
+
+    def training(config: Config) -> Any:
+        return data.train_stream(
+            train,
+            batch_size=micro(config),
+            overlap=config.batch_overlap_fraction,
+            partial=cast(data.Partial, config.partial_batch),
+            seed=config.rng_seed,
+            num_threads=config.data_threads,
+        )
+
+    def refits(config: Config) -> Any:
+        size, seed = config.precond_batch_size, config.rng_seed
+        return data.refit_stream(train, batch_size=size, seed=seed, num_threads=0)
+
+    def evaluation(split: str, size: int) -> Iterator[data.Batch]:
+        return data.evaluation_batches(splits[split], size)
+
+    def length(config: Config) -> float:
+        partial = cast(data.Partial, config.partial_batch)
+        return data.epoch_length(train, micro(config), partial=partial)
+
+    def shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+        one = train.gather(np.arange(1))
+        return {
+            name: jax.ShapeDtypeStruct((micro(config), *x.shape[1:]), x.dtype)
+            for name, x in one.items()
+        }
+
+    return Streams(training, refits, evaluation, length, shapes)
+
+
+def _images(config: Dataset) -> Material:
+    found = data.images(
+        config.name,
+        config.dataset_dir,
+        download=config.download,
+        augment=config.augment,
+        imbalance=config.imbalance,
+        truncate=config.truncate,
+    )
+    splits = {"train": found.train, "test": found.test}
+    return Material(
+        found.name,
+        example_streams(splits),
+        {name: len(split) for name, split in splits.items()},
+        found.shape,
+        found.num_classes,
+        inputs=lambda batch: batch["image"],
+    )
+
+
+def _grokking(config: Dataset) -> Material:
+    found = data.grokking(
+        config.name, p=config.p, train_fraction=config.train_fraction, seed=config.split_seed
+    )
+    splits = {"train": found.train, "test": found.test}
+    return Material(
+        found.name,
+        example_streams(splits),
+        {name: len(split) for name, split in splits.items()},
+        (found.length,),
+        found.num_classes,
+        inputs=lambda batch: batch["tokens"],
+        options={"vocabulary": found.vocabulary},
+        milestones=(95.0, 99.0),
+    )
+
+
+def _text(config: Dataset) -> Material:
+    found = data.text(
+        config.name,
+        config.dataset_dir,
+        tokenizer=config.tokenizer,
+        tokenizer_dir=config.tokenizer_dir,
+        vocabulary=config.vocabulary,
+        target_len=config.target_len,
+        held_out=config.held_out,
+        download=config.download,
+        cache_dir=config.cache_dir,
+    )
+    splits = {"train": found.train, "valid": found.valid, "test": found.test}
+    return Material(
+        found.name,
+        example_streams(splits),
+        {name: len(split) for name, split in splits.items()},
+        (found.length,),
+        found.vocabulary,
+        inputs=lambda batch: batch["tokens"],
+        rates=text_rates,
+        best=("valid loss", False),
+    )
+
+
+_KINDS: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Dataset], Material]], ...] = (
+    (data.image_names(), ("dataset_dir", "augment", "imbalance", "truncate"), _images),
+    (data.OPERATIONS, ("p", "train_fraction", "split_seed"), _grokking),
+    (
+        data.TEXTS,
+        ("dataset_dir", "tokenizer", "tokenizer_dir", "vocabulary", "target_len", "held_out",
+         "cache_dir"),
+        _text,
+    ),
+)  # fmt: skip
+"""Names, options besides `download`, and what makes the material."""

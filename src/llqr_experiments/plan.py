@@ -9,6 +9,7 @@ from rich.table import Table
 
 import llqr
 from llqr_experiments import build, comparison, tasks, train
+from llqr_experiments.console import counts
 from llqr_experiments.spec import Config
 from llqr_experiments.step import TrainState, init
 
@@ -65,7 +66,7 @@ def _rows(job: train.Run, state: TrainState) -> Iterable[tuple[str, str]]:
     yield "model", f"{config.architecture.name}, {size:,} parameters, {config.precision}"
     yield (
         "data",
-        (f"{config.dataset.name}: {len(job.train):,} training and {len(job.test):,} test examples"),
+        f"{config.dataset.name}: {counts(job.task.material.sizes)} examples",
     )
     examples = config.batch_size * config.grad_acc_steps
     parts = f" in {config.grad_acc_steps} micro-batches" if config.grad_acc_steps > 1 else ""
@@ -136,12 +137,7 @@ def _overhead(job: train.Run, gradients: float) -> str:
 
 def _gradient_flops(job: train.Run) -> float:
     """Floating-point operations of one gradient on a training batch, as XLA counts them."""
-    config = job.config
-    batch = job.train.gather(range(1))  # type: ignore[arg-type]
-    count = config.batch_size * config.grad_acc_steps
-    shapes = {
-        name: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for name, x in batch.items()
-    }
+    shapes = job.task.material.streams.shapes(job.config)
     objective = tasks.bound(job.task, shapes, job.task.statistics)
     lowered = jax.jit(lambda p, o: jax.grad(o)(p)).lower(job.task.params, objective)
     found: Any = lowered.cost_analysis()

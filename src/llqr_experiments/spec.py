@@ -44,9 +44,7 @@ ARCHITECTURES = (
 class Dataset:
     """Where the data comes from."""
 
-    name: str = _option(
-        "mnist", "digits, mnist, fashion_mnist, cifar10, cifar100 or imagenet; see docs/data.md"
-    )
+    name: str = _option("mnist", "which data; see docs/data.md")
     dataset_dir: str | None = _option(None, "folder with the official files; null: search")
     download: bool = _option(True, "download the files if they are found nowhere")
     augment: bool = _option(
@@ -56,6 +54,23 @@ class Dataset:
         None, "long tail: largest class / smallest class of the training set; null: as it is", low=1
     )
     truncate: int | None = _option(None, "only this many first training examples; null: all", low=1)
+    p: int = _option(97, "prime: size of the groups of the grokking sets", low=2)
+    train_fraction: float = _option(
+        0.6, "of all equations of a grokking set, those to train on", above=0, below=1
+    )
+    split_seed: int = _option(0, "which equations those are", low=0)
+    tokenizer: str | None = _option(
+        None, "of a text; null: that of the dataset", choices=("char", "bpe", "gpt2")
+    )
+    tokenizer_dir: str | None = _option(None, "folder of GPT-2's files; null: that of the text")
+    vocabulary: int = _option(8192, "most tokens that bpe learns", low=1)
+    target_len: int | None = _option(
+        None, "tokens of a window of text; null: 1024 for wikitext103, else 256", low=1
+    )
+    held_out: list[float] = _option(
+        [0.1, 0.1], "shares of valid and test, of a text without splits of its own"
+    )
+    cache_dir: str | None = _option(None, "where tokens are kept; null: the user's cache")
 
 
 @dataclass
@@ -186,12 +201,14 @@ class Config:
         1000, "steps between checkpoints; null or 0: none at all", low=0
     )
     checkpoint_keep: int = _option(3, "newest checkpoints kept, besides the best", low=1)
-    checkpoint_metric: str = _option(
-        "test accuracy",
-        "what the best checkpoint is best in",
-        choices=("test accuracy", "test loss", "train_eval accuracy", "train_eval loss"),
+    checkpoint_metric: str | None = _option(
+        None,
+        "what the best checkpoint is best in, such as `test loss`; null: test accuracy of images, "
+        "valid loss of texts",
     )
-    maximize_checkpoint_metric: bool = _option(True, "whether more of it is better")
+    maximize_checkpoint_metric: bool | None = _option(
+        None, "whether more of it is better; null: of accuracies, not of losses"
+    )
     resume: str | None = _option(None, "run folder to go on from, in a new folder")
     init_from: str | None = _option(None, "run folder whose parameters are the initial ones")
     preempt_handling: bool = _option(
@@ -392,8 +409,6 @@ class Config:
             yield "preempt_handling=true needs checkpoint_freq."
         if self.preempt_handling and self.comparison.name:
             yield "preempt_handling=true is for one run, not for a comparison."
-        if self.checkpoint_metric.startswith("train_eval") and not self.add_train_eval:
-            yield f"checkpoint_metric={self.checkpoint_metric} needs add_train_eval=true."
 
     def _sam_contradictions(self) -> Iterator[str]:
         mode, uses_p = self.sam_mode, self.perturb_mode != "ema_grad"

@@ -10,14 +10,12 @@ import optax
 
 import llqr
 from llqr._types import Array, Bool, Float, Params, PyTree
-from llqr_experiments import data, models
+from llqr_experiments import material, models
+from llqr_experiments.data import IGNORE
 from llqr_experiments.spec import Architecture, Config
 
 STATISTICS = "statistics"
 """The key of a bound batch under which the model's running statistics travel."""
-
-IGNORE = -1
-"""Labels that do not count: those of padding."""
 
 
 class Carry(NamedTuple):
@@ -34,7 +32,7 @@ class Task:
 
     Attributes:
       name: "<dataset>_<architecture>".
-      dataset: training and test split.
+      material: data and its streams.
       params: initial parameters.
       statistics: running statistics of the model before training; empty without batch norm.
       objective: inference in float32, for refits and evaluation. Batches are dicts of inputs and
@@ -43,7 +41,7 @@ class Task:
     """
 
     name: str
-    dataset: data.Dataset
+    material: material.Material
     params: Params
     statistics: PyTree
     objective: llqr.Objective
@@ -54,26 +52,14 @@ def build(config: Config) -> Task:
     """Load the data and make the model.
 
     Raises:
-      ConfigError: the model cannot be made as it is asked for.
+      ConfigError: data or model cannot be made as they are asked for.
       DataError: the data is missing, corrupt, empty or not what the config says.
     """
-    dataset = data.load(
-        config.dataset.name, config.dataset.dataset_dir, download=config.dataset.download
-    )
-    if config.dataset.truncate is not None:
-        dataset = data.truncated(dataset, config.dataset.truncate)
-    if config.dataset.imbalance is not None:
-        dataset = data.long_tailed(dataset, ratio=config.dataset.imbalance)
+    made = material.make(config.dataset)
     name = config.architecture.name
-    model = models.make(
-        name,
-        dataset.train.images.shape[1:],
-        dataset.num_classes,
-        seed=config.init_key,
-        options=architecture_options(config.architecture),
-    )
-    network = models.network(model)
-    smoothing = config.label_smoothing
+    options = made.options | architecture_options(config.architecture)
+    model = models.make(name, made.shape, made.classes, seed=config.init_key, options=options)
+    network, smoothing = models.network(model), config.label_smoothing
 
     def loss(outputs: Array, batch: dict[str, Array]) -> Float[Array, ""]:
         rows = cross_entropy(outputs, batch["label"].reshape(-1), smoothing)
@@ -82,11 +68,11 @@ def build(config: Config) -> Task:
             return jnp.mean(rows)
         return jnp.sum(rows, where=kept) / jnp.maximum(jnp.sum(kept), 1)
 
-    forward = network.model.as_forward(inputs, context=lambda batch: batch[STATISTICS])
+    forward = network.model.as_forward(made.inputs, context=lambda batch: batch[STATISTICS])
     objective = llqr.Objective(forward, loss, keep, _batch_axes)
-    training = _training(network, loss, half=config.precision == "bf16")
+    training = _training(network, made.inputs, loss, half=config.precision == "bf16")
     title = f"{config.dataset.name}_{name}"
-    return Task(title, dataset, network.params, network.statistics, objective, training)
+    return Task(title, made, network.params, network.statistics, objective, training)
 
 
 def architecture_options(architecture: Architecture) -> dict[str, Any]:
@@ -95,7 +81,9 @@ def architecture_options(architecture: Architecture) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != "name" and value is not None}
 
 
-def _training(network: models.Network, loss: Callable[..., Array], half: bool) -> Any:
+def _training(
+    network: models.Network, inputs: Callable[..., Any], loss: Callable[..., Array], half: bool
+) -> Any:
     """The loss of training, in bfloat16 or not; statistics and outputs stay in float32."""
 
     def training(params: Params, batch: dict[str, Array], carry: Carry) -> tuple[Array, Carry]:
@@ -114,11 +102,6 @@ def _training(network: models.Network, loss: Callable[..., Array], half: bool) -
 def _in_bfloat16(tree: PyTree) -> PyTree:
     floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if floating(x) else x, tree)
-
-
-def inputs(batch: dict[str, Array]) -> Any:
-    """Return what the model sees of a batch."""
-    return batch["image"]
 
 
 def bound(task: Task, batch: dict[str, Any], statistics: PyTree) -> llqr.BoundObjective:
@@ -155,7 +138,7 @@ def cross_entropy(
     return optax.softmax_cross_entropy(log_probs, optax.smooth_labels(targets, smoothing))
 
 
-SUMS = ("loss", "correct", "rows")
+SUMS: tuple[str, ...] = ("loss", "correct", "rows")
 """What `measure` returns."""
 
 

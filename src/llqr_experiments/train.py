@@ -8,20 +8,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 import llqr
+from llqr._errors import unknown
 from llqr._tree import leaf_names
 from llqr._types import Array, Params
 from llqr_experiments import build, data, insight, plots, records, tasks
 from llqr_experiments.checkpoint import BEST, Checkpoints, find, load_fields
 from llqr_experiments.clock import Clock
-from llqr_experiments.console import Display
+from llqr_experiments.console import Display, counts, shown
 from llqr_experiments.errors import ConfigError, TrainingError
 from llqr_experiments.evaluate import Histograms, evaluate
+from llqr_experiments.material import Material
 from llqr_experiments.preemption import Interrupted, Interrupts
 from llqr_experiments.spec import Config
 from llqr_experiments.step import Recipe, TrainState, advance, init
@@ -33,7 +35,6 @@ class Result(NamedTuple):
 
     metrics: dict[str, float]
     task: tasks.Task
-    train: data.Examples
     params: Params
     statistics: Any
 
@@ -49,8 +50,7 @@ class Run:
       horizon: how long it is.
       refit_steps: steps before which P is refitted.
       blocks: of the preconditioner; None without one.
-      train: normalised training split.
-      test: normalised test split.
+      best: metric of the best checkpoint, and whether more of it is better.
     """
 
     config: Config
@@ -59,8 +59,7 @@ class Run:
     horizon: build.Horizon
     refit_steps: frozenset[int]
     blocks: llqr.Description | None
-    train: data.Examples
-    test: data.Examples
+    best: tuple[str, bool]
 
     @property
     def last(self) -> int:
@@ -77,7 +76,8 @@ class Session:
       step: the next loop index.
       stream: training batches.
       refits: batches for refits.
-      best: best value so far of `checkpoint_metric`, and its step.
+      best: best value so far of the metric of the best checkpoint, and its step.
+      reached: first steps of milestones, by name.
     """
 
     state: TrainState
@@ -85,6 +85,7 @@ class Session:
     stream: Any
     refits: Any
     best: dict[str, float] = field(default_factory=dict)
+    reached: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
     except (OSError, ValueError) as error:
         display.say(f"[yellow]warning:[/] the closing files are not written: {error}")
     display.closing(_results(job, session, final), clock, records.shorten(out_dir))
-    return Result(final, job.task, job.train, session.state.params, session.state.statistics)
+    return Result(final, job.task, session.state.params, session.state.statistics)
 
 
 def prepare(config: Config) -> Run:
@@ -180,9 +181,7 @@ def prepare(config: Config) -> Run:
     except ValueError as error:
         raise ConfigError(f"batch_overlap_fraction: {error}") from error
     task = tasks.build(config)
-    train, test = task.dataset.train, task.dataset.test
-    examples, partial = config.batch_size * config.grad_acc_steps, config.partial_batch
-    length = data.epoch_length(train, examples, partial=cast(data.Partial, partial))
+    length = task.material.streams.length(config)
     horizon = build.Horizon(length, config.total_epochs, config.max_steps)
     recipe = Recipe(
         build.optimizer(config, horizon),
@@ -195,7 +194,23 @@ def prepare(config: Config) -> Run:
     )
     refits = build.refit_steps(config, horizon)
     blocks = llqr.describe(recipe.tx, task.params) if config.use_preconditioner else None
-    return Run(config, task, recipe, horizon, refits, blocks, train, test)
+    return Run(config, task, recipe, horizon, refits, blocks, _best(config, task.material))
+
+
+def _best(config: Config, made: Material) -> tuple[str, bool]:
+    """Metric of the best checkpoint, and whether more of it is better."""
+    name, maximize = made.best
+    if config.checkpoint_metric is not None:
+        name = config.checkpoint_metric
+        splits = [*made.evaluated, *(["train_eval"] if config.add_train_eval else [])]
+        totals: dict[str, float] = dict.fromkeys(tasks.SUMS, 1.0)
+        known = [metric for split in splits for metric in made.rates(split, totals)]
+        if name not in known:
+            hint = " (it needs add_train_eval=true)" if name.startswith("train_eval") else ""
+            raise ConfigError(unknown("checkpoint_metric", name, known) + hint)
+        maximize = "accuracy" in name
+    wanted = config.maximize_checkpoint_metric
+    return name, maximize if wanted is None else wanted
 
 
 def _checkpoints(job: Run, out_dir: Path, say: Callable[[str], None]) -> Checkpoints:
@@ -227,16 +242,9 @@ def _begin(
 ) -> tuple[Session, dict[str, Any]]:
     """Return the session, new or restored, and the facts of the checkpoint it comes from."""
     config = job.config
-    stream = data.train_stream(
-        job.train,
-        batch_size=config.batch_size * config.grad_acc_steps,
-        overlap=config.batch_overlap_fraction,
-        partial=cast(data.Partial, config.partial_batch),
-        seed=config.rng_seed,
-        num_threads=config.data_threads,
-    )
+    streams = job.task.material.streams
     state = init(job.recipe, job.task.params, job.task.statistics)
-    session = Session(state, 0, stream, _refit_batches(job))
+    session = Session(state, 0, streams.training(config), streams.refits(config))
     say, found, own, options = display.say, None, True, records.options(config)
     if entered or config.preempt_handling:
         found = checkpoints.restore(session.state)
@@ -264,7 +272,8 @@ def _begin(
             f"the checkpoint is of step {found.step}, and this run ends at {job.last}."
         )
     meta, fresh = found.meta, session.state
-    session.state, session.step, session.best = found.state, found.step, meta["best"]
+    session.state, session.step = found.state, found.step
+    session.best, session.reached = meta["best"], meta["reached"]
     if not job.recipe.skip:  # what an earlier run skipped is no reason to stop
         session.state = session.state._replace(health=fresh.health)
     where = "" if own else f" of {config.resume}"
@@ -278,12 +287,6 @@ def _begin(
         return session, {"seconds": meta["seconds"]}
     _forget_histograms(out_dir / HISTOGRAMS, found.step)
     return session, meta
-
-
-def _refit_batches(job: Run) -> Any:
-    """The stream that refits draw from, at its start."""
-    size, seed = job.config.precond_batch_size, job.config.rng_seed
-    return data.refit_stream(job.train, batch_size=size, seed=seed, num_threads=0)
 
 
 STREAM = (
@@ -383,6 +386,7 @@ def _meta(job: Run, session: Session, desk: Desk) -> dict[str, Any]:
     return {
         "options": records.options(job.config),
         "best": session.best,
+        "reached": session.reached,
         "stream": session.stream.get_state(),
         "refits": session.refits.get_state(),
         "seconds": {**desk.clock.seconds, "total": desk.clock.elapsed()},
@@ -416,27 +420,39 @@ def _evaluation(job: Run, session: Session, desk: Desk) -> dict[str, float]:
     _check_health(job, session.state, desk)
     histograms = Histograms() if config.record_histograms else None
     with desk.clock.phase("evaluation"):
-        splits = {"test": job.test} | ({"train_eval": job.train} if config.add_train_eval else {})
-        size = config.eval_batch_size or config.batch_size
+        made, size = job.task.material, config.eval_batch_size or config.batch_size
+        splits = {name: name for name in made.evaluated}
+        splits |= {"train_eval": "train"} if config.add_train_eval else {}
+        model = session.state.params, session.state.statistics
         found = {}
-        for name, source in splits.items():
-            model = session.state.params, session.state.statistics
-            values = evaluate(job.task.objective, model, source, size, histograms, name)
-            found |= {f"{name} {key}": value for key, value in values.items()}
+        for name, split in splits.items():
+            batches = made.streams.evaluation(split, size)
+            totals = evaluate(job.task.objective, model, batches, histograms, name)
+            found |= made.rates(name, totals)
     if histograms is not None:
         try:
             histograms.write(desk.out_dir / HISTOGRAMS, step)
         except (OSError, ValueError) as error:  # a full disk; losses that are not finite
             desk.display.say(f"[yellow]warning:[/] no histograms of step {step}: {error}")
-    desk.display.evaluation(step, found["test loss"], found["test accuracy"])
-    desk.log(step, found)
+    _reached(job, session, found)
+    desk.display.evaluation(step, found)
+    desk.log(step, found | session.reached)
     _keep_best(job, session, found, desk)
-    return found
+    return found | session.reached
+
+
+def _reached(job: Run, session: Session, found: dict[str, float]) -> None:
+    """Record the first evaluation at which an accuracy is reached."""
+    made = job.task.material
+    for share in made.milestones:
+        name = f"{made.evaluated[0]} accuracy"
+        if found[name] >= share:
+            session.reached.setdefault(f"first step with {name} of {share:g} %", session.step)
 
 
 def _keep_best(job: Run, session: Session, found: dict[str, float], desk: Desk) -> None:
     """Write a checkpoint if this evaluation is the best so far."""
-    name, sign = job.config.checkpoint_metric, 1 if job.config.maximize_checkpoint_metric else -1
+    name, sign = job.best[0], 1 if job.best[1] else -1
     value = found[name]
     better = not session.best or sign * value > sign * session.best["value"]
     if not math.isfinite(value) or not better:
@@ -483,7 +499,7 @@ def _bound(job: Run, batch: dict[str, Any], state: TrainState) -> llqr.BoundObje
 
 def _quality(job: Run, state: TrainState, step: int, desk: Desk) -> llqr.Quality:
     """Compare the steps of `config.quality` with the exact one, on the first refit batch."""
-    config, batch = job.config, next(_refit_batches(job))
+    config, batch = job.config, next(job.task.material.streams.refits(job.config))
     with desk.clock.phase("quality"):
         found = insight.measure(config, _bound(job, batch, state), state.params)
     desk.display.say(f"\nstep {step:>6}   steps compared with the exact one\n{found}\n")
@@ -514,18 +530,14 @@ def _sharpness(state: TrainState) -> dict[str, float]:
 def _results(job: Run, session: Session, final: dict[str, float]) -> dict[str, str]:
     """Rows of the closing table."""
     found = {
-        "test accuracy": f"{final['test accuracy']:.2f} %",
-        "test loss": f"{final['test loss']:.4f}",
+        name: shown(name, value)
+        for name, value in final.items()
+        if name.partition(" ")[0] in (*job.task.material.evaluated, "train_eval")
     }
+    found |= {name: f"{step:,.0f}" for name, step in session.reached.items()}
     if session.best:
-        found["best"] = (
-            f"{job.config.checkpoint_metric} {session.best['value']:.4g} at step "
-            f"{session.best['step']:.0f}"
-        )
-    if "train_eval loss" in final:
-        found["train_eval"] = (
-            f"accuracy {final['train_eval accuracy']:.2f} %, loss {final['train_eval loss']:.4f}"
-        )
+        best = shown(job.best[0], session.best["value"])
+        found["best"] = f"{job.best[0]} {best} at step {session.best['step']:,.0f}"
     if job.recipe.ascent:
         found["gradients"] = (
             f"{final['sam gradient evaluations']:,.0f} in {job.last:,} steps, "
@@ -543,8 +555,8 @@ def _announce(job: Run, display: Display) -> None:
         f" x {config.grad_acc_steps}" if config.grad_acc_steps > 1 else ""
     )
     display.say(
-        f"[bold]{job.task.name}[/]   {size:,} parameters   {len(job.train):,} training and "
-        f"{len(job.test):,} test examples   {job.last:,} steps of {batch}   "
+        f"[bold]{job.task.name}[/]   {size:,} parameters   examples: "
+        f"{counts(job.task.material.sizes)}   {job.last:,} steps of {batch}   "
         f"{jax.devices()[0].platform.upper()}"
     )
     if job.recipe.ascent:

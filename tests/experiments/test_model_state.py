@@ -38,8 +38,8 @@ def prepared(*overrides):
             "experiment=quick-local-test", "use_preconditioner=false", "batch_size=32", *overrides
         )
     )
-    rng = np.random.default_rng(0)
-    batches = [job.train.gather(rng.choice(len(job.train), 32, replace=False)) for _ in range(3)]
+    stream = job.task.material.streams.training(job.config)
+    batches = [next(stream) for _ in range(3)]
     return job, step.init(job.recipe, job.task.params, job.task.statistics), batches
 
 

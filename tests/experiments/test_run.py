@@ -68,7 +68,7 @@ def test_without_preconditioner_is_the_plain_optimizer(tmp_path):
     metrics = [row for row in support.run(tmp_path, *overrides) if "train loss" in row]
 
     params, statistics = job.task.params, job.task.statistics
-    stream = data.train_stream(job.train, batch_size=128, seed=config.rng_seed)
+    stream = job.task.material.streams.training(config)
     for row in metrics:
         objective = tasks.bound(job.task, next(stream), statistics)
         loss, grads = jax.value_and_grad(objective)(params)
@@ -138,7 +138,7 @@ def test_no_host_sync_between_logged_steps(tmp_path, monkeypatch):
 def test_the_training_step_calls_no_host_function():
     job = train.prepare(support.config("experiment=quick-local-test"))
     params = job.task.params
-    batch = next(data.train_stream(job.train, batch_size=128, seed=0))
+    batch = next(job.task.material.streams.training(job.config))
     ascent = build.ascent(support.config("sam_mode=base_sam"), build.Horizon(1.0, 1.0))
     assert ascent is not None
     for how in (None, ascent):
