@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 _TIMEOUT_SECONDS = 10.0
 
 
-def fetch(url: str, folder: Path, md5: str) -> Path:
+def fetch(url: str, folder: Path, md5: str | None) -> Path:
     """Download `url` into `folder` under its own name.
 
     A run that is killed half-way leaves no half file: the bytes are verified in memory, written
@@ -23,7 +23,8 @@ def fetch(url: str, folder: Path, md5: str) -> Path:
     Args:
       url: what to get; its last component names the file.
       folder: where to put it; made if it does not exist.
-      md5: hexadecimal digest the bytes must have.
+      md5: hexadecimal digest the bytes must have; None if none is published, and only the length
+        that the server announces is checked.
 
     Returns:
       The path of the file.
@@ -38,7 +39,7 @@ def fetch(url: str, folder: Path, md5: str) -> Path:
     except (OSError, http.client.HTTPException) as error:
         raise DataError(f"{url}: download failed ({error})") from error
     found = hashlib.md5(payload, usedforsecurity=False).hexdigest()
-    if found != md5:
+    if md5 is not None and found != md5:
         raise DataError(
             f"{url}: downloaded {len(payload)} bytes with MD5 {found}, expected {md5}; a proxy may "
             "have answered instead of the mirror"
