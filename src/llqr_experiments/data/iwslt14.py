@@ -17,12 +17,13 @@ References:
 """
 
 import argparse
+import gzip
 import re
 import shutil
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -174,24 +175,55 @@ def _extract(source: Path):
         if source.is_dir():
             for path in track(_find(source), len(RAW), "copy"):
                 shutil.copyfile(path, targets[path.name])
-            return
-        try:
-            # Read to its end: what is missing there shows only then.
-            with tarfile.open(source) as archive:
-                for member in track(archive.getmembers(), len(archive.getmembers()), "unpack"):
-                    target = targets.get(Path(member.name).name)
-                    content = archive.extractfile(member) if target and member.isfile() else None
-                    if target and content:
-                        with target.open("wb") as file:
-                            shutil.copyfileobj(content, file)
-        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-            raise DataError(
-                f"{source}: not a whole tar archive ({error}), expected fairseq's de-en.tgz. "
-                "Delete the file and download it again."
-            ) from error
-        _check_names(source, [name for name, target in targets.items() if target.exists()])
+        else:
+            _unpack(source, targets, track)
+        _check_counts(targets)
 
     return run
+
+
+def _unpack(source: Path, targets: Mapping[str, Path], track: Track) -> None:
+    """Copy the files of an archive to their targets; whatever else is in it, nowhere."""
+    try:
+        # A browser may have uncompressed it and kept the suffix.
+        with source.open("rb") as file:
+            compressed = file.read(2) == b"\x1f\x8b"
+        with (
+            gzip.open(source) if compressed else source.open("rb") as stream,
+            tarfile.open(fileobj=stream, mode="r:") as archive,
+        ):
+            for member in track(archive.getmembers(), len(archive.getmembers()), "unpack"):
+                target = targets.get(Path(member.name).name)
+                content = archive.extractfile(member) if target and member.isfile() else None
+                if target and content:
+                    with target.open("wb") as file:
+                        shutil.copyfileobj(content, file)
+            # The checksum stands after the end of the archive.
+            while stream.read(1 << 20):
+                pass
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"{source}: not a whole tar archive ({error}), expected fairseq's de-en.tgz. "
+            "Delete the file and download it again."
+        ) from error
+    _check_names(source, [name for name, target in targets.items() if target.exists()])
+
+
+def _check_counts(raw: Mapping[str, Path]) -> None:
+    """Raise `DataError` if the languages of the training text or of a test set do not match."""
+    found = {}
+    for lang in LANGUAGES:
+        text = training_lines(read_lines(raw[_TRAIN[lang]], _TRAIN[lang]))
+        found["training text", lang] = sum(1 for _ in text)
+        for name, file in zip(_TEST_SETS, _TEST[lang], strict=True):
+            found[name, lang] = sum(1 for _ in segments(read_lines(raw[file], file)))
+    for name in ("training text", *_TEST_SETS):
+        german, english = (found[name, lang] for lang in LANGUAGES)
+        if german != english:
+            raise DataError(
+                f"{name}: {german} sentences in German and {english} in English, expected as many: "
+                "each is the translation of the other. Get the archive again."
+            )
 
 
 def _tokenise_train(language: str):
@@ -215,14 +247,6 @@ def _tokenise_test(language: str):
 
 def _clean(inputs: Sequence[Path], outputs: Sequence[Path], track: Track) -> None:
     sides = [read_lines(path) for path in inputs]
-    if len(sides[0]) != len(sides[1]):
-        counts = " and ".join(
-            f"{len(side)} in {_TRAIN[lang]}" for lang, side in zip(LANGUAGES, sides, strict=True)
-        )
-        raise DataError(
-            f"the training text has {counts} lines without tags, expected as many "
-            "of both. Get the archive again."
-        )
     pairs = list(clean(track(zip(*sides, strict=True), len(sides[0]), "clean")))
     for i, path in enumerate(outputs):
         write_lines(path, (pair[i].lower() for pair in pairs))

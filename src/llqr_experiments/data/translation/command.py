@@ -54,6 +54,8 @@ def summarise(console: Console, folder: Path, ran: Sequence[str]) -> None:
     for split in SPLITS:
         pairs = (folder / f"{split}.{LANGUAGES[0]}").read_bytes().count(b"\n")
         console.print(f"{split}: {pairs:,} pairs")
+    merges = (folder / "code").read_bytes().count(b"\n") - 1
+    console.print(f"code: {merges:,} merges")
     console.print(f"{folder.absolute()} is ready; its folder work/ may be deleted", soft_wrap=True)
 
 

@@ -36,11 +36,15 @@ def untracked(items: Iterable[Any], total: int, description: str) -> Iterable[An
     return items
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, name: str | None = None) -> list[str]:
     """Return the lines of a UTF-8 file without their ends.
 
     Only a line feed ends a line: the Unicode separators that `str.splitlines` also knows occur
     inside sentences, and would shift one language against the other.
+
+    Args:
+      path: the file.
+      name: what errors call it; None for its path.
 
     Raises:
       DataError: the file cannot be read, or is not UTF-8.
@@ -58,8 +62,8 @@ def read_lines(path: Path) -> list[str]:
         line = payload.count(b"\n", 0, error.start) + 1
         byte = error.start - (payload.rfind(b"\n", 0, error.start) + 1) + 1
         raise DataError(
-            f"{path}, line {line}, byte {byte}: 0x{payload[error.start]:02x} is not valid UTF-8 "
-            f"({error.reason}). Convert the file to UTF-8, or get it again."
+            f"{name or path}, line {line}, byte {byte}: 0x{payload[error.start]:02x} is not valid "
+            f"UTF-8 ({error.reason}). Convert the file to UTF-8, or get it again."
         ) from error
     lines = text.split("\n")
     return lines if lines[-1] else lines[:-1]

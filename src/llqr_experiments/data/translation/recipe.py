@@ -73,9 +73,9 @@ def clean(
 class _Counter(io.StringIO):
     """A text file that takes one tick for each line written to it."""
 
-    def __init__(self, ticks: Iterable[Any]) -> None:
+    def __init__(self, ticks: Iterator[Any]) -> None:
         super().__init__()
-        self._ticks = iter(ticks)
+        self._ticks = ticks
 
     def write(self, text: str, /) -> int:
         next(self._ticks, None)
@@ -99,10 +99,13 @@ def learn_bpe(lines: Sequence[str], merges: int, track: Track) -> list[str]:
         raise DataError(
             f"byte-pair encoding: none of {len(lines)} sentences has a word of two letters."
         )
-    code = _Counter(track(range(merges + 1), merges + 1, "byte pairs"))
+    ticks = iter(track(range(merges + 1), merges + 1, "byte pairs"))
+    code = _Counter(ticks)
     # It draws a progress bar of its own on the error stream.
     with contextlib.redirect_stderr(io.StringIO()):
         learn(lines, code, merges)
+    for _ in ticks:  # it may have stopped early
+        pass
     return code.getvalue().removesuffix("\n").split("\n")
 
 
@@ -133,9 +136,9 @@ def bpe_stages(merges: int) -> list[Stage]:
 
     def apply(inputs: Sequence[Path], outputs: Sequence[Path], track: Track) -> None:
         split = segmenter(read_lines(inputs[0]))
-        for source, target in zip(inputs[1:], outputs, strict=True):
+        for source, path in zip(inputs[1:], outputs, strict=True):
             lines = read_lines(source)
-            write_lines(target, map(split, track(lines, len(lines), "sub-words")))
+            write_lines(path, map(split, track(lines, len(lines), source.name)))
 
     stages = [Stage("learn", tuple(f"work/train.{lang}" for lang in LANGUAGES), ("code",), learn)]
     for split in SPLITS:
