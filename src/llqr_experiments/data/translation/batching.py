@@ -74,10 +74,9 @@ def boundaries(pairs: Pairs, bucketing: Bucketing) -> np.ndarray:
     """
     if len(pairs) == 0:
         raise DataError("the split is empty, expected at least one pair of sentences.")
-    ranks = np.arange(1, bucketing.percentiles + 1) * (100 / bucketing.percentiles)
-    lengths = [
-        np.percentile(side.lengths, ranks, method="lower") for side in (pairs.source, pairs.target)
-    ]
+    # In whole numbers: rounding would move some percentiles by one sentence.
+    ranks = np.arange(1, bucketing.percentiles + 1) * (len(pairs) - 1) // bucketing.percentiles
+    lengths = [np.sort(side.lengths)[ranks] for side in (pairs.source, pairs.target)]
     return np.unique(round_up(np.concatenate(lengths), bucketing.padding_factor))
 
 
