@@ -119,10 +119,11 @@ def test_a_parameter_that_overflows_is_noted(skip):
 
 
 def test_smaller_training_sets(tmp_path):
-    small = tasks.build(support.config("dataset=digits", "dataset.truncate=100")).dataset
-    assert len(small.train) == 100
-    tail = tasks.build(support.config("dataset=digits", "dataset.imbalance=10")).dataset
-    counts = np.bincount(tail.train.labels)
+    small = tasks.build(support.config("dataset=digits", "dataset.truncate=100")).material
+    assert small.sizes == {"train": 100, "test": 359}
+    tail = tasks.build(support.config("dataset=digits", "dataset.imbalance=10")).material
+    whole = next(tail.streams.evaluation("train", 2000))
+    counts = np.bincount(whole["label"][whole["mask"]])
     assert counts.max() / counts.min() == pytest.approx(10, rel=0.15)
     with pytest.raises(DataError, match=r"1,?438"):
         tasks.build(support.config("dataset=digits", "dataset.truncate=5000"))
@@ -187,7 +188,7 @@ def test_half_precision_keeps_losses_of_near_certainty():
     """log p of a sure answer is small and not 0."""
     task = tasks.build(support.config("dataset=digits", "precision=bf16"))
     params = jax.tree.map(lambda x: 3 * x, task.params)
-    image = jnp.asarray(task.dataset.train.images[:64], jnp.float32)
+    image = jnp.asarray(next(task.material.streams.evaluation("train", 64))["image"]) * 3
     sure = jnp.zeros(64, jnp.int32)
     bound = tasks.bound(task, {"image": image, "label": sure}, task.statistics)
     sure = jnp.argmax(bound.outputs(params), -1)

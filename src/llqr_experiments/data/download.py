@@ -19,7 +19,7 @@ _TIMEOUT_SECONDS = 10.0
 _CHUNK_BYTES = 1 << 20
 
 
-def fetch(url: str, folder: Path, md5: str) -> Path:
+def fetch(url: str, folder: Path, md5: str | None) -> Path:
     """Download `url` into `folder` under its own name.
 
     A run that is killed half-way leaves no half file under that name: the bytes go to a temporary
@@ -28,7 +28,8 @@ def fetch(url: str, folder: Path, md5: str) -> Path:
     Args:
       url: what to get; its last component names the file.
       folder: where to put it; made if it does not exist.
-      md5: hexadecimal digest the bytes must have.
+      md5: hexadecimal digest the bytes must have; None if none is published, and only the length
+        that the server announces is checked.
 
     Returns:
       The path of the file.
@@ -49,7 +50,7 @@ def fetch(url: str, folder: Path, md5: str) -> Path:
                 digest.update(chunk)
                 size += len(chunk)
                 file.write(chunk)
-            if digest.hexdigest() != md5:
+            if md5 is not None and digest.hexdigest() != md5:
                 raise DataError(
                     f"{url}: downloaded {size} bytes with MD5 {digest.hexdigest()}, expected "
                     f"{md5}; a proxy may have answered instead of the mirror"
