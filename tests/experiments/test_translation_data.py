@@ -16,6 +16,7 @@ import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llqr_experiments.data import IGNORE
 from llqr_experiments.data.translation import (
     EOS,
     PAD,
@@ -74,7 +75,7 @@ def ids(batch: dict[str, np.ndarray]) -> list[int]:
     """Return which pairs of `make_pairs` a batch holds, and check that its sides agree."""
     found = []
     for source, label in zip(batch["source"], batch["label"], strict=True):
-        pair = [{int(w) - 4 for w in row if w not in (PAD, EOS)} for row in (source, label)]
+        pair = [{int(w) - 4 for w in row if w not in (PAD, IGNORE, EOS)} for row in (source, label)]
         assert pair[0] == pair[1]
         found += pair[0]
     return found
@@ -395,7 +396,7 @@ class TestBatching:
         (batch,) = take(1, train_stream(pairs, bucketing, seed=0, num_threads=0))
         assert batch["source"].tolist() == [[1, 1, 7, 2], [1, 5, 6, 2], [1, 1, 1, 1]]
         assert batch["target_in"].tolist() == [[2, 9, 1, 1], [2, 8, 9, 1], [1, 1, 1, 1]]
-        assert batch["label"].tolist() == [[9, 2, 1, 1], [8, 9, 2, 1], [1, 1, 1, 1]]
+        assert batch["label"].tolist() == [[9, 2, -1, -1], [8, 9, 2, -1], [-1] * 4]
         right = Bucketing(max_tokens=12, percentiles=1, padding_factor=4, left_pad_source=False)
         (batch,) = take(1, train_stream(pairs, right, seed=0, num_threads=0))
         assert batch["source"].tolist() == [[7, 2, 1, 1], [5, 6, 2, 1], [1, 1, 1, 1]]
@@ -405,13 +406,13 @@ class TestBatching:
         lengths = random_lengths(300)
         pairs, bucketing = make_pairs(lengths), Bucketing(max_tokens=500)
         epoch = take(epoch_length(pairs, bucketing), train_stream(pairs, bucketing, seed=0))
-        words = sum(int((batch["label"] != PAD).sum()) for batch in epoch)
+        words = sum(int((batch["label"] != IGNORE).sum()) for batch in epoch)
         assert words == sum(target for _, target in lengths)
         places = sum(batch["label"].size + batch["source"].size for batch in epoch)
         total = sum(source + target for source, target in lengths)
         assert fill_rate(pairs, bucketing) == pytest.approx(total / places, rel=1e-12)
         for batch in epoch:
-            np.testing.assert_array_equal(batch["target_in"] == PAD, batch["label"] == PAD)
+            np.testing.assert_array_equal(batch["target_in"] == PAD, batch["label"] == IGNORE)
 
     def test_defaults_bound_the_shapes(self):
         assert len(Buckets(make_pairs(random_lengths(5000)), Bucketing()).shapes) <= 16
@@ -576,10 +577,10 @@ class TestEvaluation:
                 if i < 0:
                     assert i == -1
                     assert (source == PAD).all()
-                    assert (label == PAD).all()
+                    assert (label == IGNORE).all()
                 else:
                     assert i not in restored
-                    restored[int(i)] = source[source != PAD], label[label != PAD]
+                    restored[int(i)] = source[source != PAD], label[label != IGNORE]
         assert sorted(restored) == list(range(100))
         for i, (source, label) in restored.items():
             np.testing.assert_array_equal(source, pairs.source[i])

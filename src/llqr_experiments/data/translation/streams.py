@@ -6,8 +6,8 @@ A batch is a dictionary of int32 arrays, B rows of source width S and target wid
   target_in   (B, T)  what the decoder reads: `</s>`, and the target sentence less its end
   label       (B, T)  what it should say: the target sentence with its end
 
-A place that no word fills is `PAD` (1) in all three, and `label` is `PAD` nowhere else. A row that
-no pair fills is `PAD` throughout.
+A place that no word fills is `PAD` (1) in the first two and `IGNORE` (-1) in `label`, and these are
+nowhere else. A row that no pair fills is padding throughout.
 """
 
 import logging
@@ -23,6 +23,7 @@ from llqr_experiments.data.pipeline import refit_seed
 from llqr_experiments.data.translation.batching import Bucketing, Buckets, Shape, round_up
 from llqr_experiments.data.translation.corpus import Pairs, Sentences
 from llqr_experiments.data.translation.vocabulary import EOS, PAD
+from llqr_experiments.data.windows import IGNORE
 from llqr_experiments.errors import DataError
 
 Batch = dict[str, np.ndarray]
@@ -38,7 +39,11 @@ def assemble(pairs: Pairs, index: np.ndarray, shape: Shape, left_pad_source: boo
     target_in[: len(index), 0] = EOS
     # The end itself is read by nobody.
     target_in[:, 1:] = np.where(label[:, 1:] == PAD, PAD, label[:, :-1])
-    return {"source": source, "target_in": target_in, "label": label}
+    return {
+        "source": source,
+        "target_in": target_in,
+        "label": np.where(label == PAD, np.int32(IGNORE), label),
+    }
 
 
 def _fill(side: Sentences, index: np.ndarray, rows: int, width: int, *, left: bool) -> np.ndarray:
