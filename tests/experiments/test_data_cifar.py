@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from llqr_experiments.data import DataError, cifar, load, long_tailed, pickles
+from llqr_experiments.data import DataError, cifar, load, pickles
 from llqr_experiments.data.progress import progress
 from tests.experiments import archives
 
@@ -121,17 +121,6 @@ class TestFormats:
         for protocol, file in ((2, "train"), (4, "test")):
             files[file] = pickle.dumps(pickles.loads(files[file], "here"), protocol)
         assert_is(load("cifar100", archives.write(tmp_path, files)), "cifar100")
-
-    def test_the_long_tail_of_the_paper(self, tmp_path):
-        """All 50,000 labels, with images that are not looked at."""
-        labels = np.random.RandomState(0).permutation(np.repeat(np.arange(10), 5000))
-        records = np.zeros((50000, 3073), np.uint8)
-        records[:, 0] = labels
-        files = {f"data_batch_{i}.bin": part.tobytes() for i, part in enumerate(
-            np.split(records, 5), 1)} | {"test_batch.bin": records[:10].tobytes()}  # fmt: skip
-        tail = long_tailed(load("cifar10", archives.write(tmp_path, files)))
-        counts = np.bincount(tail.train.labels)
-        assert (len(tail.train), counts[0], counts[-1]) == (12408, 5000, 50)
 
 
 class TestBroken:
