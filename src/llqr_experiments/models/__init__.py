@@ -3,13 +3,14 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from flax import nnx
 
 from llqr._errors import unknown
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.models import mlp, resnet
+from llqr_experiments.models import mlp, pyramidnet, resnet, vgg, vit, wide_resnet
 from llqr_experiments.models.staged import Network, Staged, network
 
 __all__ = ["MODELS", "Network", "Staged", "make", "network"]
@@ -36,8 +37,14 @@ class Model:
 
 MODELS: dict[str, Model] = {
     "mlp": Model(mlp.mlp, {"hidden": [16]}),
+    "mlp-legacy": Model(mlp.mlp_legacy, {"hidden": [16]}),
     "resnet-18": Model(resnet.resnet18, {"width": 4, "depth": 1}),
     "resnet-50": Model(resnet.resnet50, {"width": 4, "depth": 1}),
+    "vgg16-bn": Model(vgg.vgg16, {"width": 4, "blocks": [1, 2], "hidden": [16, 16]}),
+    "wide-resnet-28-10": Model(wide_resnet.wide_resnet, {"width": 1, "units_per_group": 2}),
+    "pyramidnet-110": Model(pyramidnet.pyramidnet, {"alpha": 6, "depth": 11}),
+    "vit-ti-16": Model(vit.vit, {"width": 16, "depth": 1, "heads": 2}),
+    "vit-s-16": Model(partial(vit.vit, width=384, heads=6), {"width": 16, "depth": 1, "heads": 2}),
 }
 
 

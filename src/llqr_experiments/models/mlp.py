@@ -6,7 +6,8 @@ from itertools import pairwise
 
 from flax import nnx
 
-from llqr_experiments.models.staged import Staged, call, flat, log_softmax
+from llqr._types import Array
+from llqr_experiments.models.staged import Staged, call, classify, flat, log_softmax
 
 
 def mlp(
@@ -32,3 +33,24 @@ def mlp(
     hows = [flat] + [call] * (len(dense) - 2)
     segments = [[(layer, how), nnx.relu] for layer, how in zip(dense, hows, strict=False)]
     return Staged([*segments, [dense[-1], log_softmax]])
+
+
+def mlp_legacy(
+    shape: Sequence[int], classes: int, *, hidden: Sequence[int] = (100, 300), rngs: nnx.Rngs
+) -> Staged:
+    """Return the same network with one stage for each dense layer and what belongs to it.
+
+    Args:
+      shape: of an input, without the batch; it is flattened.
+      classes: number of outputs.
+      hidden: widths of the hidden layers.
+      rngs: random streams.
+    """
+    widths = [math.prod(shape), *hidden, classes]
+    dense = [nnx.Linear(m, n, rngs=rngs) for m, n in pairwise(widths)]
+    stages = [(layer, _activated) for layer in dense[:-1]]
+    return Staged([[stage] for stage in [*stages, (dense[-1], classify)]])
+
+
+def _activated(linear: nnx.Linear, x: Array) -> Array:
+    return nnx.relu(linear(x.reshape(x.shape[0], -1)))
