@@ -9,7 +9,7 @@ from flax import nnx
 
 from llqr._errors import unknown
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.models import mlp, resnet
+from llqr_experiments.models import gpt2, grok, mlp, resnet, translation
 from llqr_experiments.models.staged import Network, Staged, network
 
 __all__ = ["MODELS", "Network", "Staged", "make", "network"]
@@ -38,6 +38,13 @@ MODELS: dict[str, Model] = {
     "mlp": Model(mlp.mlp, {"hidden": [16]}),
     "resnet-18": Model(resnet.resnet18, {"width": 4, "depth": 1}),
     "resnet-50": Model(resnet.resnet50, {"width": 4, "depth": 1}),
+    "grok-transformer": Model(
+        grok.grok_transformer, {"width": 16, "heads": 2, "mlp": 32, "depth": 1}
+    ),
+    "gpt2-small": Model(gpt2.gpt2_small, {"width": 16, "heads": 2, "depth": 1}),
+    "transformer-iwslt-de-en": Model(
+        translation.transformer_iwslt, {"width": 16, "heads": 2, "mlp": 32, "depth": 1}
+    ),
 }
 
 
