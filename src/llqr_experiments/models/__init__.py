@@ -10,7 +10,17 @@ from flax import nnx
 
 from llqr._errors import unknown
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.models import mlp, pyramidnet, resnet, vgg, vit, wide_resnet
+from llqr_experiments.models import (
+    gpt2,
+    grok,
+    mlp,
+    pyramidnet,
+    resnet,
+    translation,
+    vgg,
+    vit,
+    wide_resnet,
+)
 from llqr_experiments.models.staged import Network, Staged, network
 
 __all__ = ["MODELS", "Network", "Staged", "make", "network"]
@@ -45,6 +55,13 @@ MODELS: dict[str, Model] = {
     "pyramidnet-110": Model(pyramidnet.pyramidnet, {"alpha": 6, "depth": 11}),
     "vit-ti-16": Model(vit.vit, {"width": 16, "depth": 1, "heads": 2}),
     "vit-s-16": Model(partial(vit.vit, width=384, heads=6), {"width": 16, "depth": 1, "heads": 2}),
+    "grok-transformer": Model(
+        grok.grok_transformer, {"width": 16, "heads": 2, "mlp": 32, "depth": 1}
+    ),
+    "gpt2-small": Model(gpt2.gpt2_small, {"width": 16, "heads": 2, "depth": 1}),
+    "transformer-iwslt-de-en": Model(
+        translation.transformer_iwslt, {"width": 16, "heads": 2, "mlp": 32, "depth": 1}
+    ),
 }
 
 
