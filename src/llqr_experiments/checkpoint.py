@@ -222,7 +222,7 @@ def read(
 
 
 def load_fields(
-    folder: Path, like: dict[str, Any], say: Callable[[str], None]
+    folder: Path, like: dict[str, Any], say: Callable[[str], None], kind: str | None = None
 ) -> tuple[dict[str, Any], int]:
     """Return fields of the state in the newest checkpoint, and its step.
 
@@ -230,11 +230,13 @@ def load_fields(
       folder: of checkpoints.
       like: by the name of a field, a tree with its structure, shapes and dtypes.
       say: prints a line for the user.
+      kind: LATEST or BEST; None: the latest if there is one.
 
     Raises:
       ConfigError: it is of another model, or none can be read.
     """
-    kind = LATEST if steps(folder) else BEST
+    if kind is None:
+        kind = LATEST if steps(folder) else BEST
     newest = newest_whole(folder, say, kind=kind, aside=False)
     if newest is None:
         raise ConfigError(f"{folder}: no checkpoint there can be read.")

@@ -17,10 +17,16 @@ from rich.table import Table
 from llqr._errors import unknown
 from llqr_experiments.errors import ConfigError, RunError
 from llqr_experiments.preemption import Interrupted
-from llqr_experiments.spec import SCHEDULERS, Config, default, options, shrink
+from llqr_experiments.spec import SCHEDULERS, Config, default, options
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GROUPS = ("experiment", "method", "dataset", "architecture", "logging", *SCHEDULERS)
+
+FLAGS_WITH_VALUE = (
+    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn",
+    "--config-dir", "-cd", "--experimental-rerun",
+)  # fmt: skip
+"""Hydra's flags whose value is the next argument."""
 
 EXAMPLES = """\
 Train a model with LLQR. Every option is key=value, every group is group=preset.
@@ -41,7 +47,8 @@ composed config, --info says where it comes from.
 
 def presets(group: str) -> list[str]:
     """Names of the presets in a config group."""
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    names = (path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    return sorted(name for name in names if name == "_default" or not name.startswith("_"))
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -54,9 +61,12 @@ def check_arguments(arguments: Sequence[str]) -> None:
         print_help()
         sys.exit(0)
     try:
+        flag = ""
         for argument in arguments:
-            if not argument.startswith(("-", "hydra.", "hydra/")):
+            overrides = not argument.startswith(("-", "hydra.", "hydra/"))
+            if overrides and flag not in FLAGS_WITH_VALUE:
                 _check_argument(argument)
+            flag = argument
     except ConfigError as error:
         stop(error)
 
@@ -91,11 +101,11 @@ def execute(config: DictConfig, out_dir: Path) -> None:
     """Run one experiment; a `RunError` ends in one message, not in a traceback."""
     try:
         settings: Any = OmegaConf.to_object(config)
-        if settings.smoke:
-            settings = shrink(settings)
         # Late: --help and bad options need no models.
-        from llqr_experiments import comparison, plan, toys, train
+        from llqr_experiments import comparison, plan, smoke, toys, train
 
+        if settings.smoke:
+            settings = smoke.shrink(settings)
         if settings.dry_run:
             plan.show(settings)
             _remove_if_empty(out_dir)

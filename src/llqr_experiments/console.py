@@ -1,8 +1,9 @@
 """What a person sees of a run: a progress bar, refit lines, a closing table."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +18,8 @@ from rich.table import Table
 
 import llqr
 from llqr_experiments.clock import Clock
+
+T = TypeVar("T")
 
 REASONS = {
     "nonfinite": "not finite",
@@ -39,7 +42,7 @@ class Display:
         self.console = Console(highlight=False, quiet=quiet)
         self._total, self._report_freq = total, report_freq
         self._bar = Progress(
-            TextColumn("training"),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("{task.fields[metrics]}"),
@@ -49,7 +52,7 @@ class Display:
             console=self.console,
             disable=quiet or not self.console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=total, metrics="compiling")
+        self._task = self._bar.add_task("training", total=total, metrics="compiling")
 
     def __enter__(self) -> "Display":
         self._bar.start()
@@ -62,9 +65,14 @@ class Display:
         """Print a line above the bar."""
         self.console.print(text, soft_wrap=True)
 
-    def progress(self, step: int, loss: float, accuracy: float) -> None:
+    def progress(self, step: int, rates: dict[str, float]) -> None:
         """Show training metrics measured at `step`."""
-        metrics = f"loss {loss:.4f}  accuracy {accuracy:5.1f} %"
+        known = {name.removeprefix("train "): value for name, value in rates.items()}
+        metrics = "   ".join(
+            f"{name} {shown(name, value)}"
+            for name, value in known.items()
+            if name == "loss" or "accuracy" in name
+        )
         self._bar.update(self._task, completed=step, metrics=metrics)
         if not self.console.is_terminal and step % self._report_freq == 0:
             self.say(f"step {step:>6} of {self._total}   {metrics}")
@@ -74,6 +82,16 @@ class Display:
         self._bar.update(self._task, completed=step)
         values = [f"{name} {shown(name, value)}" for name, value in found.items()]
         self.say(f"step {step:>6}   {'   '.join(values)}")
+
+    def follow(self, items: Iterable[T], total: int, what: str, every: int) -> Iterator[T]:
+        """Yield items with a bar of their own; without a terminal, with a line now and then."""
+        task = self._bar.add_task(what, total=total, metrics="")
+        for i, item in enumerate(items, 1):
+            yield item
+            self._bar.update(task, completed=i)
+            if not self.console.is_terminal and i % every == 0:
+                self.say(f"{what}: {i} of {total} batches")
+        self._bar.remove_task(task)
 
     def refit(self, step: int, report: llqr.Report, seconds: float) -> None:
         """Print what a refit did."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from llqr._errors import unknown
 from llqr_experiments import data
+from llqr_experiments.data import translation
 from llqr_experiments.errors import ConfigError, DataError
 from llqr_experiments.spec import Config, Dataset
 
@@ -48,15 +49,27 @@ def text_rates(split: str, totals: Totals) -> dict[str, float]:
     return found | {f"{split} perplexity": math.exp(min(found[f"{split} loss"], 700.0))}
 
 
+def translation_rates(split: str, totals: Totals) -> dict[str, float]:
+    """Loss, token accuracy, loss in bits, and perplexity, by the papers' names."""
+    loss = totals["loss"] / totals["rows"]
+    return {
+        f"{split} loss": loss,
+        f"{split} token_accuracy": 100.0 * totals["correct"] / totals["rows"],
+        f"{split}_nll_loss": loss / math.log(2),
+        f"{split}_ppl": math.exp(min(loss, 700.0)),
+    }
+
+
 @dataclass(frozen=True)
 class Material:
     """Data of one kind, ready for a model.
 
     Attributes:
       name: of the dataset.
+      kind: images, operations, text or translation.
       streams: its batches.
-      sizes: examples by split: "train", and those that are evaluated. The first of those decides
-        which checkpoint is the best.
+      sizes: examples by split.
+      evaluated: splits that are evaluated; the first decides which checkpoint is the best.
       shape: of one input, without the batch.
       classes: outputs of a model.
       inputs: batch -> what a model sees.
@@ -64,11 +77,14 @@ class Material:
       rates: what is reported of a split.
       best: metric of the best checkpoint, and whether more of it is better.
       milestones: accuracies in percent, the first step of which is recorded.
+      pairs: of translation: sentences and vocabularies; None for other kinds.
     """
 
     name: str
+    kind: str
     streams: Streams
     sizes: dict[str, int]
+    evaluated: tuple[str, ...]
     shape: tuple[int, ...]
     classes: int
     inputs: Callable[[dict[str, Any]], Any]
@@ -76,11 +92,7 @@ class Material:
     rates: Callable[[str, Totals], dict[str, float]] = rates
     best: tuple[str, bool] = ("test accuracy", True)
     milestones: tuple[float, ...] = ()
-
-    @property
-    def evaluated(self) -> list[str]:
-        """Names of the splits that are evaluated."""
-        return [name for name in self.sizes if name != "train"]
+    pairs: translation.Translation | None = None
 
 
 def make(config: Dataset) -> Material:
@@ -162,8 +174,10 @@ def _images(config: Dataset) -> Material:
     splits = {"train": found.train, "test": found.test}
     return Material(
         found.name,
+        "images",
         example_streams(splits),
         {name: len(split) for name, split in splits.items()},
+        ("test",),
         found.shape,
         found.num_classes,
         inputs=lambda batch: batch["image"],
@@ -177,8 +191,10 @@ def _grokking(config: Dataset) -> Material:
     splits = {"train": found.train, "test": found.test}
     return Material(
         found.name,
+        "operations",
         example_streams(splits),
         {name: len(split) for name, split in splits.items()},
+        ("test",),
         (found.length,),
         found.num_classes,
         inputs=lambda batch: batch["tokens"],
@@ -202,14 +218,89 @@ def _text(config: Dataset) -> Material:
     splits = {"train": found.train, "valid": found.valid, "test": found.test}
     return Material(
         found.name,
+        "text",
         example_streams(splits),
         {name: len(split) for name, split in splits.items()},
+        ("valid", "test"),
         (found.length,),
         found.vocabulary,
         inputs=lambda batch: batch["tokens"],
         rates=text_rates,
         best=("valid loss", False),
     )
+
+
+def _translation(config: Dataset) -> Material:
+    bucketing = translation.Bucketing(
+        max_tokens=config.max_tokens,
+        percentiles=config.percentiles,
+        padding_factor=config.padding_factor,
+    )
+    found = translation.load(
+        config.name,
+        config.dataset_dir,
+        bucketing=bucketing,
+        max_length=config.max_length,
+        cache_dir=config.cache_dir,
+    )
+    return Material(
+        found.name,
+        "translation",
+        pair_streams(found, config.refit_coverage),
+        {name: len(getattr(found, name)) for name in ("train", "valid", "test")},
+        ("valid",),
+        (),
+        len(found.target),
+        inputs=lambda batch: {name: batch[name] for name in ("source", "target_in")},
+        options={"source_vocabulary": len(found.source)},
+        rates=translation_rates,
+        best=("valid loss", False),
+        pairs=found,
+    )
+
+
+def pair_streams(found: translation.Translation, coverage: float) -> Streams:
+    """Return the streams of sentence pairs: batches of a few shapes, by the length of sentences."""
+    train, bucketing = found.train, found.bucketing
+
+    def training(config: Config) -> Any:
+        for name, plain in (("grad_acc_steps", 1), ("batch_overlap_fraction", 0.0)):
+            if getattr(config, name) != plain:
+                raise ConfigError(
+                    f"{name}={getattr(config, name)}: batches of translation differ in shape; "
+                    f"leave it at {plain} and raise dataset.max_tokens."
+                )
+        return translation.train_stream(
+            train, bucketing, seed=config.rng_seed, num_threads=config.data_threads
+        )
+
+    def refits(config: Config) -> Any:
+        return translation.refit_stream(
+            train,
+            bucketing,
+            batch_size=config.precond_batch_size,
+            seed=config.rng_seed,
+            coverage=coverage,
+        )
+
+    def evaluation(split: str, size: int) -> Iterator[data.Batch]:
+        for batch in translation.evaluation_batches(
+            getattr(found, split), bucketing, batch_size=size
+        ):
+            yield {name: batch[name] for name in ("source", "target_in", "label")}
+
+    def length(config: Config) -> float:
+        return translation.epoch_length(train, bucketing)
+
+    def shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+        widest = translation.Buckets(train, bucketing).shapes[-1]
+        widths = {"source": widest.source, "target_in": widest.target, "label": widest.target}
+        return {
+            name: jax.ShapeDtypeStruct((widest.rows, width), np.int32)
+            for name, width in widths.items()
+        }
+
+    return Streams(training, refits, evaluation, length, shapes)
 
 
 _KINDS: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Dataset], Material]], ...] = (
@@ -220,6 +311,12 @@ _KINDS: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Dataset], Materi
         ("dataset_dir", "tokenizer", "tokenizer_dir", "vocabulary", "target_len", "held_out",
          "cache_dir"),
         _text,
+    ),
+    (
+        translation.names(),
+        ("dataset_dir", "cache_dir", "max_tokens", "padding_factor", "percentiles", "max_length",
+         "refit_coverage"),
+        _translation,
     ),
 )  # fmt: skip
 """Names, options besides `download`, and what makes the material."""

@@ -6,7 +6,7 @@ papers' guide, flat, so that its commands run verbatim.
 """
 
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar, get_args
 
 import llqr
@@ -36,7 +36,8 @@ OPERATOR_MODES = {
 
 ARCHITECTURES = (
     "mlp", "mlp-legacy", "resnet-18", "resnet-50", "vgg16-bn", "wide-resnet-28-10",
-    "pyramidnet-110", "vit-ti-16", "vit-s-16",
+    "pyramidnet-110", "vit-ti-16", "vit-s-16", "grok-transformer", "gpt2-small",
+    "transformer-iwslt-de-en",
 )  # fmt: skip
 
 
@@ -70,7 +71,16 @@ class Dataset:
     held_out: list[float] = _option(
         [0.1, 0.1], "shares of valid and test, of a text without splits of its own"
     )
-    cache_dir: str | None = _option(None, "where tokens are kept; null: the user's cache")
+    cache_dir: str | None = _option(
+        None, "where tokens are kept; null: a text's in the user's cache, pairs' beside the files"
+    )
+    max_tokens: int = _option(4096, "most words of one language in a batch of translation", low=1)
+    padding_factor: int = _option(8, "widths of such batches are multiples of it", low=1)
+    percentiles: int = _option(8, "of the lengths, at which batches get another width", low=1)
+    max_length: int = _option(1024, "most words of a sentence", low=1)
+    refit_coverage: float = _option(
+        0.95, "share of sentences that fit the one width of refit batches", above=0, high=1
+    )
 
 
 @dataclass
@@ -85,11 +95,17 @@ class Architecture:
         None, "share of activations dropped in training; null: the model's own", low=0, below=1
     )
     heads: int | None = _option(None, "of attention; null: the model's own", low=1)
+    mlp: int | None = _option(None, "features inside a transformer's layer; null: its own", low=1)
     patch: int | None = _option(None, "side of a ViT's patches; null: by the image", low=1)
-    alpha: int | None = _option(None, "channels that a PyramidNet adds; null: 270", low=1)
+    alpha: float | None = _option(None, "channels that a PyramidNet adds; null: 270", above=0)
+    blocks: list[int] | None = _option(None, "convolutions in each block of a VGG; null: its own")
     units_per_group: int | None = _option(
         None, "of a wide ResNet; null: 4; 5 is the size of the papers", low=1
     )
+    positions: str | None = _option(
+        None, "of GPT-2; null: sinusoidal", choices=("sinusoidal", "learned")
+    )
+    tied: bool | None = _option(None, "GPT-2's output matrix is its embedding; null: it is not")
 
 
 @dataclass
@@ -134,12 +150,47 @@ class Comparison:
 
 
 @dataclass
+class TranslationEval:
+    """Translations during and after training, scored by BLEU."""
+
+    enabled: bool = _option(False, "translate the valid set, and in the end the test set")
+    freq: int | None = _option(
+        None, "steps between BLEU of a sample; null: test_eval_freq; 0: never", low=0
+    )
+    max_examples: int | None = _option(None, "sentences of the sample; null: all", low=1)
+    full_eval_at_end: bool = _option(True, "BLEU of the whole valid set in the end")
+    full_eval_freq: int | None = _option(
+        None, "steps between BLEU of the whole valid set; null: only in the end", low=1
+    )
+    progress_freq: int = _option(
+        64, "batches between lines of progress where there is no terminal", low=1
+    )
+    beam_size: int = _option(5, "hypotheses that are followed", low=1)
+    max_len_a: float = _option(1.2, "longest translation: this times the source's length,", low=0)
+    max_len_b: int = _option(10, "... plus this many tokens", low=0)
+    remove_bpe: str = _option("@@ ", "mark of split words, which is removed", choices=("@@ ",))
+    detok: str = _option(
+        "moses",
+        "how tokens become text: by Moses' rules, or apart",
+        choices=("moses", "space", "none"),
+    )
+    print_samples: bool = _option(False, "show some translations")
+    checkpoint_metric: str = _option(
+        "bleu",
+        "what the best checkpoint is best in: BLEU of the whole valid set, or its loss",
+        choices=("bleu", "loss"),
+    )
+    maximize_checkpoint_metric: bool = _option(True, "whether more BLEU is better")
+
+
+@dataclass
 class Config:
     """A whole run."""
 
     dataset: Dataset = field(default_factory=Dataset)
     architecture: Architecture = field(default_factory=Architecture)
     logging: Logging = field(default_factory=Logging)
+    translation_eval: TranslationEval = field(default_factory=TranslationEval)
     toy: Toy = field(default_factory=Toy)
     comparison: Comparison = field(default_factory=Comparison)
     lr_scheduler: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
@@ -462,40 +513,6 @@ class Config:
             )
 
 
-def shrink(config: Config) -> Config:
-    """Return the same run made small: a few steps of a tiny model on embedded data.
-
-    Everything that decides what is run (optimizer, structure, metric, SAM, schedules, quality,
-    routes) stays; only sizes shrink.
-    """
-    batch = 16 if 16 % config.sam_groups == 0 else config.sam_groups
-    chunk = lambda size: None if size is None else min(size, 4)  # noqa: E731
-    late = config.start_sam_after_step
-    return replace(
-        config,
-        dataset=Dataset(name="digits", truncate=200),
-        architecture=replace(config.architecture, hidden=[16]),
-        toy=replace(config.toy, iterations=5),
-        comparison=replace(config.comparison, runs=1, steps=20),
-        batch_size=batch,
-        eval_batch_size=64,
-        batch_overlap_fraction=0.0,
-        grad_acc_steps=min(config.grad_acc_steps, 2),
-        max_steps=4,
-        test_eval_freq=2,
-        logging_freq=1,
-        report_freq=1,
-        checkpoint_freq=2 if config.checkpoint_freq else None,
-        update_preconditioner_every=2,
-        precond_start_step=min(config.precond_start_step, 1),
-        precond_batch_size=8,
-        precond_steps=2,
-        llqr_batch_update_chunk_size=chunk(config.llqr_batch_update_chunk_size),
-        llqr_second_order_chunk_size=chunk(config.llqr_second_order_chunk_size),
-        start_sam_after_step=None if late is None else min(late, 2),
-    )
-
-
 SCHEDULERS = (
     "lr_scheduler",
     "precond_lr_scheduler",
@@ -505,13 +522,16 @@ SCHEDULERS = (
 )
 
 
+NESTED = ("dataset", "architecture", "logging", "translation_eval", "toy", "comparison")
+
+
 def options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yield (full name, dataclass field, value) of every leaf option, or of a config class."""
     for option in fields(config):
         value = getattr(config, option.name, None)
         if option.name in SCHEDULERS:
             yield option.name, option, value
-        elif option.name in ("dataset", "architecture", "logging", "toy", "comparison"):
+        elif option.name in NESTED:
             yield from options(
                 option.default_factory if isinstance(config, type) else value, f"{option.name}."
             )

@@ -12,6 +12,8 @@ import llqr
 from llqr._types import Array, Bool, Float, Params, PyTree
 from llqr_experiments import material, models
 from llqr_experiments.data import IGNORE
+from llqr_experiments.decoding import Decoder
+from llqr_experiments.errors import ConfigError
 from llqr_experiments.spec import Architecture, Config
 
 STATISTICS = "statistics"
@@ -37,6 +39,7 @@ class Task:
       statistics: running statistics of the model before training; empty without batch norm.
       objective: inference in float32, for refits and evaluation. Batches are dicts of inputs and
         label, of mask where some examples do not count, and of statistics: see `bound`.
+      decoder: what a beam search asks of a model of translation; None for others.
       training: `(params, batch, carry) -> (loss, carry)` in the mode and precision of training.
     """
 
@@ -46,6 +49,7 @@ class Task:
     statistics: PyTree
     objective: llqr.Objective
     training: Callable[[Params, dict[str, Array], Carry], tuple[Array, Carry]]
+    decoder: Decoder | None = None
 
 
 def build(config: Config) -> Task:
@@ -57,6 +61,7 @@ def build(config: Config) -> Task:
     """
     made = material.make(config.dataset)
     name = config.architecture.name
+    _check_fit(name, made)
     options = made.options | architecture_options(config.architecture)
     model = models.make(name, made.shape, made.classes, seed=config.init_key, options=options)
     network, smoothing = models.network(model), config.label_smoothing
@@ -72,7 +77,17 @@ def build(config: Config) -> Task:
     objective = llqr.Objective(forward, loss, keep, _batch_axes)
     training = _training(network, made.inputs, loss, half=config.precision == "bf16")
     title = f"{config.dataset.name}_{name}"
-    return Task(title, made, network.params, network.statistics, objective, training)
+    decoder = models.translation.decoder(model) if made.kind == "translation" else None
+    return Task(title, made, network.params, network.statistics, objective, training, decoder)
+
+
+def _check_fit(name: str, made: material.Material) -> None:
+    if name in models.MODELS and models.MODELS[name].takes != made.kind:
+        fitting = [key for key, model in models.MODELS.items() if model.takes == made.kind]
+        raise ConfigError(
+            f"architecture={name} is for {models.MODELS[name].takes}, and {made.name} holds "
+            f"{made.kind}: choose {', '.join(fitting)}, or another dataset."
+        )
 
 
 def architecture_options(architecture: Architecture) -> dict[str, Any]:

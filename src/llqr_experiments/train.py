@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from rich.markup import escape
 
 import llqr
 from llqr._errors import unknown
 from llqr._tree import leaf_names
 from llqr._types import Array, Params
-from llqr_experiments import build, data, insight, plots, records, tasks
+from llqr_experiments import build, data, insight, plots, records, tasks, translate
 from llqr_experiments.checkpoint import BEST, Checkpoints, find, load_fields
 from llqr_experiments.clock import Clock
 from llqr_experiments.console import Display, counts, shown
@@ -200,6 +201,11 @@ def prepare(config: Config) -> Run:
 def _best(config: Config, made: Material) -> tuple[str, bool]:
     """Metric of the best checkpoint, and whether more of it is better."""
     name, maximize = made.best
+    options = config.translation_eval
+    if options.enabled and made.pairs is None:
+        raise ConfigError(f"translation_eval.enabled=true: {made.name} is no translation.")
+    if options.enabled and options.checkpoint_metric == "bleu":
+        name, maximize = "valid bleu", options.maximize_checkpoint_metric
     if config.checkpoint_metric is not None:
         name = config.checkpoint_metric
         splits = [*made.evaluated, *(["train_eval"] if config.add_train_eval else [])]
@@ -285,7 +291,8 @@ def _begin(
         say("[yellow]warning:[/] the options of the data are others: the streams start anew\n")
     if not own:  # the record of another run stays where it is
         return session, {"seconds": meta["seconds"]}
-    _forget_histograms(out_dir / HISTOGRAMS, found.step)
+    for name in (HISTOGRAMS, translate.FILE):
+        _forget(out_dir / name, found.step)
     return session, meta
 
 
@@ -298,7 +305,7 @@ STREAM = (
 HISTOGRAMS = "histograms.jsonl"
 
 
-def _forget_histograms(path: Path, step: int) -> None:
+def _forget(path: Path, step: int) -> None:
     """Drop what comes again: evaluations from the checkpoint's step on."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
@@ -337,6 +344,7 @@ def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:
             _checkpoint(job, session, desk)
         if step == job.last or (step and step % config.test_eval_freq == 0):
             final = _evaluation(job, session, desk)
+        final |= _translations(job, session, desk)
         if step == job.last:
             break
         with clock.phase("data"):
@@ -355,6 +363,7 @@ def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:
             with clock.phase("training"):  # waiting for the device is training
                 jax.block_until_ready(sums)
             _report(job, step + 1, session.state, sums, desk)
+    final |= _test_translations(job, session, desk)
     if ascent:
         desk.log(job.last, _sharpness(session.state))
         final |= _sharpness(session.state)
@@ -450,9 +459,83 @@ def _reached(job: Run, session: Session, found: dict[str, float]) -> None:
             session.reached.setdefault(f"first step with {name} of {share:g} %", session.step)
 
 
+def _translations(job: Run, session: Session, desk: Desk) -> dict[str, float]:
+    """Translate the valid set, or a sample of it, where that is due; return the metrics."""
+    options, step, last = job.config.translation_eval, session.step, session.step == job.last
+    if not options.enabled or not (step or last):
+        return {}
+    every = job.config.test_eval_freq if options.freq is None else options.freq
+    full = last and options.full_eval_at_end
+    full = full or bool(options.full_eval_freq and step % options.full_eval_freq == 0)
+    if not full and not (every and step % every == 0):
+        return {}
+    _check_health(job, session.state, desk)
+    name, most = ("bleu", None) if full else ("bleu_sampled", options.max_examples)
+    found = _translate(job, session.state.params, "valid", most, step, desk)
+    values = translate.record("valid", name, found)
+    _keep_best(job, session, values, desk)
+    if full and job.best[0] == "valid bleu":
+        values["best valid bleu"] = session.best["value"]
+        values["best valid bleu step"] = session.best["step"]
+    desk.log(step, values)
+    return values
+
+
+def _test_translations(job: Run, session: Session, desk: Desk) -> dict[str, float]:
+    """Translate the test set with the best parameters, which is done once, in the end."""
+    if not job.config.translation_eval.enabled:
+        return {}
+    params, step = session.state.params, session.step
+    if session.best and session.best["step"] != step and desk.checkpoints.folder is not None:
+        desk.checkpoints.wait()
+        like, say = {"params": params}, desk.display.say
+        found_model, step = load_fields(desk.checkpoints.folder, like, say, kind=BEST)
+        params = found_model["params"]
+    values = translate.record("test", "bleu", _translate(job, params, "test", None, step, desk))
+    desk.log(job.last, values)
+    return values
+
+
+def _translate(
+    job: Run, params: Params, split: str, most: int | None, step: int, desk: Desk
+) -> translate.Translated:
+    """Translate, and show and write what came out."""
+    config, task, say = job.config, job.task, desk.display.say
+    options = config.translation_eval
+    assert task.decoder is not None
+    assert task.material.pairs is not None
+    follow = partial(desk.display.follow, what=f"translating {split}", every=options.progress_freq)
+    with desk.clock.phase("translation"):
+        found = translate.translate(
+            task.decoder,
+            params,
+            task.material.pairs,
+            split,
+            options,
+            batch_size=config.eval_batch_size or 128,
+            most=most,
+            follow=follow,
+        )
+    say(
+        f"step {step:>6}   {split} BLEU [bold]{found.bleu.score:.2f}[/] on {found.examples:,} "
+        f"sentences   {found.bleu.signature}"
+    )
+    for sample in found.samples if options.print_samples else ():
+        say(f"{'':>14}source      {escape(sample.source)}")
+        say(f"{'':>14}translation {escape(sample.hypothesis)}")
+        say(f"{'':>14}reference   {escape(sample.reference)}")
+    try:
+        translate.write(desk.out_dir / translate.FILE, step, split, found)
+    except OSError as error:
+        say(f"[yellow]warning:[/] the translations of step {step} are not written: {error}")
+    return found
+
+
 def _keep_best(job: Run, session: Session, found: dict[str, float], desk: Desk) -> None:
     """Write a checkpoint if this evaluation is the best so far."""
     name, sign = job.best[0], 1 if job.best[1] else -1
+    if name not in found:
+        return
     value = found[name]
     better = not session.best or sign * value > sign * session.best["value"]
     if not math.isfinite(value) or not better:
@@ -508,17 +591,14 @@ def _quality(job: Run, state: TrainState, step: int, desk: Desk) -> llqr.Quality
 
 
 def _report(job: Run, step: int, state: TrainState, sums: dict[str, Array], desk: Desk) -> None:
-    host = jax.device_get(sums)
-    rows = float(host["rows"])
-    values = {
-        "train loss": float(host["loss"]) / rows,
-        "train accuracy": 100.0 * float(host["correct"]) / rows,
-    } | _sharpness(state)
+    totals = {name: float(total) for name, total in jax.device_get(sums).items()}
+    rates = job.task.material.rates("train", totals)
+    values = rates | _sharpness(state)
     if job.recipe.skip:
         values["skipped steps"] = float(state.health.bad_steps)
     desk.log(step, values)
     with desk.clock.phase("logging"):
-        desk.display.progress(step, values["train loss"], values["train accuracy"])
+        desk.display.progress(step, rates)
     _check_health(job, state, desk)
 
 

@@ -73,10 +73,11 @@ def images(
     """
     if name not in image_names():
         raise DataError(unknown("dataset", name, image_names()))
-    if augment and name not in (*cifar.SETS, _IMAGENET):
+    augmented = (*cifar.SETS, "digits32", _IMAGENET)
+    if augment and name not in augmented:
         raise ConfigError(
-            f"dataset.augment=true: {name} has no augmentation, only "
-            f"{', '.join(cifar.SETS)} and {_IMAGENET} have. Set it to false."
+            f"dataset.augment=true: {name} has no augmentation, only {', '.join(augmented)} "
+            "have. Set it to false."
         )
     if name == _IMAGENET:
         return _imagenet(dataset_dir, augment, imbalance, truncate)

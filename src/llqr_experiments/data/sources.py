@@ -1,6 +1,6 @@
 """The datasets that are held in memory, and where the IDX files of some are found.
 
-load(name)   one of `names()`: cifar10, cifar100, digits, fashion_mnist, mnist
+load(name)   one of `names()`: cifar10, cifar100, digits, digits32, fashion_mnist, mnist
 """
 
 import dataclasses
@@ -85,7 +85,7 @@ _IDX_SETS: dict[str, _IdxSet] = {
 
 def names() -> tuple[str, ...]:
     """Return the names that `load` knows."""
-    return tuple(sorted(("digits", *_IDX_SETS, *cifar.SETS)))
+    return tuple(sorted(("digits", "digits32", *_IDX_SETS, *cifar.SETS)))
 
 
 def load(name: str, dataset_dir: str | Path | None = None, *, download: bool = True) -> Dataset:
@@ -113,6 +113,8 @@ def load(name: str, dataset_dir: str | Path | None = None, *, download: bool = T
     """
     if name == "digits":
         dataset = _load_digits(dataset_dir)
+    elif name == "digits32":
+        dataset = _enlarged(_load_digits(dataset_dir))
     elif name in _IDX_SETS:
         dataset = _load_idx(name, dataset_dir, download)
     elif name in cifar.SETS:
@@ -157,6 +159,18 @@ def _load_digits(dataset_dir: str | Path | None) -> Dataset:
         std=float(scaled.std()),
         scale=16.0,
         origin="scikit-learn",
+    )
+
+
+def _enlarged(digits: Dataset) -> Dataset:
+    """Digits in the format of the CIFAR sets, 32x32x3, to try out what is made for those."""
+
+    def enlarge(split: Split) -> Split:
+        images = split.images.repeat(4, axis=1).repeat(4, axis=2).repeat(3, axis=3)
+        return Split(images, split.labels)
+
+    return dataclasses.replace(
+        digits, name="digits32", train=enlarge(digits.train), test=enlarge(digits.test)
     )
 
 

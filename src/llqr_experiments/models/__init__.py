@@ -23,7 +23,7 @@ from llqr_experiments.models import (
 )
 from llqr_experiments.models.staged import Network, Staged, network
 
-__all__ = ["MODELS", "Network", "Staged", "make", "network"]
+__all__ = ["MODELS", "Network", "Staged", "make", "network", "translation"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,12 @@ class Model:
     Attributes:
       factory: `(shape or sizes of the data, classes, *, options, rngs) -> Staged`.
       small: options of a small sibling, for smoke runs and tests.
+      takes: kind of data: images, operations, text or translation.
     """
 
     factory: Callable[..., Staged]
     small: Mapping[str, Any] = field(default_factory=dict)
+    takes: str = "images"
 
     @property
     def options(self) -> list[str]:
@@ -56,11 +58,13 @@ MODELS: dict[str, Model] = {
     "vit-ti-16": Model(vit.vit, {"width": 16, "depth": 1, "heads": 2}),
     "vit-s-16": Model(partial(vit.vit, width=384, heads=6), {"width": 16, "depth": 1, "heads": 2}),
     "grok-transformer": Model(
-        grok.grok_transformer, {"width": 16, "heads": 2, "mlp": 32, "depth": 1}
+        grok.grok_transformer, {"width": 16, "heads": 2, "mlp": 32, "depth": 1}, "operations"
     ),
-    "gpt2-small": Model(gpt2.gpt2_small, {"width": 16, "heads": 2, "depth": 1}),
+    "gpt2-small": Model(gpt2.gpt2_small, {"width": 16, "heads": 2, "depth": 1}, "text"),
     "transformer-iwslt-de-en": Model(
-        translation.transformer_iwslt, {"width": 16, "heads": 2, "mlp": 32, "depth": 1}
+        translation.transformer_iwslt,
+        {"width": 16, "heads": 2, "mlp": 32, "depth": 1},
+        "translation",
     ),
 }
 
