@@ -486,7 +486,7 @@ def _test_translations(job: Run, session: Session, desk: Desk) -> dict[str, floa
     if not job.config.translation_eval.enabled:
         return {}
     params, step = session.state.params, session.step
-    if session.best and session.best["step"] != step and desk.checkpoints.folder is not None:
+    if session.best and session.best["step"] != step and job.config.checkpoint_freq:
         desk.checkpoints.wait()
         like, say = {"params": params}, desk.display.say
         found_model, step = load_fields(desk.checkpoints.folder, like, say, kind=BEST)
@@ -609,10 +609,11 @@ def _sharpness(state: TrainState) -> dict[str, float]:
 
 def _results(job: Run, session: Session, final: dict[str, float]) -> dict[str, str]:
     """Rows of the closing table."""
+    splits = [name for name in job.task.material.sizes if name != "train"] + ["train_eval"]
     found = {
         name: shown(name, value)
         for name, value in final.items()
-        if name.partition(" ")[0] in (*job.task.material.evaluated, "train_eval")
+        if name.startswith(tuple(splits)) and "_bleu_" not in name
     }
     found |= {name: f"{step:,.0f}" for name, step in session.reached.items()}
     if session.best:

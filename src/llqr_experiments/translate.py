@@ -109,7 +109,7 @@ def _spread(pairs: translation.Pairs, most: int | None) -> translation.Pairs:
         translation.Sentences.of([side[i].tolist() for i in chosen])
         for side in (pairs.source, pairs.target)
     ]
-    return translation.Pairs(*sides, pairs.lines[chosen])
+    return replace(pairs, source=sides[0], target=sides[1], lines=pairs.lines[chosen])
 
 
 def _source(data: translation.Translation, numbers: np.ndarray) -> str:
