@@ -260,6 +260,8 @@ class TestBroken:
             ([("a.cls", b"0")], r"image or label alone: a;"),
             ([("a.cls", b"cat"), ("a.jpg", b"x")], r"member a.cls: holds b'cat', expected a label"),
             ([("a.txt", b"0")], r"val-000000.tar: no image"),
+            ([("a.jpg", b"x"), ("a.png", b"x")], r"two members for the same thing, a.png"),
+            ([("a.cls", b"1"), ("a.cls", b"2")], r"two members for the same thing, a.cls"),
             (
                 [("a.cls", b"3"), ("a.jpg", b"x")],
                 r"val-\*.tar go up to 3, those of train-\*.t.* 2;",
@@ -270,6 +272,16 @@ class TestBroken:
         put(tmp_path, "shards")
         (tmp_path / "val-000000.tar").write_bytes(archives.tar_bytes(entries))
         self.fail(tmp_path, message)
+
+    def test_a_set_of_all_classes_that_is_not_whole_is_told(self, tmp_path, caplog):
+        """A tree that was not unpacked to its end looks like any other."""
+        entries = [(f"{k}.{kind}", str(k).encode()) for k in range(1000) for kind in ("jpg", "cls")]
+        for split in ("train", "val"):
+            archives.write(tmp_path, {f"{split}-0.tar": archives.tar_bytes(entries)})
+        assert images("imagenet", tmp_path).num_classes == 1000
+        assert "1000 training and 1000 validation images of 1,000 classes" in caplog.text
+        images("imagenet", put(tmp_path / "small"))
+        assert caplog.text.count("may not be whole") == 1
 
     @pytest.mark.parametrize("content", [b"", b"<html>", "cut", "flipped"])
     @pytest.mark.parametrize("num_threads", [0, 2])

@@ -16,6 +16,7 @@ same order.
 
 import functools
 import io
+import logging
 import os
 import re
 import tarfile
@@ -37,6 +38,9 @@ WNIDS = "imagenet_2012_validation_synset_labels.txt"
 KIT, KIT_TAR = "ILSVRC2012_devkit_t12", "ILSVRC2012_devkit_t12.tar.gz"
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 
+OFFICIAL_COUNTS = (1_281_167, 50_000)
+
+_log = logging.getLogger(__name__)
 _IMAGE = re.compile(r"\.(jpe?g|png)$", re.IGNORECASE)
 _SHARD_NUMBER = re.compile(r"-(\d+)(?:-of-(\d+))?\.tar$")
 
@@ -58,7 +62,13 @@ def load(dataset_dir: str | Path | None, augment: bool) -> tuple[Photos, Photos,
         Photos(root.absolute(), splits[split], MEAN, STD, augment and split == "train")
         for split in ("train", "val")
     )
-    return train, test, int(splits["train"].label.max()) + 1, f"{root.absolute()} ({layout.name})"
+    classes, counts = int(splits["train"].label.max()) + 1, (len(train), len(test))
+    if classes == 1000 and counts != OFFICIAL_COUNTS:
+        _log.warning(
+            "%s has %d training and %d validation images of 1,000 classes; ImageNet 2012 has %d "
+            "and %d. It may not be whole.", root.absolute(), *counts, *OFFICIAL_COUNTS,
+        )  # fmt: skip
+    return train, test, classes, f"{root.absolute()} ({layout.name})"
 
 
 def _detect(root: Path) -> Layout:
@@ -340,7 +350,10 @@ def _index_shard(path: Path, advance: Callable[[int], None]) -> Index:
             folder, _, base = member.name.rpartition("/")
             stem, _, kind = base.partition(".")
             name = f"{folder}/{stem}"
-            if _IMAGE.search(f".{kind}"):
+            is_image = _IMAGE.search(f".{kind}") is not None
+            if name in (images if is_image else labels if kind == "cls" else ()):
+                raise DataError(f"{path}: has two members for the same thing, {member.name}.")
+            if is_image:
                 images[name] = member
             elif kind == "cls":
                 file.seek(member.offset)
