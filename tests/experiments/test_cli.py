@@ -35,6 +35,7 @@ def test_a_misspelt_argument_names_the_nearest(argument, message, capsys):
 
 def test_good_arguments_pass():
     cli.check_arguments(["-m", "experiment=quick-local-test", "init_key=0,1,2", "hydra.run.dir=x"])
+    cli.check_arguments(["--cfg", "job", "experiment=quick-local-test", "-p", "dataset"])
 
 
 @pytest.mark.parametrize(
