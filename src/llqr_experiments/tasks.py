@@ -64,7 +64,29 @@ def build(config: Config) -> Task:
     _check_fit(name, made)
     options = made.options | architecture_options(config.architecture)
     model = models.make(name, made.shape, made.classes, seed=config.init_key, options=options)
-    network, smoothing = models.network(model), config.label_smoothing
+    title = f"{config.dataset.name}_{name}"
+    half = config.precision == "bf16"
+    return assemble(title, made, model, smoothing=config.label_smoothing, half=half)
+
+
+def assemble(
+    name: str,
+    made: material.Material,
+    model: models.Staged,
+    *,
+    smoothing: float = 0.0,
+    half: bool = False,
+) -> Task:
+    """Return the task of a model on some data.
+
+    Args:
+      name: of the task.
+      made: data; of its streams, nothing is asked.
+      model: of a kind that takes such data.
+      smoothing: of the labels in the loss.
+      half: whether training is in bfloat16.
+    """
+    network = models.network(model)
 
     def loss(outputs: Array, batch: dict[str, Array]) -> Float[Array, ""]:
         rows = cross_entropy(outputs, batch["label"].reshape(-1), smoothing)
@@ -75,10 +97,9 @@ def build(config: Config) -> Task:
 
     forward = network.model.as_forward(made.inputs, context=lambda batch: batch[STATISTICS])
     objective = llqr.Objective(forward, loss, keep, _batch_axes)
-    training = _training(network, made.inputs, loss, half=config.precision == "bf16")
-    title = f"{config.dataset.name}_{name}"
+    training = _training(network, made.inputs, loss, half)
     decoder = models.translation.decoder(model) if made.kind == "translation" else None
-    return Task(title, made, network.params, network.statistics, objective, training, decoder)
+    return Task(name, made, network.params, network.statistics, objective, training, decoder)
 
 
 def _check_fit(name: str, made: material.Material) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from llqr_experiments import cli, options, plan, spec, sweep, tasks, train
+from llqr_experiments import cli, options, spec, sweep, tasks, train
 from llqr_experiments.checkpoint import Checkpoints
 from llqr_experiments.console import Display
 from llqr_experiments.errors import ConfigError, DataError
@@ -225,7 +225,8 @@ def test_a_plan_says_what_would_be_done(tmp_path, capsys):
     cli.execute(OmegaConf.structured(config), out)
     said = " ".join(capsys.readouterr().out.split())
     for part in (
-        "mlp, 39,810 parameters", "1,438 train, 359 test examples", "2,246 of 128 examples (200 epochs)", "5 of",
+        "mlp, 39,810 parameters", "1,438 train, 359 test examples",
+        "2,246 of 128 examples (200 epochs)", "5 of",
         "base_sam from step 246: 2,000 perturbed steps, 4,246 gradients in all",
         "3, before steps 0, 1,000, 2,000", "refits about 75 gradients", "e-kfac",
     ):  # fmt: skip
