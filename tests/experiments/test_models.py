@@ -1,7 +1,7 @@
-"""Models of images: sizes, twins, curvature on both routes, structures; one list of cases."""
+"""Models of images: sizes, twins, dropout, how they start, and what cannot be built."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -10,17 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.flatten_util import ravel_pytree
 
-import llqr
 from llqr.structures import plan as plans
 from llqr_experiments import models
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.models import pyramidnet
 from llqr_experiments.models.staged import Staged
 from tests.experiments import models_oracle
+from tests.experiments.model_cases import CASES, CLASSES, layout, parameters_of
 
-CLASSES, BATCH = 3, 4
 MNIST, CIFAR, IMAGENET = (28, 28, 1), (32, 32, 3), (224, 224, 3)
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -64,15 +62,6 @@ SIZES = [
     Size("vit-ti-16", CIFAR, {10: 5_362_762, 100: 5_380_132}, (65, 53), 14),
     Size("vit-s-16", CIFAR, {10: 21_342_346, 100: 21_376_996}, (65, 53), 14),
 ]  # fmt: skip
-
-
-def layout(name, shape, classes, **options):
-    """A model without arrays."""
-    return nnx.eval_shape(lambda: models.make(name, shape, classes, seed=0, options=options))
-
-
-def parameters_of(model):
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 @cache
@@ -133,72 +122,7 @@ def test_small_siblings_take_larger_images(name):
     assert out.shape == (2, 10)
 
 
-# --- small siblings -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model at its small size.
-
-    Attributes:
-      name: of the model.
-      oracle: its inference written out.
-      momentum: of batch norm; None: it has none.
-      options: on top of the small ones.
-    """
-
-    name: str
-    oracle: object
-    momentum: float | None = None
-    options: dict = field(default_factory=dict)
-
-    def __str__(self):
-        return self.name
-
-    @property
-    def has_dropout(self):
-        return "dropout" in models.MODELS[self.name].options
-
-    def make(self, **options):
-        """The model with random numbers in place of its own start, which compiles a lot."""
-        small = {**models.MODELS[self.name].small, **self.options, **options}
-        model = layout(self.name, (8, 8, 1), CLASSES, **small)
-        rng = np.random.default_rng(0)
-        state = jax.tree.map_with_path(partial(filled, rng), nnx.state(model))
-        nnx.update(model, state)
-        return model
-
-    def batch(self):
-        rng = np.random.default_rng(1)
-        x = jnp.asarray(rng.normal(size=(BATCH, 8, 8, 1)), float)
-        return {"x": x, "y": jnp.arange(BATCH) % CLASSES}
-
-
-def filled(rng, path, leaf):
-    """An array for a leaf: kernels of the usual size, nothing else at zero or one."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.key(0)
-    if jnp.issubdtype(leaf.dtype, jnp.integer):
-        return jnp.zeros(leaf.shape, leaf.dtype)
-    x, name = rng.normal(size=leaf.shape), str(path)
-    if "kernel" in name:
-        x /= np.sqrt(np.prod(leaf.shape[:-1]))
-    else:
-        x = 1 + abs(x) / 3 if "scale" in name or "var" in name else x / 3
-    return jnp.asarray(x, float)
-
-
-CASES = [
-    Case("mlp", models_oracle.mlp),
-    Case("mlp-legacy", models_oracle.mlp),
-    Case("resnet-18", models_oracle.resnet18, 0.99),
-    Case("resnet-50", models_oracle.resnet50, 0.99),
-    Case("vgg16-bn", models_oracle.vgg, 0.9),
-    Case("wide-resnet-28-10", models_oracle.wide_resnet, 0.9),
-    Case("pyramidnet-110", models_oracle.pyramidnet, 0.9),
-    Case("vit-ti-16", models_oracle.vit),
-    Case("vit-s-16", models_oracle.vit),
-]
+# --- twins ---------------------------------------------------------------------------------------
 
 
 def test_every_model_has_a_case():
@@ -358,92 +282,6 @@ def test_an_odd_side_is_averaged_over_what_there_is():
     model = layout("pyramidnet-110", (7, 9, 1), 3, alpha=6, depth=11)
     out = nnx.eval_shape(lambda model, x: model(x), model, jnp.zeros((2, 7, 9, 1)))
     assert out.shape == (2, 3)
-
-
-# --- curvature ----------------------------------------------------------------------------------
-
-
-def objective(network, batch):
-    forward = network.model.as_forward(lambda b: b["x"], context=lambda b: b["statistics"])
-    loss = lambda z, b: -jnp.mean(z[jnp.arange(BATCH), b["y"]])  # noqa: E731
-    return llqr.Objective(forward, loss).bind({**batch, "statistics": network.statistics})
-
-
-FAST = {("resnet-18", "newton"), ("vit-ti-16", "newton"), ("mlp", "ngd"), ("mlp", "newton")}
-
-
-@pytest.mark.parametrize(
-    ("case", "metric"),
-    [
-        pytest.param(c, m, marks=() if (c.name, m) in FAST else pytest.mark.slow, id=f"{c}-{m}")
-        for c in CASES
-        for m in ("ngd", "newton")
-    ],
-)
-def test_layerwise_is_fused(case, metric):
-    """Products, gradients and J(u) of the two routes, to rounding."""
-    with jax.enable_x64(True):
-        network = models.network(case.make())
-        params, rng = network.params, np.random.default_rng(2)
-        u = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), params)
-        bound = objective(network, case.batch())
-
-        @partial(jax.jit, static_argnames="layerwise")
-        def numbers(params, u, bound, layerwise):
-            route = llqr.Route(layerwise=layerwise)
-            model = llqr.linearize(bound, params, metric, damping=0.1, route=route)
-            return model.product(u), model.gradient, model.value(u)
-
-        fused, layerwise = (numbers(params, u, bound, which) for which in (False, True))
-        for expected, found in zip(fused, layerwise, strict=True):
-            expected, found = ravel_pytree(expected)[0], ravel_pytree(found)[0]
-            assert np.linalg.norm(found - expected) <= 1e-10 * np.linalg.norm(expected)
-            assert np.linalg.norm(expected) > 0
-
-
-# --- structures ---------------------------------------------------------------------------------
-
-TINY = {
-    "vit-ti-16": Case("vit-ti-16", models_oracle.vit, options={"width": 4}),
-    "resnet-18": Case("resnet-18", models_oracle.resnet18, 0.99, {"width": 2}),
-}
-QUICK = {("vit-ti-16", "e-kfac")}
-
-
-@pytest.mark.parametrize(
-    ("name", "structure"),
-    [
-        pytest.param(n, s, marks=() if (n, s) in QUICK else pytest.mark.slow)
-        for n in TINY
-        for s in llqr.STRUCTURES
-    ],
-)
-def test_every_structure_refits(name, structure):
-    """One refit lowers its objective, for every leaf, and what comes out is finite."""
-    case = TINY[name]
-    network = models.network(case.make())
-    params, bound = network.params, objective(network, case.batch())
-    tx = llqr.scale_by_llqr(
-        structure=structure, damping=0.1, divergence_reduction="mean",
-        refit=llqr.Refit(steps=5, normalize_gradient=True, learning_rate=1e-2),
-    )  # fmt: skip
-
-    @jax.jit
-    def refit(params, bound):
-        state = llqr.refresh(tx, tx.init(params), params, bound)
-        return state, tx.update(params, state, params, refresh=False)[0]
-
-    state, updates = refit(params, bound)
-    jax.clear_caches()  # a program holds thousands of memory mappings, of 65,000 for a process
-    info = state.refit
-    assert info.objective_after < info.objective_before - 1e-5
-    assert not int(info.guarded)
-    for leaf in jax.tree.leaves((state.blocks, updates)):
-        assert np.all(np.isfinite(leaf))
-    if name == "vit-ti-16":
-        for stage in ("layers_2", "layers_3"):  # the class token and the positions
-            (before,), (after,) = params[stage].values(), updates[stage].values()
-            assert np.any(before != after)
 
 
 def test_leaves_of_attention_are_seen_as_matrices():
