@@ -64,7 +64,7 @@ def interrupt(monkeypatch, at: int, number: signal.Signals = signal.SIGTERM) -> 
     """Send this process a signal when `at` steps are shown."""
     shown = console.Display.progress
 
-    def progress(self, step, loss, accuracy):
+    def progress(self, step, rates):
         shown(self, step, loss, accuracy)
         if step == at:
             os.kill(os.getpid(), number)
@@ -234,7 +234,7 @@ def test_another_model_is_refused(tmp_path, whole):
         ConfigError, match=r"of another model or optimizer: .*\[16\] there, .*\[8\]"
     ):
         support.run(tmp_path / "a", *RUN, "architecture.hidden=[8]", f"resume={whole}")
-    with pytest.raises(ConfigError, match=r"of another model: layers_0\.bias"):
+    with pytest.raises(ConfigError, match=r"of another model: params\.layers_0\.bias"):
         support.run(tmp_path / "b", *RUN, "architecture.hidden=[8]", f"init_from={whole}")
     for option in ("resume", "init_from"):
         with pytest.raises(ConfigError, match="holds no checkpoint"):

@@ -40,7 +40,7 @@ def whole(tmp_path_factory) -> dict[str, Path]:
 class TestImages:
     def test_names(self):
         assert image_names() == (
-            "cifar10", "cifar100", "digits", "fashion_mnist", "imagenet", "mnist",
+            "cifar10", "cifar100", "digits", "digits32", "fashion_mnist", "imagenet", "mnist",
         )  # fmt: skip
         with pytest.raises(DataError, match=r"'cifra10': did you mean 'cifar10'"):
             images("cifra10")
@@ -105,7 +105,8 @@ class TestPresets:
     def test_long_tails_of_the_papers(self, whole, name, total, largest, smallest):
         place = whole[name.removeprefix("lt_")]
         config = support.config(f"dataset={name}", f"dataset.dataset_dir={place}")
-        found = images(**vars(config.dataset))
+        chosen = config.dataset
+        found = images(chosen.name, place, augment=chosen.augment, imbalance=chosen.imbalance)
         assert isinstance(found.train, data.Source)
         labels = found.train.labels
         counts = np.bincount(labels)
@@ -116,15 +117,19 @@ class TestPresets:
     def test_a_run_sees_augmented_images(self, small):
         """In training and in refits; evaluation of the training set does not."""
         overrides = ("dataset=cifar10", f"dataset.dataset_dir={small}", "architecture.hidden=[4]")
-        train = tasks.build(support.config(*overrides)).dataset.train
+        config = support.config(*overrides, "batch_size=8", "precond_batch_size=8", "rng_seed=0")
+        streams = tasks.build(config).material.streams
         plain = data.Source.of(data.load("cifar10", small), "train")
-        for make in (data.train_stream, data.refit_stream):
+        for ours, make in (
+            (streams.training, data.train_stream),
+            (streams.refits, data.refit_stream),
+        ):
             batches = []
-            for source in (train, plain):
-                with closing(make(source, batch_size=8, seed=0)) as stream:
+            for stream in (ours(config), make(plain, batch_size=8, seed=0)):
+                with closing(stream):
                     batches.append(next(stream))
             np.testing.assert_array_equal(batches[0]["label"], batches[1]["label"])
             assert (batches[0]["image"] != batches[1]["image"]).any((1, 2, 3)).sum() > 5
-        evaluations = (data.evaluation_batches(source, 7) for source in (train, plain))
+        evaluations = streams.evaluation("train", 7), data.evaluation_batches(plain, 7)
         for one, two in zip(*evaluations, strict=True):
             np.testing.assert_array_equal(one["image"], two["image"])

@@ -105,7 +105,7 @@ def _block(width: int, heads: int, dropout: float, rngs: nnx.Rngs) -> list[Part]
     """Attention and a perceptron, each on a residual branch."""
     attention = nnx.MultiHeadAttention(
         heads, width, kernel_init=_xavier, dropout_rate=dropout, broadcast_dropout=False,
-        decode=False, rngs=rngs,
+        deterministic=False, decode=False, rngs=rngs,
     )  # fmt: skip
     dense = partial(
         nnx.Linear, kernel_init=_xavier, bias_init=nnx.initializers.normal(1e-6), rngs=rngs
