@@ -155,10 +155,10 @@ def test_step_by_step_is_the_whole_forward():
             np.testing.assert_allclose(steps[t][:, beam], whole[:, t], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("beam", [1, 2, 5])
+@pytest.mark.parametrize("beam", [1, 2, pytest.param(5, marks=pytest.mark.slow)])
 def test_search_is_the_plain_search(beam):
     """Hypothesis by hypothesis and score by score, sentences of different lengths together."""
-    model, rules = translation(), Rules(beam=beam, ratio=1.2, extra=4)
+    model, rules = translation(), Rules(beam=beam, extra=4)
     found = beam_search(model.decoder, model.params, SOURCE, rules)
     lengths = set()
     for i, source in enumerate(SOURCE):
@@ -170,10 +170,10 @@ def test_search_is_the_plain_search(beam):
 
 def test_one_beam_is_greedy():
     model = translation()
-    found = beam_search(model.decoder, model.params, SOURCE, Rules(beam=1))
+    found = beam_search(model.decoder, model.params, SOURCE, Rules(beam=1, extra=4))
     for i, source in enumerate(SOURCE):
         predict, tokens, score = by_whole_forward(source), [], 0.0
-        limit = int(1.2 * sum(source != PAD) + 10)
+        limit = int(1.2 * sum(source != PAD) + 4)
         while tokens[-1:] != [END]:
             log_probs = np.array(predict([END, *tokens]))
             log_probs[[PAD] if tokens else [PAD, END]] = -np.inf
@@ -198,11 +198,11 @@ def test_a_wide_beam_is_enumeration(penalty):
     same(hypotheses(found, 0), sorted(everything, key=lambda f: -f.score))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_the_rules_on_random_chains(seed):
     """Many endings, forced endings, small vocabularies: against the plain search."""
     transitions = chain(seed, 5)
-    rules = Rules(beam=1 + seed % 4, penalty=seed / 4, ratio=0.5, extra=2)
+    rules = Rules(beam=1 + seed, penalty=seed / 2, ratio=0.5, extra=2)
     source = np.array([[4, 2, PAD, PAD], [4, 4, 4, 2]])
     found = beam_search(table_decoder(transitions), jnp.ones(()), source, rules)
     for i in range(2):
@@ -223,7 +223,7 @@ def test_equal_candidates_are_ordered_by_beam_then_token():
 
 def test_padding_and_company_change_nothing():
     """Other pads, another order, and a sentence of pads, which has no hypothesis."""
-    model, rules = translation(), Rules(beam=3, extra=3)
+    model, rules = translation(), Rules(beam=2, extra=4)
     search = partial(beam_search, model.decoder, model.params, rules=rules)
     together, moved = search(SOURCE), np.full((5, 7), PAD)
     for i, source in enumerate(SOURCE):
