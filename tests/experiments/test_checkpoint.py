@@ -65,7 +65,7 @@ def interrupt(monkeypatch, at: int, number: signal.Signals = signal.SIGTERM) -> 
     shown = console.Display.progress
 
     def progress(self, step, rates):
-        shown(self, step, loss, accuracy)
+        shown(self, step, rates)
         if step == at:
             os.kill(os.getpid(), number)
 
