@@ -30,7 +30,7 @@ import pytest  # noqa: E402
 _HERE = Path(__file__).parent
 sys.path.insert(0, str(_HERE.parent))  # `from tests import cases` in importlib mode
 
-_FLOAT32 = ("experiments", "frontends", "test_docs.py")
+_FLOAT32 = ("experiments", "frontends", "test_docs.py", "test_reproduction.py")
 """Folders whose tests run at JAX's own defaults: what users run is float32."""
 
 
