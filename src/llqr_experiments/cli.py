@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -75,13 +76,15 @@ def _check_argument(argument: str) -> None:
     try:
         override = OverridesParser.create().parse_override(argument)
         value = override.value()
+        values = value.list if isinstance(value, ChoiceSweep) else [value]
     except HydraException as error:
         raise ConfigError(f"cannot read {argument!r}: write key=value.\n{error}") from error
     key = override.key_or_group
     group, _, rest = key.partition(".")
     if key in GROUPS:
-        if isinstance(value, str) and value not in presets(key):
-            raise ConfigError(unknown(key, value, presets(key)))
+        for name in values:
+            if isinstance(name, str) and name not in presets(key):
+                raise ConfigError(unknown(key, name, presets(key)))
     elif group in SCHEDULERS:
         known = {name for preset in presets(group) for name in _keys(group, preset)}
         if rest.partition(".")[0] not in known:

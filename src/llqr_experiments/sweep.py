@@ -1,4 +1,4 @@
-"""The summary of a sweep: what each run was given, and what it reached."""
+"""A sweep: what its runs' folders are called, and a summary of what each reached."""
 
 import csv
 import json
@@ -8,14 +8,26 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 from rich.console import Console
 from rich.table import Table
 
 
 class Summary(Callback):
-    """Hydra calls it at the end of a multirun."""
+    """Hydra calls it at the start and at the end of a multirun."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Name each run's folder after the options that are swept over.
+
+        Hydra would name all of them: a folder's name may not be so long, nor have a path in it.
+        """
+        constant = unswept(config.hydra.overrides.task)
+        with read_write(config.hydra):  # the runs are composed with these overrides
+            config.hydra.overrides.hydra.append(
+                f"hydra.job.config.override_dirname.exclude_keys=[{','.join(constant)}]"
+            )
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the table, and write summary.csv into the sweep's folder."""
@@ -33,8 +45,25 @@ class Summary(Callback):
             sys.exit(1)  # each one has said why; a sweep does not end with the first
 
 
+def unswept(overrides: Sequence[str]) -> list[str]:
+    """Return the keys of overrides that have one value for all runs.
+
+    Where every one has, the first does not count: each run needs a name.
+
+    Example:
+      >>> unswept(["experiment=grokking", "init_key=0,1", "dataset.dataset_dir=/data/x"])
+      ['experiment', 'dataset.dataset_dir']
+      >>> unswept(["experiment=grokking", "init_key=0"])
+      ['init_key']
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    swept = {found.key_or_group for found in parsed if found.is_sweep_override()}
+    constant = [found.key_or_group for found in parsed if found.key_or_group not in swept]
+    return constant if swept else constant[1:]
+
+
 def collect(folder: Path) -> list[dict[str, Any]]:
-    """Return one row for each run below a folder: its overrides, its results, its time."""
+    """Return one row for each run below a folder: its name's options, its results, its time."""
     rows = []
     for path in sorted(folder.rglob("meta.json")):
         meta = json.loads(path.read_text())

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
         ("lerning_rate=0.1", r"unknown option 'lerning_rate': did you mean 'learning_rate'\?"),
         ("dataset.dataset_dri=x", r"did you mean 'dataset.dataset_dir'\?"),
         ("experiment=quick-locl-test", r"unknown experiment .* did you mean 'quick-local-test'\?"),
+        ("experiment=grokking,char-ml", r"unknown experiment 'char-ml': did you mean 'char-lm'\?"),
         ("dataset=fashon_mnist", r"did you mean 'fashion_mnist'\?"),
         ("lr_scheduler.tmax=3", r"unknown option of lr_scheduler 'tmax': did you mean 't_max'\?"),
         ("experiment", r"cannot read 'experiment': write key=value"),
@@ -35,6 +36,8 @@ def test_a_misspelt_argument_names_the_nearest(argument, message, capsys):
 
 def test_good_arguments_pass():
     cli.check_arguments(["-m", "experiment=quick-local-test", "init_key=0,1,2", "hydra.run.dir=x"])
+    cli.check_arguments(["-m", "experiment=choice(grokking,char-lm)", "dataset=glob(grok*)"])
+    cli.check_arguments(["-m", "init_key=range(3)", "sam_mode=null,base_sam"])
     cli.check_arguments(["--cfg", "job", "experiment=quick-local-test", "-p", "dataset"])
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from omegaconf import OmegaConf
 
 from llqr_experiments import cli, options, spec, sweep, tasks, train
 from llqr_experiments.checkpoint import Checkpoints
@@ -232,8 +233,6 @@ def test_a_plan_says_what_would_be_done(tmp_path, capsys):
         "experiment=quick-local-test", "dry_run=true", "sam_mode=base_sam",
         "start_sam_after_step=246", "checkpoint_freq=500",
     )  # fmt: skip
-    from omegaconf import OmegaConf
-
     out = tmp_path / "made by hydra"
     out.mkdir()
     cli.execute(OmegaConf.structured(config), out)
@@ -249,8 +248,6 @@ def test_a_plan_says_what_would_be_done(tmp_path, capsys):
 
 
 def test_smoke_runs_a_few_steps(tmp_path, capsys):
-    from omegaconf import OmegaConf
-
     config = support.config(
         "experiment=quick-local-test", "smoke=true", "logging.aim=false", "sam_mode=base_sam",
         "sam_groups=4", "batch_size=128",
@@ -267,8 +264,6 @@ def test_a_sweep_is_summed_up(tmp_path, capsys):
         (tmp_path / name / "meta.json").write_text(json.dumps(meta))
     (tmp_path / "init_key=2,wd_mask=[a,b]").mkdir()
     (tmp_path / "init_key=2,wd_mask=[a,b]" / "meta.json").write_text("{}")
-    from omegaconf import OmegaConf
-
     with pytest.raises(SystemExit) as ended:
         sweep.Summary().on_multirun_end(
             OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
@@ -284,15 +279,36 @@ def test_a_sweep_is_summed_up(tmp_path, capsys):
     assert lines[2].startswith('1,"[a,b]",92.5')
 
 
+def test_folders_of_a_sweep_are_named_after_what_is_swept():
+    """A name of all options would be too long, and a path in it would make folders."""
+    config = OmegaConf.create(
+        {"hydra": {"overrides": {
+            "task": ["experiment=grokking", "dataset.dataset_dir=/a/b", "init_key=0,1", "+x=1"],
+            "hydra": ["hydra.sweep.dir=here"],
+        }}}
+    )  # fmt: skip
+    OmegaConf.set_readonly(config.hydra, True)
+    sweep.Summary().on_multirun_start(config)
+    own, added = config.hydra.overrides.hydra
+    assert own == "hydra.sweep.dir=here"
+    assert added == (
+        "hydra.job.config.override_dirname.exclude_keys=[experiment,dataset.dataset_dir,x]"
+    )
+    assert sweep.unswept(["a=1", "a=1,2"]) == []
+    assert sweep.unswept([]) == []
+
+
 @pytest.mark.slow
 def test_a_sweep_goes_on_past_a_run_that_fails(tmp_path):
     done = subprocess.run(
         [sys.executable, "run.py", "-m", "experiment=quick-local-test", "smoke=true",
          "logging.aim=false", "use_preconditioner=false", "learning_rate=1e38,0.1",
-         f"hydra.sweep.dir={tmp_path}"],
+         f"dataset.dataset_dir={tmp_path}", f"hydra.sweep.dir={tmp_path}"],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
+    folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert folders == {"learning_rate=1e+38", "learning_rate=0.1"}
     lines = (tmp_path / "summary.csv").read_text().splitlines()
     assert len(lines) == 3
     assert {line.rsplit(",", 1)[-1] for line in lines[1:]} == {"finished", "not finished"}
