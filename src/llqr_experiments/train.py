@@ -162,7 +162,8 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
         checkpoints.wait()
     try:
         records.finish(out_dir, results=final, best=session.best, time=dict(clock.seconds))
-        plots.curves(out_dir / "metrics.jsonl", _title(config), out_dir / "curves.png")
+        kind = job.task.material.kind
+        plots.curves(out_dir / "metrics.jsonl", _title(config), out_dir / "curves.png", kind)
     except (OSError, ValueError) as error:
         display.say(f"[yellow]warning:[/] the closing files are not written: {error}")
     display.closing(_results(job, session, final), clock, records.shorten(out_dir))
