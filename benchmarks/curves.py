@@ -1,0 +1,92 @@
+"""Runs side by side, several seeds a curve: a picture and a table in Markdown.
+
+    uv run python benchmarks/curves.py out.png "plain=outputs/a outputs/b" "LLQR=outputs/c outputs/d"
+    uv run python benchmarks/curves.py out.png --log ...    # steps on a logarithmic axis
+
+A curve is the mean over runs, with the range of its seeds. The table has mean and range of the
+last value of each metric, of the first steps with an accuracy, and of the seconds of training.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+COLORS = ("#8aa6c1", "#c8452c", "#e3a43b", "#5b8c5a")
+PANELS = ("train loss", "test loss", "test accuracy")
+WINDOW = 5  # logged values in a running mean of the training loss
+
+
+def series(run: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a metric."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    found = [(row["step"], row[name]) for row in rows if name in row]
+    steps, values = map(np.asarray, zip(*found, strict=True))
+    if name == "train loss" and len(values) > WINDOW:
+        kernel = np.ones(WINDOW) / WINDOW
+        steps, values = steps[WINDOW - 1 :], np.convolve(values, kernel, "valid")
+    return steps, values
+
+
+def draw(groups: dict[str, list[Path]], out: Path, log: bool) -> None:
+    """One panel for each metric."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        for color, (label, runs) in zip(COLORS, groups.items(), strict=False):
+            found = [series(run, name) for run in runs]
+            steps, values = found[0][0], np.stack([v for _, v in found])
+            axes.plot(steps, values.mean(0), color=color, label=label)
+            axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
+        axes.set(title=name, xlabel="step", yscale="linear" if "acc" in name else "log")
+        axes.set_xscale("log" if log else "linear")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, ncols=len(groups), loc="outside lower center")
+    figure.savefig(out, dpi=130)
+
+
+def summary(run: Path) -> dict[str, float]:
+    """What a run ended with."""
+    meta: dict[str, Any] = json.loads((run / "meta.json").read_text())
+    found = {k: v for k, v in meta["results"].items() if k.startswith(("test", "first"))}
+    time = meta["time"]
+    return found | {"seconds of steps and refits": time["training"] + time.get("refit", 0.0)}
+
+
+def table(groups: dict[str, list[Path]]) -> str:
+    """Mean and range over the seeds, in Markdown."""
+    found = {label: [summary(run) for run in runs] for label, runs in groups.items()}
+    names = list(dict.fromkeys(k for runs in found.values() for run in runs for k in run))
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for label, runs in found.items():
+        cells = []
+        for name in names:
+            values = [run[name] for run in runs if name in run]
+            missing = f" in {len(values)} of {len(runs)}" if len(values) < len(runs) else ""
+            middle = f"{np.mean(values):.4g} ({min(values):.4g} - {max(values):.4g})"
+            cells.append(middle + missing if values else "never")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Draw and print."""
+    parser = argparse.ArgumentParser(description="Runs side by side.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("groups", nargs="+", help='"label=run run ..."')
+    parser.add_argument("--log", action="store_true", help="logarithmic steps")
+    arguments = parser.parse_args()
+    groups = {}
+    for group in arguments.groups:
+        label, _, runs = group.partition("=")
+        groups[label] = [Path(run) for run in runs.split()]
+    draw(groups, arguments.out, arguments.log)
+    print(table(groups))
+
+
+if __name__ == "__main__":
+    main()
