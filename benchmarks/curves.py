@@ -1,6 +1,6 @@
 """Runs side by side, several seeds a curve: a picture and a table in Markdown.
 
-    uv run python benchmarks/curves.py out.png "plain=outputs/a outputs/b" "LLQR=outputs/c outputs/d"
+    uv run python benchmarks/curves.py out.png "plain=outputs/a outputs/b" "LLQR=outputs/c"
     uv run python benchmarks/curves.py out.png --log ...    # steps on a logarithmic axis
 
 A curve is the mean over runs, with the range of its seeds. The table has mean and range of the
