@@ -78,13 +78,21 @@ QUICK = {("vit-ti-16", "e-kfac")}
     ],
 )
 def test_every_structure_refits(name, structure):
-    """One refit lowers its objective, for every leaf, and what comes out is finite."""
+    """One refit lowers its objective, every leaf included, and what comes out is finite.
+
+    Structures that can only lengthen a step start from one that is too short. Fresh vectors
+    start small, and need a larger rate to matter after five steps.
+    """
+    scale = 0.01 if structure.startswith("low-rank") else 1.0
+    rate = (
+        0.1 if structure in ("low-rank-memory", "low-rank-memory-asym", "asym_swm_kfac") else 0.01
+    )
     case = TINY[name]
     network = models.network(case.make())
     params, bound = network.params, objective(network, case.batch())
     tx = llqr.scale_by_llqr(
-        structure=structure, damping=0.1, divergence_reduction="mean",
-        refit=llqr.Refit(steps=5, normalize_gradient=True, learning_rate=1e-2),
+        structure=structure, damping=0.1, divergence_reduction="mean", identity_scaling=scale,
+        refit=llqr.Refit(steps=5, normalize_gradient=True, learning_rate=rate),
     )  # fmt: skip
 
     @jax.jit
@@ -95,7 +103,8 @@ def test_every_structure_refits(name, structure):
     state, updates = refit(params, bound)
     jax.clear_caches()  # a program holds thousands of memory mappings, of 65,000 for a process
     info = state.refit
-    assert info.objective_after < info.objective_before - 1e-5
+    gain = info.objective_before - info.objective_after
+    assert gain > 3e-5 * abs(info.objective_before)  # a hundred times the rounding
     assert not int(info.guarded)
     for leaf in jax.tree.leaves((state.blocks, updates)):
         assert np.all(np.isfinite(leaf))
