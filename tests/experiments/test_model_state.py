@@ -159,7 +159,12 @@ def test_refits_and_evaluation_see_the_running_statistics(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "extra", [(), ("multibatch_training=true",), ("batch_solve_precond=false",)]
+    "extra",
+    [
+        (),
+        pytest.param(("multibatch_training=true",), marks=pytest.mark.slow),
+        pytest.param(("batch_solve_precond=false",), marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, extra):
     """With batch norm, dropout, SAM, micro-batches and refits."""
