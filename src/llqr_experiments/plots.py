@@ -66,7 +66,8 @@ def logarithmic(axis: Axis, values: Sequence[float]) -> bool:
     """
     if not values or min(values) <= 0 or max(values) < 10 * min(values):
         return False
-    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    scale = f"set_{axis.axis_name}scale"  # pyright: ignore[reportAttributeAccessIssue]
+    getattr(axis.axes, scale)("log")
     if max(values) < 100 * min(values):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     if min(values) >= 1e-4 and max(values) <= 1e6:
