@@ -163,6 +163,17 @@ def test_hours_are_those_of_the_benchmark(preset, monkeypatch):
     assert tuple(rows) == hours.PRESETS
 
 
+@pytest.mark.parametrize("preset", sorted(set(cli.presets("experiment")) - {"_default"}))
+def test_presets_begin_with_their_command(preset):
+    text = (cli.CONFIGS / "experiment" / f"{preset}.yaml").read_text()
+    header = re.findall(r"^# (uv run .*)$", text, re.MULTILINE)
+    commands = run_commands("\n".join(["```bash", *header, "```"]))
+    assert commands
+    for command in commands:
+        assert f"experiment={preset}" in command
+        check(command)
+
+
 def test_programs_and_links_exist():
     modules = [words[5] for words in shell_commands(PAGE) if words[3:5] == ["python", "-m"]]
     assert all(importlib.util.find_spec(name) for name in modules)

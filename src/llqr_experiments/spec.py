@@ -72,7 +72,7 @@ class Dataset:
         [0.1, 0.1], "shares of valid and test, of a text without splits of its own"
     )
     cache_dir: str | None = _option(
-        None, "where tokens are kept; null: a text's in the user's cache, pairs' beside the files"
+        None, "where tokens are kept; null: ./data/tokens for a text, beside the files for pairs"
     )
     max_tokens: int = _option(4096, "most words of one language in a batch of translation", low=1)
     padding_factor: int = _option(8, "widths of such batches are multiples of it", low=1)
