@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
@@ -40,7 +39,7 @@ def curves(metrics: Path, title: str, out: Path, kind: str = "images") -> None:
     for axes, draw in zip(figure.subplots(1, len(panels)), panels, strict=True):
         draw(axes, rows)
         if kind in LONG:
-            logarithmic(axes.xaxis, [row["step"] for row in rows if row["step"] > 0])
+            logarithmic(axes, "x", [row["step"] for row in rows if row["step"] > 0])
         _mark(axes, rows, after=0 if kind in LONG else -1)
         axes.set(xlabel="step")
         axes.spines[["top", "right"]].set_visible(False)
@@ -54,19 +53,21 @@ def curves(metrics: Path, title: str, out: Path, kind: str = "images") -> None:
     aside.replace(out)
 
 
-def logarithmic(axis: Axis, values: Sequence[float]) -> bool:
+def logarithmic(axes: Axes, which: str, values: Sequence[float]) -> bool:
     """Make an axis logarithmic, with ticks in plain numbers, if its values span a decade.
 
     Args:
-      axis: of a plot.
-      values: on it, finite.
+      axes: of a plot.
+      which: "x" or "y".
+      values: on that axis, finite.
 
     Returns:
       Whether it is logarithmic now.
     """
     if not values or min(values) <= 0 or max(values) < 10 * min(values):
         return False
-    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axes.set(**{f"{which}scale": "log"})
     if max(values) < 100 * min(values):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     if min(values) >= 1e-4 and max(values) <= 1e6:
@@ -87,7 +88,7 @@ def _panels(rows: Rows) -> list[Any]:
 
 
 def _loss(axes: Axes, rows: Rows) -> None:
-    logarithmic(axes.yaxis, _lines(axes, rows, LOSS))
+    logarithmic(axes, "y", _lines(axes, rows, LOSS))
 
 
 def _accuracy(axes: Axes, rows: Rows) -> None:
@@ -97,7 +98,7 @@ def _accuracy(axes: Axes, rows: Rows) -> None:
 
 
 def _perplexity(axes: Axes, rows: Rows) -> None:
-    logarithmic(axes.yaxis, _lines(axes, rows, PERPLEXITY))
+    logarithmic(axes, "y", _lines(axes, rows, PERPLEXITY))
 
 
 def _bleu(axes: Axes, rows: Rows) -> None:
