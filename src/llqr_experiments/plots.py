@@ -32,12 +32,19 @@ def curves(metrics: Path, title: str, out: Path, kind: str = "images") -> None:
       kind: of the run's data, see `material.Material`.
     """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    aside = out.with_name(out.name + ".part")
+    draw(rows, title, kind).savefig(aside, dpi=130, format="png")
+    aside.replace(out)
+
+
+def draw(rows: Rows, title: str, kind: str = "images") -> Figure:
+    """Return the picture of the rows of a metrics.jsonl; see `curves`."""
     panels = _panels(rows)
     figure = Figure(figsize=(5 * len(panels), 4.3), layout="constrained")
     figure.suptitle(title.replace("$", r"\$"), fontsize=11)
     handles: dict[str, Any] = {}
-    for axes, draw in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        draw(axes, rows)
+    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        panel(axes, rows)
         if kind in LONG:
             logarithmic(axes, "x", [row["step"] for row in rows if row["step"] > 0])
         _mark(axes, rows, after=0 if kind in LONG else -1)
@@ -48,9 +55,7 @@ def curves(metrics: Path, title: str, out: Path, kind: str = "images") -> None:
         handles |= {label: handle for handle, label in found if label not in handles}
     figure.legend(list(handles.values()), list(handles), frameon=False, fontsize=9,
                   ncols=3 * len(panels), loc="outside lower center")  # fmt: skip
-    aside = out.with_name(out.name + ".part")
-    figure.savefig(aside, dpi=130, format="png")
-    aside.replace(out)
+    return figure
 
 
 def logarithmic(axes: Axes, which: str, values: Sequence[float]) -> bool:

@@ -178,14 +178,13 @@ def _refits(runs: Sequence[Run]) -> Picture | None:
     axes.set(xlabel="step of the refit", ylabel="refit objective", xlim=(-0.6, len(steps) - 0.4))
     ticks = range(0, len(steps), -(-len(steps) // 6))
     axes.set_xticks(ticks, [f"{steps[k]:,}" for k in ticks])
-    if min(values) > 0:
-        axes.set_yscale("log")
-    else:
+    scale = "on a logarithmic scale" if logarithmic(axes, "y", values) else ""
+    if min(values) <= 0 and max(map(abs, values)) > 10:
         axes.set_yscale("symlog", linthresh=1)
+        scale = "on a logarithmic scale that is linear between -1 and 1"
     ended = canvas.ends(runs, afters, "{:.4g}")
     alt = f"Refit objective before and after each refit. The last: {ended}."
-    caption = "What a refit lowers, before and after it, on a logarithmic scale"
-    caption += "." if min(values) > 0 else " that is linear between -1 and 1."
+    caption = ", ".join(filter(None, ("What a refit lowers, before and after it", scale))) + "."
     return Picture("refits", "Refit objective", caption, alt, figure)
 
 

@@ -25,6 +25,7 @@ thead th { border-top: 0; background: #f6f6f6; vertical-align: bottom }
 thead th.number { white-space: normal }
 th:first-child { position: sticky; left: 0; background: #fff; min-width: 8.5rem; max-width: 16rem;
   overflow-wrap: anywhere }
+.codes th:first-child { min-width: 13rem }
 thead th:first-child { background: #f6f6f6 }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 .best { font-weight: 700 }
@@ -34,8 +35,9 @@ thead th:first-child { background: #f6f6f6 }
 .key { vertical-align: middle; margin-right: .4rem }
 code, pre { font: .85rem/1.45 ui-monospace, monospace }
 .options a { white-space: nowrap }
-.options code { display: inline-block; background: #f2f2f2; border-radius: 3px;
-  padding: 0 .3rem; margin: 0 .2rem .2rem 0; white-space: nowrap }
+.options code, th code { display: inline-block; background: #f2f2f2; border-radius: 3px;
+  padding: 0 .3rem; margin: 0 .2rem .2rem 0 }
+.options code { white-space: nowrap }
 .pictures { display: grid; gap: 1.2rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)) }
 figure { margin: 0; min-width: 0 }
@@ -99,7 +101,13 @@ def codes(texts: Sequence[str]) -> str:
     return " ".join(f"<code>{escape(text)}</code>" for text in texts)
 
 
-def table(label: str, head: Sequence[str], rows: Sequence[str], numbers: Sequence[int] = ()) -> str:
+def table(
+    label: str,
+    head: Sequence[str],
+    rows: Sequence[str],
+    numbers: Sequence[int] = (),
+    kind: str = "",
+) -> str:
     """Return a table in a box that scrolls, so that the page does not.
 
     Args:
@@ -107,12 +115,13 @@ def table(label: str, head: Sequence[str], rows: Sequence[str], numbers: Sequenc
       head: HTML of the heads.
       rows: HTML of the cells of each row.
       numbers: columns of numbers.
+      kind: class of the style sheet, besides that of all tables.
     """
     kinds = [' class="number"' if k in numbers else "" for k in range(len(head))]
     cells = (f'<th scope="col"{kind}>{text}</th>' for kind, text in zip(kinds, head, strict=True))
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     return (
-        f'<div class="scroll" role="region" aria-label="{label}" tabindex="0"><table>\n'
+        f'<div class="scroll {kind}" role="region" aria-label="{label}" tabindex="0"><table>\n'
         f"<thead><tr>{''.join(cells)}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
     )
 

@@ -28,9 +28,12 @@ def summary(section: Section) -> str:
             + _status(run)
             + (_differs(chosen, i, section.prefix) if chosen else "")
         )
-    titles = [escape(score.title) for score in scores]
-    head = ["run", *titles, "steps", "time", "status", *(["differs in"] if chosen else [])]
+    head = ["run", *_titles(scores), "steps", "time", "status", *(["differs in"] if chosen else [])]
     return table("Summary", head, rows, range(1, len(scores) + 3))
+
+
+def _titles(scores: Sequence[Score]) -> list[str]:
+    return [escape(score.title).replace(" %", "&nbsp;%") for score in scores]
 
 
 def _scores(score: Score, runs: Sequence[Run]) -> list[str]:
@@ -64,11 +67,13 @@ def _status(run: Run) -> str:
 
 
 def _differs(chosen: dict[str, list[str]], i: int, prefix: str) -> str:
+    return f'<td class="options">{_pairs(chosen, i, prefix)}</td>'
+
+
+def _pairs(chosen: dict[str, list[str]], i: int, prefix: str) -> str:
     pairs = [f"{name}={values[i]}" for name, values in chosen.items()]
-    shown = codes(pairs[:BRIEF])
-    if len(pairs) > BRIEF:
-        shown += f' <a href="#{prefix}options">and {len(pairs) - BRIEF} more</a>'
-    return f'<td class="options">{shown}</td>'
+    more = f' <a href="#{prefix}options">and {len(pairs) - BRIEF} more</a>'
+    return codes(pairs[:BRIEF]) + more * (len(pairs) > BRIEF)
 
 
 def seeds(section: Section) -> str:
@@ -83,9 +88,8 @@ def seeds(section: Section) -> str:
     chosen = {k: v for k, v in differences(runs).items() if k not in SEEDS}
     rows = []
     for k, (group, whole) in enumerate(zip(groups, ended, strict=True)):
-        pairs = [f"{name}={values[group[0]]}" for name, values in chosen.items()]
         names = ", ".join(runs[i].name for i in group)
-        what = codes(pairs[:BRIEF])
+        what = _pairs(chosen, group[0], section.prefix)
         what += f'<br><span class="note">{escape(names)}</span>' if what else escape(names)
         left = len(group) - len(whole)
         rows.append(
@@ -94,8 +98,8 @@ def seeds(section: Section) -> str:
             + "".join(column[k] for column in cells)
             + number(_spread([run.rows[-1]["seconds"] for run in whole], "{:,.1f} s"))
         )
-    head = ["configuration", "runs", *(escape(score.title) for score in scores), "time"]
-    return table("Means over seeds", head, rows, range(1, len(head))) + (
+    head = ["configuration", "runs", *_titles(scores), "time"]
+    return table("Means over seeds", head, rows, range(1, len(head)), "codes") + (
         '<p class="note">Finished runs that differ in init_key and rng_seed only: mean ± standard '
         "deviation over the runs (of the sample, n - 1).</p>"
     )
