@@ -244,6 +244,13 @@ def test_the_page_never_scrolls_sideways(tmp_path: Path, width: int) -> None:
         )
         for k in range(9)
     ]
+    kinds = {"t": "numbers_de_en", "o": "mod_sum"}
+    for k, (name, dataset) in enumerate(2 * [*kinds.items()]):
+        options = {"dataset": {"name": dataset}, "init_key": k, "z" * 90: name * 90}
+        runs.append(write_run(tmp_path / f"{name}{k}", rows(), options=options, finished="now"))
+        sample = dict.fromkeys(("source", "hypothesis", "reference"), "w" * 500)
+        said = {"step": 20, "split": "test", "signature": "s" * 200, "samples": [sample]}
+        (runs[-1] / "translations.jsonl").write_text(json.dumps(said))
     out = report.write(runs, tmp_path / "page.html")
     frame = tmp_path / "frame.html"
     frame.write_text(MEASURE.format(page=out.name, width=width))
