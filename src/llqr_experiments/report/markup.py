@@ -53,7 +53,8 @@ summary { cursor: pointer; font-size: .9rem }
 pre { overflow-x: auto; background: #f6f6f6; padding: .6rem; margin: .4rem 0 }
 @media (max-width: 40rem) {
   body { padding: .8rem } h1 { font-size: 1.3rem }
-  th:first-child { max-width: 8.5rem } .codes th:first-child { min-width: 8.5rem } th, td { padding: .35rem .5rem } }
+  th:first-child { max-width: 8.5rem } .codes th:first-child { min-width: 8.5rem }
+  th, td { padding: .35rem .5rem } }
 """
 
 PAGE = """<!DOCTYPE html>
