@@ -64,6 +64,16 @@ def milestone(name: str) -> str | None:
     return f"{found['metric']} of {found['share']} %" if found else None
 
 
+def metric(name: str) -> str | None:
+    """Return the metric that reaches a milestone, None if the name is of none.
+
+    >>> metric("first step with test accuracy of 95 %")
+    'test accuracy'
+    """
+    found = MILESTONE.fullmatch(name)
+    return found["metric"] if found else None
+
+
 def is_result(name: str) -> bool:
     """Whether a person compares runs by it: a metric of a split that is evaluated, a milestone.
 

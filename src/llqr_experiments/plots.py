@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
@@ -33,14 +32,21 @@ def curves(metrics: Path, title: str, out: Path, kind: str = "images") -> None:
       kind: of the run's data, see `material.Material`.
     """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    aside = out.with_name(out.name + ".part")
+    draw(rows, title, kind).savefig(aside, dpi=130, format="png")
+    aside.replace(out)
+
+
+def draw(rows: Rows, title: str, kind: str = "images") -> Figure:
+    """Return the picture of the rows of a metrics.jsonl; see `curves`."""
     panels = _panels(rows)
     figure = Figure(figsize=(5 * len(panels), 4.3), layout="constrained")
     figure.suptitle(title.replace("$", r"\$"), fontsize=11)
     handles: dict[str, Any] = {}
-    for axes, draw in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        draw(axes, rows)
+    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        panel(axes, rows)
         if kind in LONG:
-            logarithmic(axes.xaxis, [row["step"] for row in rows if row["step"] > 0])
+            logarithmic(axes, "x", [row["step"] for row in rows if row["step"] > 0])
         _mark(axes, rows, after=0 if kind in LONG else -1)
         axes.set(xlabel="step")
         axes.spines[["top", "right"]].set_visible(False)
@@ -49,25 +55,24 @@ def curves(metrics: Path, title: str, out: Path, kind: str = "images") -> None:
         handles |= {label: handle for handle, label in found if label not in handles}
     figure.legend(list(handles.values()), list(handles), frameon=False, fontsize=9,
                   ncols=3 * len(panels), loc="outside lower center")  # fmt: skip
-    aside = out.with_name(out.name + ".part")
-    figure.savefig(aside, dpi=130, format="png")
-    aside.replace(out)
+    return figure
 
 
-def logarithmic(axis: Axis, values: Sequence[float]) -> bool:
+def logarithmic(axes: Axes, which: str, values: Sequence[float]) -> bool:
     """Make an axis logarithmic, with ticks in plain numbers, if its values span a decade.
 
     Args:
-      axis: of a plot.
-      values: on it, finite.
+      axes: of a plot.
+      which: "x" or "y".
+      values: on that axis, finite.
 
     Returns:
       Whether it is logarithmic now.
     """
     if not values or min(values) <= 0 or max(values) < 10 * min(values):
         return False
-    scale = f"set_{axis.axis_name}scale"  # pyright: ignore[reportAttributeAccessIssue]
-    getattr(axis.axes, scale)("log")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axes.set(**{f"{which}scale": "log"})
     if max(values) < 100 * min(values):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     if min(values) >= 1e-4 and max(values) <= 1e6:
@@ -88,7 +93,7 @@ def _panels(rows: Rows) -> list[Any]:
 
 
 def _loss(axes: Axes, rows: Rows) -> None:
-    logarithmic(axes.yaxis, _lines(axes, rows, LOSS))
+    logarithmic(axes, "y", _lines(axes, rows, LOSS))
 
 
 def _accuracy(axes: Axes, rows: Rows) -> None:
@@ -98,7 +103,7 @@ def _accuracy(axes: Axes, rows: Rows) -> None:
 
 
 def _perplexity(axes: Axes, rows: Rows) -> None:
-    logarithmic(axes.yaxis, _lines(axes, rows, PERPLEXITY))
+    logarithmic(axes, "y", _lines(axes, rows, PERPLEXITY))
 
 
 def _bleu(axes: Axes, rows: Rows) -> None:

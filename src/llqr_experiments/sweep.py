@@ -14,6 +14,11 @@ from omegaconf import DictConfig, read_write
 from rich.console import Console
 from rich.table import Table
 
+from llqr_experiments import measures
+
+LAST = ("best", "seconds", "status")
+"""Columns at the end."""
+
 
 class Summary(Callback):
     """Hydra calls it at the start and at the end of a multirun."""
@@ -36,10 +41,12 @@ class Summary(Callback):
         if not rows:
             return
         Console(highlight=False).print(table(rows))
-        with (folder / "summary.csv").open("w", newline="", encoding="utf-8") as file:
+        aside = folder / "summary.csv.part"
+        with aside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, _columns(rows), restval="")
             writer.writeheader()
             writer.writerows(rows)
+        aside.replace(folder / "summary.csv")
         print(f"in {folder}: summary.csv")
         if any(row["status"] != "finished" for row in rows):
             sys.exit(1)  # each one has said why; a sweep does not end with the first
@@ -63,21 +70,30 @@ def unswept(overrides: Sequence[str]) -> list[str]:
 
 
 def collect(folder: Path) -> list[dict[str, Any]]:
-    """Return one row for each run below a folder: its name's options, its results, its time."""
+    """Return one row for each run below a folder: its name's options, its results, its time.
+
+    Results are the metrics of all evaluated splits, and the steps of milestones.
+    """
     rows = []
     for path in sorted(folder.rglob("meta.json")):
-        meta = json.loads(path.read_text())
         name = str(path.parent.relative_to(folder))
         if "=" not in name:
             continue
         row: dict[str, Any] = dict(_overrides(name))
-        row |= {name: value for name, value in meta.get("results", {}).items() if "test" in name}
-        if meta.get("best"):
-            row["best"] = meta["best"]["value"]
-        row["seconds"] = round(sum(meta.get("time", {}).values()), 1) or ""
-        row["status"] = "finished" if "finished" in meta else "not finished"
-        rows.append(row)
+        try:
+            rows.append(row | _results(json.loads(path.read_text())))
+        except (ValueError, TypeError, KeyError, AttributeError, OSError):  # cut off by a kill
+            rows.append(row | {"status": "meta.json cannot be read"})
     return rows
+
+
+def _results(meta: dict[str, Any]) -> dict[str, Any]:
+    found = {k: v for k, v in meta.get("results", {}).items() if measures.is_result(k)}
+    if meta.get("best"):
+        found["best"] = meta["best"]["value"]
+    found["seconds"] = round(sum(meta.get("time", {}).values()), 1) or ""
+    found["status"] = "finished" if "finished" in meta else "not finished"
+    return found
 
 
 def _overrides(name: str) -> Iterable[tuple[str, str]]:
@@ -88,7 +104,9 @@ def _overrides(name: str) -> Iterable[tuple[str, str]]:
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
+    """Names of all rows, the common ones last: not every run has reached a milestone."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [n for n in names if n not in LAST] + [n for n in LAST if n in names]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -96,9 +114,16 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     names = [
         name
         for name in _columns(rows)
-        if len({str(row.get(name)) for row in rows}) > 1 or "test" in name or len(rows) == 1
+        if len({str(row.get(name)) for row in rows}) > 1
+        or measures.is_result(name)
+        or len(rows) == 1
     ]
-    found = Table(title=f"{len(rows)} runs", title_justify="left", box=None, pad_edge=False)
+    found = Table(
+        title=f"{len(rows)} run{'s' * (len(rows) > 1)}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
     for name in names:
         found.add_column(name, justify="left" if _is_text(rows, name) else "right")
     for row in rows:

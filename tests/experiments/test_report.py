@@ -4,84 +4,15 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from llqr_experiments import report
 from llqr_experiments.errors import ConfigError
+from tests.experiments.run_folders import META, Page, rows, write_run
 
-META = {
-    "command": "run.py experiment=quick",
-    "started": "2026-01-02T03:04:05+00:00",
-    "commit": "0123456789abcdef+",
-    "devices": ["cpu:0"],
-    "platform": "Linux",
-    "python": "3.11.7",
-    "versions": {"llqr": "0.1.0", "jax": "0.10.2", "grain": None},
-    "steps": 20,
-}
-CONFIG = {
-    "dataset": {"name": "digits"},
-    "architecture": {"name": "mlp"},
-    "learning_rate": 0.1,
-    "sam_mode": None,
-}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-
-
-def rows(accuracy: float = 90.0, *, sam: bool = False) -> list[dict[str, Any]]:
-    """What a run of 20 steps logs."""
-    sharp = {"sam sharpness": 0.1} if sam else {}
-    refit = {"refit objective before": 100.0, "refit objective after": 2.0}
-    return [
-        {"step": 0, **refit, "seconds": 2.0},
-        {"step": 1, "train loss": 2.0, "train accuracy": 20.0, **sharp, "seconds": 3.0},
-        {"step": 10, "train loss": 1.0, "train accuracy": 70.0, **sharp, "seconds": 4.0},
-        {"step": 10, "test loss": 0.4, "test accuracy": accuracy + 1, "seconds": 4.5},
-        {"step": 20, "test loss": 0.5, "test accuracy": accuracy, "seconds": 6.0},
-    ]
-
-
-def write_run(
-    folder: Path,
-    logged: list[dict[str, Any]],
-    tail: str = "",
-    options: dict[str, Any] | None = None,
-) -> Path:
-    """Write a run's three files; JSON is YAML."""
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(json.dumps(CONFIG | (options or {})))
-    (folder / "meta.json").write_text(json.dumps(META))
-    lines = "".join(json.dumps(row) + "\n" for row in logged)
-    (folder / "metrics.jsonl").write_text(lines + tail)
-    return folder
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text of every cell of a table."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.cells: list[str] = []
-        self._inside = False
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag in ("td", "th"):
-            self.cells.append("")
-            self._inside = True
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside &= tag not in ("td", "th")
-
-    def handle_data(self, data: str) -> None:
-        if self._inside:
-            self.cells[-1] += data
 
 
 def test_the_page_of_two_runs(tmp_path: Path) -> None:
@@ -103,7 +34,8 @@ def test_the_page_of_two_runs(tmp_path: Path) -> None:
     assert text.count("<details>") == 2
     assert "&quot;learning_rate&quot;: 0.1" in text
     names = {path.stem for path in (tmp_path / "out" / "page").iterdir()}
-    assert names == set(report.NAMES)
+    curves = {f"{y}-over-{x}" for y in ("loss", "accuracy") for x in ("steps", "seconds")}
+    assert names == {*curves, "refits", "sharpness", "time"} <= set(report.NAMES)
     images = [attrs for tag, attrs in page.tags if tag == "img"]
     assert len(images) == len(names)
     assert all(image["alt"] and str(image["src"]).startswith("data:image/png") for image in images)
@@ -194,7 +126,7 @@ def test_a_run_that_has_logged_nothing(tmp_path: Path) -> None:
     text = report.write([run], tmp_path / "page.html").read_text()
     assert "nothing logged" in text
     assert "No run has logged anything that could be drawn." in text
-    assert "Nothing was evaluated on the test set." in text
+    assert "Nothing was evaluated." in text
 
 
 @pytest.mark.parametrize("clock", [0.0, 4.0], ids=["from zero", "goes on"])
@@ -312,6 +244,13 @@ def test_the_page_never_scrolls_sideways(tmp_path: Path, width: int) -> None:
         )
         for k in range(9)
     ]
+    kinds = {"t": "numbers_de_en", "o": "mod_sum"}
+    for k, (name, dataset) in enumerate(2 * [*kinds.items()]):
+        options = {"dataset": {"name": dataset}, "init_key": k, "z" * 90: name * 90}
+        runs.append(write_run(tmp_path / f"{name}{k}", rows(), options=options, finished="now"))
+        sample = dict.fromkeys(("source", "hypothesis", "reference"), "w" * 500)
+        said = {"step": 20, "split": "test", "signature": "s" * 200, "samples": [sample]}
+        (runs[-1] / "translations.jsonl").write_text(json.dumps(said))
     out = report.write(runs, tmp_path / "page.html")
     frame = tmp_path / "frame.html"
     frame.write_text(MEASURE.format(page=out.name, width=width))

@@ -1,0 +1,7 @@
+"""`python -m llqr_experiments.report`."""
+
+import sys
+
+from llqr_experiments.report.command import main
+
+sys.exit(main())
