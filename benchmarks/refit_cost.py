@@ -20,10 +20,11 @@ from typing import Any
 import jax
 import optax
 from models import MODELS, Model
-from reporting import environment, show, spread, temporary_mebibytes, write
+from reporting import MEBIBYTE, environment, show, spread, write
 from rich.progress import track
 
 import llqr
+from llqr_experiments.memory import of_refit as memory_of_refit
 
 PROBES: dict[str, Any] = {
     "structure": "kfac",
@@ -86,9 +87,7 @@ def measure(model: Model, label: str, options: dict[str, Any], repeats: int) -> 
             {"step": step, "refit": whole, "ratio": whole / step, "preconditioned": other / step}
         )
     found = {key: spread(row[key] for row in rows) for key in rows[0]}
-    memory = temporary_mebibytes(
-        lambda state, params, bound: llqr.refresh(tx, state, params, bound), state, params, bound
-    )
+    memory = memory_of_refit(tx, state, params, bound) / MEBIBYTE
     return {
         "model": model.name,
         "structure": label,

@@ -17,10 +17,11 @@ from typing import Any
 import jax
 import optax
 from models import MODELS, Model, count
-from reporting import environment, show, temporary_mebibytes, write
+from reporting import MEBIBYTE, environment, show, write
 from rich.progress import track
 
 import llqr
+from llqr_experiments.memory import of_refit as memory_of_refit
 
 ROUTES = {
     "default": {},
@@ -53,9 +54,7 @@ def measure(model: Model, metric: str, route: str, steps: int) -> dict[str, Any]
         jax.eval_shape(lambda key: model.data(key, model.refit_batch), jax.random.key(1))
     )
     start = time.perf_counter()
-    memory = temporary_mebibytes(
-        lambda state, params, bound: llqr.refresh(tx, state, params, bound), state, params, bound
-    )
+    memory = memory_of_refit(tx, state, params, bound) / MEBIBYTE
     return {
         "metric": metric,
         "route": route,

@@ -14,8 +14,6 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 MEBIBYTE = 2**20
-COUNT_ALL: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
-"""On CPU, what XLA hands to a kernel library as a whole hides its buffers: hand over nothing."""
 
 
 def environment(**more: Any) -> dict[str, Any]:
@@ -34,15 +32,6 @@ def spread(values: Iterable[float]) -> list[float]:
     """Return [median, smallest, largest]."""
     values = list(values)
     return [f(values) for f in (statistics.median, min, max)]
-
-
-def temporary_mebibytes(function: Any, *arguments: Any) -> float:
-    """Return XLA's temporary memory of a function, in MiB: compiled, not run."""
-    lowered = jax.jit(function).lower(*arguments)
-    options = COUNT_ALL if jax.default_backend() == "cpu" else None
-    analysis = lowered.compile(options).memory_analysis()
-    assert analysis is not None
-    return analysis.temp_size_in_bytes / MEBIBYTE
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:

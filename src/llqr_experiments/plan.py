@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 import llqr
-from llqr_experiments import build, comparison, tasks, train
+from llqr_experiments import build, comparison, memory, tasks, train
 from llqr_experiments.console import counts
 from llqr_experiments.spec import Config
 from llqr_experiments.step import TrainState, init
@@ -53,6 +53,9 @@ def _show_run(config: Config, console: Console) -> None:
     table.add_column(overflow="fold")
     for name, value in _rows(job, state):
         table.add_row(name, value)
+    if job.refit_steps and config.plan_memory:
+        with console.status("asking the compiler what a refit holds in memory"):
+            table.add_row("refit memory", _refit_memory(job, state))
     console.print(table)
     for text in build.warnings(config, job.horizon):
         console.print(f"[yellow]warning:[/] {text}", soft_wrap=True)
@@ -117,6 +120,17 @@ def _rows(job: train.Run, state: TrainState) -> Iterable[tuple[str, str]]:
         ),
     )
     yield "overhead", _overhead(job, gradients)
+
+
+def _refit_memory(job: train.Run, state: TrainState) -> str:
+    refits = job.task.material.streams.refits(job.config)
+    _, objective = train.refit_objective(job, refits, state.statistics)
+    size = memory.of_refit(job.recipe.tx, state.opt_state, state.params, objective)
+    device = jax.default_backend()
+    return (
+        f"{size / 2**20:,.2f} MiB of buffers on top while a refit runs (compiled as a whole for "
+        f"{device}; fewer with llqr_batch_update_mode=chunked_lqr_segment)"
+    )
 
 
 def _overhead(job: train.Run, gradients: float) -> str:

@@ -36,6 +36,7 @@ def shrink(config: Config) -> Config:
         grad_acc_steps=min(config.grad_acc_steps, 2),
         data_threads=min(config.data_threads, 2),
         max_steps=4,
+        plan_memory=False,
         test_eval_freq=2,
         logging_freq=1,
         report_freq=1,

@@ -270,6 +270,9 @@ class Config:
     # how a run is started
     smoke: bool = _option(False, "the same run, shrunk to a few steps on embedded data")
     dry_run: bool = _option(False, "print the plan of the run, and end")
+    plan_memory: bool = _option(
+        True, "dry_run compiles a refit to say what it holds in memory: a minute for large models"
+    )
 
     # reports, in steps
     test_eval_freq: int = _option(2000, "steps between evaluations on the test set", low=1)

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,7 @@ from rich.markup import escape
 import llqr
 from llqr._errors import unknown
 from llqr._tree import leaf_names
-from llqr._types import Array, Params
+from llqr._types import Array, Params, PyTree
 from llqr_experiments import build, data, insight, plots, records, tasks, translate
 from llqr_experiments.checkpoint import BEST, Checkpoints, find, load_fields
 from llqr_experiments.clock import Clock
@@ -555,13 +555,7 @@ def _refit(job: Run, session: Session, training: dict[str, Any], desk: Desk) -> 
         jax.block_until_ready(state)  # earlier steps are not the refit's time
     before = clock.seconds["refit"]
     with clock.phase("refit"):
-        batch = seen = next(session.refits)
-        statistics = state.statistics
-        if config.multibatch_training:  # one for every inner step, on an axis of their own
-            more = [next(session.refits) for _ in range(config.precond_steps - 1)]
-            seen = jax.tree.map(lambda *leaves: np.stack(leaves), batch, *more)
-            statistics = jax.tree.map(lambda x: np.stack([x] * config.precond_steps), statistics)
-        objective = tasks.bound(job.task, seen, statistics)
+        batch, objective = refit_objective(job, session.refits, state.statistics)
         opt_state = llqr.refresh(job.recipe.tx, state.opt_state, state.params, objective)
         jax.block_until_ready(opt_state)
     seconds = clock.seconds["refit"] - before
@@ -574,6 +568,19 @@ def _refit(job: Run, session: Session, training: dict[str, Any], desk: Desk) -> 
     desk.display.refit(session.step, report, seconds)
     desk.log(session.step, record)
     session.state = state._replace(opt_state=opt_state)
+
+
+def refit_objective(
+    job: Run, refits: Iterator[dict[str, Any]], statistics: PyTree
+) -> tuple[dict[str, Any], llqr.BoundObjective]:
+    """Return the next refit batch, and the objective of a refit: on as many batches as it takes."""
+    batch = seen = next(refits)
+    if job.config.multibatch_training:  # one for every inner step, on an axis of their own
+        steps = job.config.precond_steps
+        more = [next(refits) for _ in range(steps - 1)]
+        seen = jax.tree.map(lambda *leaves: np.stack(leaves), batch, *more)
+        statistics = jax.tree.map(lambda x: np.stack([x] * steps), statistics)
+    return batch, tasks.bound(job.task, seen, statistics)
 
 
 def _bound(job: Run, batch: dict[str, Any], state: TrainState) -> llqr.BoundObjective:
