@@ -24,7 +24,7 @@ from reporting import MEBIBYTE, environment, show, spread, write
 from rich.progress import track
 
 import llqr
-from llqr_experiments.memory import of_refit as memory_of_refit
+from llqr_experiments.memory import compile_refit, temporary
 
 PROBES: dict[str, Any] = {
     "structure": "kfac",
@@ -87,7 +87,7 @@ def measure(model: Model, label: str, options: dict[str, Any], repeats: int) -> 
             {"step": step, "refit": whole, "ratio": whole / step, "preconditioned": other / step}
         )
     found = {key: spread(row[key] for row in rows) for key in rows[0]}
-    memory = memory_of_refit(tx, state, params, bound) / MEBIBYTE
+    memory = temporary(compile_refit(tx, state, params, bound)) / MEBIBYTE
     return {
         "model": model.name,
         "structure": label,

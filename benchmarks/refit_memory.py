@@ -21,7 +21,7 @@ from reporting import MEBIBYTE, environment, show, write
 from rich.progress import track
 
 import llqr
-from llqr_experiments.memory import of_refit as memory_of_refit
+from llqr_experiments.memory import compile_refit, temporary
 
 ROUTES = {
     "default": {},
@@ -54,7 +54,7 @@ def measure(model: Model, metric: str, route: str, steps: int) -> dict[str, Any]
         jax.eval_shape(lambda key: model.data(key, model.refit_batch), jax.random.key(1))
     )
     start = time.perf_counter()
-    memory = memory_of_refit(tx, state, params, bound) / MEBIBYTE
+    memory = temporary(compile_refit(tx, state, params, bound)) / MEBIBYTE
     return {
         "metric": metric,
         "route": route,

@@ -43,7 +43,7 @@ import jax.numpy as jnp
 
 from llqr._errors import unknown
 from llqr._tree import spread
-from llqr._types import Array, Float, PyTree
+from llqr._types import Array, Bool, Float, PyTree
 
 Divergence: TypeAlias = Callable[[Array, Array], Array]
 """(outputs [..., K], reference [..., K]) -> one value for each row [...]."""
@@ -246,6 +246,42 @@ def potential(
         if m is not None:
             total = total + _reduce(m.divergence, z, r, k, reduction)
     return jnp.asarray(total)
+
+
+def kept_rows(
+    metric: PyTree, outputs: PyTree, mask: PyTree | None
+) -> tuple[Bool[Array, "..."] | None, ...] | None:
+    """Return which rows of each output count; None for an output without a metric.
+
+    None for all where the first axis of a divergence is not that of its outputs, so that
+    its rows cannot be cut where they are.
+
+    Args:
+      metric: a resolved metric with a divergence, or a tree of them.
+      outputs: output arrays [..., K].
+      mask: as in `potential`.
+    """
+    found = []
+    for m, z, k in zip(
+        _spread(metric, outputs), jax.tree.leaves(outputs), _spread(mask, outputs), strict=True
+    ):
+        if m is None:
+            found.append(None)
+            continue
+        shape = jax.eval_shape(m.divergence, z, z).shape
+        if shape[:1] != z.shape[:1]:
+            return None
+        found.append(jnp.ones(shape, bool) if k is None else k)
+    return tuple(found)
+
+
+def row_weights(
+    kept: tuple[Bool[Array, "..."] | None, ...], reduction: str
+) -> tuple[Float[Array, ""] | None, ...]:
+    """Return what the rows of each output weigh in the potential."""
+    if reduction == "sum":
+        return (None,) * len(kept)
+    return tuple(None if k is None else 1 / jnp.maximum(jnp.sum(k), 1) for k in kept)
 
 
 def can_sample(metric: PyTree) -> bool:

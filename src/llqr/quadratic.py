@@ -22,7 +22,7 @@ chunk by chunk, or stage by stage. All routes give the same numbers.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import jax
@@ -98,6 +98,18 @@ class Network(Protocol):
         ...
 
 
+class Curvature(Protocol):
+    """The curvature C, neither scaled nor damped."""
+
+    def product(self, u: Params) -> Params:
+        """Return C u."""
+        ...
+
+    def inner(self, u: Params, w: Params) -> Float[Array, ""]:
+        """Return u.C w."""
+        ...
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuadraticModel:
@@ -112,8 +124,7 @@ class QuadraticModel:
       outputs: of the forward function.
       cotangent: c.
       network: J.
-      curvature: Q, on output tangents.
-      hessian: C, for metrics that take a whole Hessian; None: C = J^T Q J.
+      curvature: C.
       damping: lambda.
       scale: 1, or with divergence_reduction="unit" the largest eigenvalue of C.
     """
@@ -123,8 +134,7 @@ class QuadraticModel:
     outputs: PyTree
     cotangent: PyTree
     network: Network
-    curvature: Callable[[PyTree], PyTree]
-    hessian: Callable[[Params], Params] | None
+    curvature: Curvature
     damping: Number
     scale: Number = 1.0
 
@@ -146,17 +156,11 @@ class QuadraticModel:
 
     def inner(self, u: Params, w: Params) -> Float[Array, ""]:
         """Return u.(C + lambda I) w, from tangent sweeps alone where C = J^T Q J."""
-        if self.hessian is not None:
-            return vdot(u, self.product(w))
-        v = self.network.tangent(w)
-        other = v if u is w else self.network.tangent(u)
-        return vdot(other, self.curvature(v)) / self.scale + self.damping * vdot(u, w)
+        return self.curvature.inner(u, w) / self.scale + self.damping * vdot(u, w)
 
     def curve(self, u: Params) -> Params:
         """Return C u, neither scaled nor damped."""
-        if self.hessian is not None:
-            return self.hessian(u)
-        return self.network.pull_back(self.curvature(self.network.tangent(u)))
+        return self.curvature.product(u)
 
     @property
     def loops_in_python(self) -> bool:
@@ -276,27 +280,25 @@ def _whole(
         outputs, tangent = jax.linearize(objective.outputs, params)
         network = _Cached(tangent, params)
     potential = Potential(objective, outputs, freeze(metric), reduction)
-    hessian = None
     if full and route.memory == "cached":
-        _, hessian = jax.linearize(jax.grad(potential.of_params), params)
+        curvature = _Hessian(jax.linearize(jax.grad(potential.of_params), params)[1])
     elif full:
-        hessian = _HessianRecomputed(potential, params)
-    if route.memory == "cached" and not full:
-        _, curvature = jax.linearize(jax.grad(potential), outputs)
+        curvature = _Hessian(_HessianRecomputed(potential, params))
+    elif route.memory == "cached":
+        curvature = _GaussNewton(network, jax.linearize(jax.grad(potential), outputs)[1])
     else:
-        curvature = _CurvatureRecomputed(potential)
-    return _model(objective, outputs, network, curvature, hessian, damping)
+        curvature = _GaussNewton(network, _OutputHessian(potential))
+    return _model(objective, outputs, network, curvature, damping)
 
 
 def _model(
-    objective: BoundObjective, outputs: PyTree, network: Network,
-    curvature: Callable[[PyTree], PyTree], hessian: Callable[[Params], Params] | None,
+    objective: BoundObjective, outputs: PyTree, network: Network, curvature: Curvature,
     damping: Number,
 ) -> QuadraticModel:  # fmt: skip
     """Add what every fused route takes from the outputs: loss, cotangent and gradient."""
     loss, cotangent = jax.value_and_grad(objective.loss)(outputs)
     gradient = network.pull_back(cotangent)
-    return QuadraticModel(loss, gradient, outputs, cotangent, network, curvature, hessian, damping)
+    return QuadraticModel(loss, gradient, outputs, cotangent, network, curvature, damping)
 
 
 @jax.tree_util.register_dataclass
@@ -365,7 +367,38 @@ class _Recomputed:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _CurvatureRecomputed:
+class _GaussNewton:
+    """C = J^T Q J, with Q on tangents of the outputs."""
+
+    network: Network
+    output_hessian: Callable[[PyTree], PyTree]
+
+    def product(self, u: Params) -> Params:
+        return self.network.pull_back(self.output_hessian(self.network.tangent(u)))
+
+    def inner(self, u: Params, w: Params) -> Float[Array, ""]:
+        v = self.network.tangent(w)
+        other = v if u is w else self.network.tangent(u)
+        return vdot(other, self.output_hessian(v))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Hessian:
+    """C as one linear map."""
+
+    apply: Callable[[Params], Params]
+
+    def product(self, u: Params) -> Params:
+        return self.apply(u)
+
+    def inner(self, u: Params, w: Params) -> Float[Array, ""]:
+        return vdot(u, self.apply(w))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _OutputHessian:
     """Q, linearised again at each use."""
 
     potential: Potential
@@ -398,10 +431,10 @@ def _chunked(
     objective: BoundObjective, params: Params, metric: PyTree, damping: Number,
     reduction: str, size: int,
 ) -> QuadraticModel:  # fmt: skip
-    """The network chunk by chunk; loss and metric on the outputs of the whole batch.
+    """The network chunk by chunk; the loss on the outputs of the whole batch.
 
-    Exact for every loss, mask and metric: what couples examples (a mean over the rows that
-    count, say) happens on the outputs, which are small.
+    Exact for every loss, mask and metric. A divergence is one number for each row, so its
+    curvature goes by chunks too; what couples examples (a loss) is taken of all outputs.
     """
     shapes = jax.eval_shape(objective.outputs, params)
     chunks = objective.split(size)
@@ -414,12 +447,24 @@ def _chunked(
     rows = tuple(leaf.shape[0] for leaf in jax.tree.leaves(shapes))
     network = _Chunked(chunks, params, rows)
     outputs = network.outputs()
+    curvature = _chunked_curvature(network, objective, outputs, metric, reduction)
+    return _model(objective, outputs, network, curvature, damping)
+
+
+def _chunked_curvature(
+    network: "_Chunked", objective: BoundObjective, outputs: PyTree, metric: PyTree, reduction: str
+) -> Curvature:
+    kept = None
+    if not (metrics.uses_loss(metric) or metrics.is_full(metric)):
+        kept = metrics.kept_rows(metric, outputs, objective.mask())
+    if kept is not None:
+        weights = metrics.row_weights(kept, reduction)
+        return _GaussNewtonByChunks(network, kept, weights, freeze(metric))
     potential = Potential(objective, outputs, freeze(metric), reduction)
-    curvature = _CurvatureRecomputed(potential)
-    hessian = None
+    output_hessian = _OutputHessian(potential)
     if metrics.is_full(metric):
-        hessian = _ChunkedHessian(network, jax.grad(potential)(outputs), curvature)
-    return _model(objective, outputs, network, curvature, hessian, damping)
+        return _Hessian(_ChunkedHessian(network, jax.grad(potential)(outputs), output_hessian))
+    return _GaussNewton(network, output_hessian)
 
 
 @jax.tree_util.register_dataclass
@@ -443,11 +488,7 @@ class _Chunked:
         return self._concatenate(self._map(_tangent_chunk, (u,)))
 
     def pull_back(self, w: PyTree) -> Params:
-        return self._sum(_pull_back_chunk, (), (w,))
-
-    def hessian(self, p: PyTree, q: PyTree, u: Params) -> Params:
-        """J^T q + the second derivative of <p, forward> along u."""
-        return self._sum(_hessian_chunk, (u,), (p, q))
+        return self.sum(_pull_back_chunk, (), (w,), self.params)
 
     def _map(self, function: Any, shared: tuple[PyTree, ...]) -> PyTree:
         """Stack function(chunk, params, *shared) over the chunks."""
@@ -457,16 +498,18 @@ class _Chunked:
         found = [function(self.chunks[i], self.params, *shared) for i in range(len(self.chunks))]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
-    def _sum(self, function: Any, shared: tuple[PyTree, ...], rows: tuple[PyTree, ...]) -> Params:
+    def sum(
+        self, function: Any, shared: tuple[PyTree, ...], rows: tuple[PyTree, ...], like: PyTree
+    ) -> PyTree:
         """Sum function(chunk, params, *shared, *rows of the chunk) over the chunks."""
         cut = [self._cut(tree) for tree in rows]
 
-        def one(i: Any) -> Params:
+        def one(i: Any) -> PyTree:
             own = [jax.tree.map(lambda x: x[i], tree) for tree in cut]
             return function(self.chunks[i], self.params, *shared, *own)
 
         if is_traced((self.params, shared, rows)):
-            zeros = jax.tree.map(jnp.zeros_like, self.params)
+            zeros = jax.tree.map(jnp.zeros_like, like)
             add = lambda total, i: (jax.tree.map(jnp.add, total, one(i)), None)  # noqa: E731
             return jax.lax.scan(add, zeros, jnp.arange(len(self.chunks)))[0]
         total = one(0)
@@ -482,7 +525,7 @@ class _Chunked:
         )
 
     def _cut(self, tree: PyTree) -> PyTree:
-        """[rows, ...] -> [chunks, rows of a chunk, ...]; the filling gets zeros."""
+        """[rows, ...] -> [chunks, rows of a chunk, ...]; the filling gets zeros or False."""
         count = len(self.chunks)
 
         def cut(x: Array) -> Array:
@@ -508,6 +551,68 @@ def _pull_back_chunk(chunk: BoundObjective, params: Params, w: PyTree) -> Params
     return jax.vjp(chunk.outputs, params)[1](w)[0]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _GaussNewtonByChunks:
+    """C = J^T Q J with the Q of each chunk: outputs of the whole batch are never held.
+
+    Attributes:
+      network: J.
+      kept: for each output, which of its rows count: [rows, ...]; None without a metric.
+      weights: of the rows of each output.
+      metric: a divergence of each row.
+    """
+
+    network: _Chunked
+    kept: tuple[Array | None, ...]
+    weights: tuple[Array | None, ...]
+    metric: Frozen = field(metadata={"static": True})
+
+    def product(self, u: Params) -> Params:
+        function = partial(_gauss_newton_chunk, self.metric)
+        return self.network.sum(function, (self.weights, u), (self.kept,), self.network.params)
+
+    def inner(self, u: Params, w: Params) -> Float[Array, ""]:
+        pair = (u,) if u is w else (u, w)
+        zero = jnp.zeros((), jax.eval_shape(vdot, u, w).dtype)
+        function = partial(_inner_chunk, self.metric)
+        return self.network.sum(function, (self.weights, pair), (self.kept,), zero)
+
+
+def _q_chunk(
+    metric: Frozen, outputs: PyTree, v: PyTree, weights: tuple[Array | None, ...],
+    kept: tuple[Array | None, ...],
+) -> PyTree:  # fmt: skip
+    """Q v of one chunk, whose outputs are their own reference."""
+    treedef = jax.tree.structure(outputs)
+    mask = treedef.unflatten(kept)
+    pull = jax.grad(lambda z: metrics.potential(metric.tree, z, outputs, mask, "sum"))
+    q = jax.tree.leaves(jax.jvp(pull, (outputs,), (v,))[1])
+    return treedef.unflatten(
+        [x if w is None else (w * x).astype(x.dtype) for x, w in zip(q, weights, strict=True)]
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _gauss_newton_chunk(
+    metric: Frozen, chunk: BoundObjective, params: Params, weights: tuple[Array | None, ...],
+    u: Params, kept: tuple[Array | None, ...],
+) -> Params:  # fmt: skip
+    outputs, tangent = jax.linearize(chunk.outputs, params)
+    q = _q_chunk(metric, outputs, tangent(u), weights, kept)
+    return jax.linear_transpose(tangent, params)(q)[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _inner_chunk(
+    metric: Frozen, chunk: BoundObjective, params: Params, weights: tuple[Array | None, ...],
+    pair: tuple[Params, ...], kept: tuple[Array | None, ...],
+) -> Float[Array, ""]:  # fmt: skip
+    outputs, tangent = jax.linearize(chunk.outputs, params)
+    tangents = [tangent(u) for u in pair]
+    return vdot(tangents[0], _q_chunk(metric, outputs, tangents[-1], weights, kept))
+
+
 @jax.jit
 def _hessian_chunk(
     chunk: BoundObjective, params: Params, u: Params, p: PyTree, q: PyTree
@@ -524,8 +629,8 @@ class _ChunkedHessian:
 
     network: _Chunked
     costate: PyTree
-    curvature: Callable[[PyTree], PyTree]
+    output_hessian: Callable[[PyTree], PyTree]
 
     def __call__(self, u: Params) -> Params:
-        q = self.curvature(self.network.tangent(u))
-        return self.network.hessian(self.costate, q, u)
+        q = self.output_hessian(self.network.tangent(u))
+        return self.network.sum(_hessian_chunk, (u,), (self.costate, q), self.network.params)

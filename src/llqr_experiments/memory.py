@@ -6,19 +6,16 @@ import jax
 import optax
 
 import llqr
-from llqr._types import Params
+from llqr._types import Params, PyTree
 
 COUNT_ALL: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 """On CPU, what XLA hands to a kernel library as a whole hides its buffers: hand over nothing."""
 
 
-def of_refit(
+def compile_refit(
     tx: optax.GradientTransformation, opt_state: Any, params: Params, objective: llqr.BoundObjective
-) -> int:
-    """Return XLA's temporary memory of one refit as one compiled function, in bytes.
-
-    The largest sum of buffers alive at once, on top of parameters, optimizer state and the new
-    P. On a CPU, where a refit is driven from Python, this is what it would need in one piece.
+) -> jax.stages.Compiled:
+    """Return one refit as one compiled function of `opt_state, params, objective`.
 
     Args:
       tx: with a preconditioner.
@@ -28,6 +25,19 @@ def of_refit(
     """
     refit = jax.jit(lambda *given: llqr.refresh(tx, *given))
     options = COUNT_ALL if jax.default_backend() == "cpu" else None
-    analysis = refit.lower(opt_state, params, objective).compile(options).memory_analysis()
+    return refit.lower(opt_state, params, objective).compile(options)
+
+
+def temporary(compiled: jax.stages.Compiled) -> int:
+    """Return the most bytes that are held at once, on top of arguments and results.
+
+    On a CPU, where a refit is driven from Python, this is what it would need in one piece.
+    """
+    analysis = compiled.memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes
+
+
+def size(tree: PyTree) -> int:
+    """Return the bytes of all arrays of a tree, or of their shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 import llqr
+from llqr._types import PyTree
 from llqr_experiments import build, comparison, memory, tasks, train
 from llqr_experiments.console import counts
 from llqr_experiments.spec import Config
@@ -92,11 +93,14 @@ def _rows(job: train.Run, state: TrainState) -> Iterable[tuple[str, str]]:
         yield (
             "checkpoints",
             (
-                f"{writes:,} of {_mebibytes(state)}; the newest {config.checkpoint_keep} and the "
+                f"{writes:,} of {_amount(state)}; the newest {config.checkpoint_keep} and the "
                 "best are kept"
             ),
         )
-    yield "memory", ", ".join(f"{name} {_mebibytes(tree)}" for name, tree in _parts(state))
+    yield (
+        "memory",
+        ", ".join(f"{name} {_amount(tree)}" for name, tree in _parts(state)),
+    )
     gradients = job.last * 1.0
     if ascent is not None:
         perturbed = max(job.last - ascent.method.start, 0)
@@ -125,11 +129,13 @@ def _rows(job: train.Run, state: TrainState) -> Iterable[tuple[str, str]]:
 def _refit_memory(job: train.Run, state: TrainState) -> str:
     refits = job.task.material.streams.refits(job.config)
     _, objective = train.refit_objective(job, refits, state.statistics)
-    size = memory.of_refit(job.recipe.tx, state.opt_state, state.params, objective)
-    device = jax.default_backend()
+    tx = job.recipe.tx
+    size = memory.temporary(memory.compile_refit(tx, state.opt_state, state.params, objective))
+    whole = job.config.llqr_batch_update_mode == "full_batch"
+    advice = "; less in chunks: llqr_batch_update_mode=chunked_lqr_segment" if whole else ""
     return (
-        f"{size / 2**20:,.2f} MiB of buffers on top while a refit runs (compiled as a whole for "
-        f"{device}; fewer with llqr_batch_update_mode=chunked_lqr_segment)"
+        f"{_bytes(size)} on top while one runs, compiled as a whole for {jax.default_backend()}"
+        f"{advice}"
     )
 
 
@@ -171,6 +177,12 @@ def _parts(state: TrainState) -> Iterable[tuple[str, Any]]:
         yield "SAM", state.sharpness
 
 
-def _mebibytes(tree: Any) -> str:
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    return f"{size / 2**20:.2f} MiB" if size >= 2**20 / 100 else f"{size:,} B"
+def _amount(tree: PyTree) -> str:
+    return _bytes(memory.size(tree))
+
+
+def _bytes(size: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20)):
+        if size >= 2**power / 100:
+            return f"{size / 2**power:,.2f} {unit}"
+    return f"{size:,} B"

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from llqr import quadratic
-from llqr._types import Number, Params, PyTree
+from llqr._tree import vdot
+from llqr._types import Array, Float, Number, Params, PyTree
 from llqr.lqr.cost import cost_and_gradient, gradient
 from llqr.lqr.linearization import linearize
 from llqr.lqr.problem import LQRProblem
@@ -42,12 +43,10 @@ def _(
     )
     outputs = objective.outputs(params)
     cotangent = jax.tree.unflatten(jax.tree.structure(outputs), problem.cotangent)
-    network, unused = _Network(problem), jax.tree_util.Partial(_no_curvature)
+    network = _Network(problem)
     level = replace(problem, cotangent=jax.tree.map(jnp.zeros_like, problem.cotangent))
     g = network.pull_back(cotangent)
-    return QuadraticModel(
-        problem.loss, g, outputs, cotangent, network, unused, _Hessian(level), damping
-    )
+    return QuadraticModel(problem.loss, g, outputs, cotangent, network, _Curvature(level), damping)
 
 
 @jax.tree_util.register_dataclass
@@ -66,14 +65,13 @@ class _Network:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Hessian:
+class _Curvature:
     """C: rollout and adjoint sweep of the regulator without its linear term."""
 
     problem: LQRProblem
 
-    def __call__(self, u: Params) -> Params:
+    def product(self, u: Params) -> Params:
         return cost_and_gradient(self.problem, u)[1]
 
-
-def _no_curvature(v: PyTree) -> PyTree:
-    raise NotImplementedError("the layerwise route takes products of C as a whole")
+    def inner(self, u: Params, w: Params) -> Float[Array, ""]:
+        return vdot(u, self.product(w))
