@@ -4,7 +4,8 @@
     uv run python benchmarks/curves.py out.png --log ...    # steps on a logarithmic axis
 
 A curve is the mean over runs, with the range of its seeds. The table has mean and range of the
-last value of each metric, of the first steps with an accuracy, and of the seconds of training.
+last value of each metric, of the first steps with an accuracy, and of the seconds of training
+until then, without compilation and evaluation.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 COLORS = ("#8aa6c1", "#c8452c", "#e3a43b", "#5b8c5a")
 PANELS = ("train loss", "test loss", "test accuracy")
@@ -41,7 +43,9 @@ def draw(groups: dict[str, list[Path]], out: Path, log: bool) -> None:
             axes.plot(steps, values.mean(0), color=color, label=label)
             axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
         axes.set(title=name, xlabel="step", yscale="linear" if "acc" in name else "log")
-        axes.set_xscale("log" if log else "linear")
+        if log:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     handles = figure.axes[0].get_legend_handles_labels()
@@ -53,8 +57,17 @@ def summary(run: Path) -> dict[str, float]:
     """What a run ended with."""
     meta: dict[str, Any] = json.loads((run / "meta.json").read_text())
     found = {k: v for k, v in meta["results"].items() if k.startswith(("test", "first"))}
-    time = meta["time"]
-    return found | {"seconds of steps and refits": time["training"] + time.get("refit", 0.0)}
+    rows = list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+    refits, last = [row["step"] for row in rows if "refit steps" in row], rows[-1]["step"]
+
+    def seconds(step: float) -> float:
+        """Of steps and refits until then, all of one kind alike."""
+        done = sum(refit < step for refit in refits) / max(len(refits), 1)
+        return meta["time"]["training"] * step / last + meta["time"].get("refit", 0.0) * done
+
+    for name in [k for k in found if k.startswith("first")]:
+        found[name.replace("first step", "seconds to first step")] = seconds(found[name])
+    return found | {"seconds of steps and refits": seconds(last)}
 
 
 def table(groups: dict[str, list[Path]]) -> str:
@@ -67,10 +80,13 @@ def table(groups: dict[str, list[Path]]) -> str:
         for name in names:
             values = [run[name] for run in runs if name in run]
             missing = f" in {len(values)} of {len(runs)}" if len(values) < len(runs) else ""
-            middle = f"{np.mean(values):.4g} ({min(values):.4g} - {max(values):.4g})"
-            cells.append(middle + missing if values else "never")
+            cells.append(_spread(values) + missing if values else "never")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{np.mean(values):.4g} ({min(values):.4g} - {max(values):.4g})"
 
 
 def main() -> None:
