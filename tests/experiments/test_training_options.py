@@ -12,7 +12,8 @@ import optax
 import pytest
 from omegaconf import OmegaConf
 
-from llqr_experiments import cli, options, spec, sweep, tasks, train
+import llqr
+from llqr_experiments import cli, memory, options, spec, sweep, tasks, train
 from llqr_experiments.checkpoint import Checkpoints
 from llqr_experiments.console import Display
 from llqr_experiments.errors import ConfigError, DataError
@@ -242,9 +243,34 @@ def test_a_plan_says_what_would_be_done(tmp_path, capsys):
         "2,246 of 128 examples (200 epochs)", "5 of",
         "base_sam from step 246: 2,000 perturbed steps, 4,246 gradients in all",
         "3, before steps 0, 1,000, 2,000", "refits about 75 gradients", "e-kfac",
+        "refit memory", "MiB on top while one runs, compiled as a whole for cpu",
     ):  # fmt: skip
         assert part in said, part
     assert not out.exists()
+
+
+def test_the_memory_of_a_refit_is_what_it_holds():
+    """At least P twice (what is learned, and its momentum); less in chunks."""
+
+    def needed(route):
+        tx = llqr.llqr(optax.sgd(0.1), structure="kfac", route=route, refit=llqr.Refit(steps=2))
+        params = {"w": jnp.ones((60, 50)), "v": jnp.ones((50, 10))}
+        state = tx.init(params)
+        batch = {"x": jnp.ones((4000, 60)), "y": jnp.zeros((4000, 10))}
+        compiled = memory.compile_refit(tx, state, params, OBJECTIVE.bind(batch))
+        return memory.temporary(compiled), memory.size(state)
+
+    whole, stored = needed(llqr.Route())
+    hidden = 4000 * 50 * 4  # one layer's activations
+    assert stored == pytest.approx(4 * (60**2 + 2 * 50**2 + 10**2), rel=0.01)
+    assert 2 * stored + 2 * hidden < whole < 2 * stored + 12 * hidden
+    assert needed(llqr.Route(chunk_size=40))[0] < whole - hidden
+
+
+OBJECTIVE = llqr.Objective(
+    forward=lambda params, batch: jnp.tanh(batch["x"] @ params["w"]) @ params["v"],
+    loss=lambda outputs, batch: jnp.mean((outputs - batch["y"]) ** 2),
+)
 
 
 def test_smoke_runs_a_few_steps(tmp_path, capsys):
