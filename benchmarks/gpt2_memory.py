@@ -48,7 +48,7 @@ def measure(windows: int, quick: bool, run: bool) -> dict[str, Any]:
     )
     tokens = jnp.zeros((windows, length), jnp.int32)
     objective = tasks.bound(task, {"tokens": tokens, "label": tokens}, task.statistics)
-    state = tx.init(task.params)
+    state = tx.init(task.params) if run else jax.eval_shape(tx.init, task.params)
     compiled = memory.compile_refit(tx, state, task.params, objective)
     row: dict[str, Any] = {
         "windows": windows,
