@@ -18,7 +18,7 @@ import llqr
 from llqr._errors import unknown
 from llqr._tree import leaf_names
 from llqr._types import Array, Params
-from llqr_experiments import build, data, insight, plots, records, tasks, translate
+from llqr_experiments import build, data, insight, measures, plots, records, tasks, translate
 from llqr_experiments.checkpoint import BEST, Checkpoints, find, load_fields
 from llqr_experiments.clock import Clock
 from llqr_experiments.console import Display, counts, shown
@@ -457,7 +457,7 @@ def _reached(job: Run, session: Session, found: dict[str, float]) -> None:
     for share in made.milestones:
         name = f"{made.evaluated[0]} accuracy"
         if found[name] >= share:
-            session.reached.setdefault(f"first step with {name} of {share:g} %", session.step)
+            session.reached.setdefault(measures.first_step(name, share), session.step)
 
 
 def _translations(job: Run, session: Session, desk: Desk) -> dict[str, float]:

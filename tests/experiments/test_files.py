@@ -24,9 +24,14 @@ def test_an_error_leaves_what_was(tmp_path: Path, there: bool, error: type) -> N
     target = tmp_path / "file"
     if there:
         target.write_bytes(b"old")
-    with pytest.raises(error), replacing(target) as file:
-        file.write(b"half")
-        raise error
+
+    def fail() -> None:
+        with replacing(target) as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert [path.read_bytes() for path in tmp_path.iterdir()] == ([b"old"] if there else [])
 
 

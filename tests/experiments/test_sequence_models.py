@@ -26,16 +26,7 @@ from tests.experiments.sequences import (
     plain_translation,
 )  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def _precision():
-    """Numbers are compared: float64, and no time for XLA's optimisations of tiny programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with jax.enable_x64(True):
-            yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 each = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
