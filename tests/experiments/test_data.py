@@ -306,7 +306,7 @@ class TestDownload:
             load("mnist")
 
     def test_download_can_be_forbidden(self, mirror, requests):
-        with pytest.raises(DataError, match=r"not tried, because download=False"):
+        with pytest.raises(DataError, match=r"not tried, because dataset.download=false"):
             load("mnist", download=False)
         assert requests == []
 

@@ -336,7 +336,7 @@ class TestDownload:
         assert list(tmp_path.iterdir()) == []
 
     def test_download_can_be_forbidden(self, site, requests):
-        with pytest.raises(DataError, match=r"not tried, because download=False"):
+        with pytest.raises(DataError, match=r"not tried, because dataset.download=false"):
             load("cifar10", download=False)
         assert requests == []
 

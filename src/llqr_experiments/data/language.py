@@ -190,7 +190,7 @@ def _downloaded(name: str, folder: Path, held_out: Sequence[float], download: bo
     Raises:
       DataError: there is none; the message lists the ways to get the text.
     """
-    reason = "A download was not tried, because download=False."
+    reason = "A download was not tried, because dataset.download=false."
     if download:
         try:
             corpus.download_wikitext(folder)
