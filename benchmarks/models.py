@@ -9,8 +9,10 @@ ready rule tables see them as they see Flax's. A forward function takes (params,
   transformer   two pre-norm layers, d 128, 4 heads, length 64, causal       0.47 M
   resnet18      CIFAR's ResNet-18, batch norm in inference mode              11.17 M
 
-ResNet's running statistics are data that all examples share: they travel in the batch, under
-"stats", and `batch_axes` says so where a batch is split.
+The runner has a ResNet-18 too (`llqr_experiments.models`), made of stages; this one is a plain
+function, because `refit_memory.py` asks what a network costs that is not cut anywhere. Its
+running statistics are data that all examples share: they travel in the batch, under "stats",
+and `batch_axes` says so where a batch is split.
 """
 
 from collections.abc import Callable

@@ -12,7 +12,6 @@ compiled program, which on CPU is compiled for this figure only: there, a refit 
 from Python.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 import optax
 from models import MODELS, Model
-from reporting import MEBIBYTE, environment, show, spread, write
+from reporting import MEBIBYTE, ask, environment, show, spread, write
 from rich.progress import track
 
 import llqr
@@ -101,24 +100,19 @@ def measure(model: Model, label: str, options: dict[str, Any], repeats: int) -> 
 
 def main() -> None:
     """Measure, print a table, write JSON with the environment."""
-    parser = argparse.ArgumentParser(description="What LLQR costs.")
-    parser.add_argument("models", nargs="*", default=list(SETTINGS), help=", ".join(SETTINGS))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one repeat of one setting")
-    arguments = parser.parse_args()
-    if unknown := set(arguments.models) - set(SETTINGS):
-        parser.error(f"unknown models {sorted(unknown)}: choose from {', '.join(SETTINGS)}")
-    jobs = [(m, label) for m in arguments.models for label in SETTINGS[m]]
-    repeats = arguments.repeats
-    if arguments.quick:
-        jobs, repeats = [("mlp", "diagonal")], 1
+    models, repeats, quick = ask(
+        "What LLQR costs.", SETTINGS, repeats=5, quick="one repeat of one setting"
+    )
+    jobs = [(m, label) for m in models for label in SETTINGS[m]]
+    if quick:
+        jobs = [("mlp", "diagonal")]
     rows = [
         measure(MODELS[m], label, SETTINGS[m][label], repeats)
         for m, label in track(jobs, "measuring")
     ]
     where = environment(repeats=repeats)
     show(f"50-step refits, {where['device']}, {where['cores']} cores", rows)
-    write("refit_cost_quick" if arguments.quick else "refit_cost", where, rows)
+    write("refit_cost_quick" if quick else "refit_cost", where, rows)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What all benchmarks share: the environment, medians with their spread, tables, JSON."""
+"""What benchmarks share: arguments, the environment, medians with their spread, tables, JSON."""
 
+import argparse
 import json
 import os
 import platform
@@ -50,6 +51,28 @@ def write(name: str, environment: dict[str, Any], rows: list[dict[str, Any]]) ->
     out = RESULTS / f"{name}.json"
     out.write_text(json.dumps({"environment": environment, "rows": rows}, indent=2) + "\n")
     print(f"written to {out}")
+
+
+def ask(
+    description: str, names: Iterable[str], *, repeats: int, quick: str
+) -> tuple[list[str], int, bool]:
+    """Return what the command line asks for: some of the names, repeats, and whether it is quick.
+
+    Args:
+      description: of the benchmark.
+      names: what can be measured; all of it, if none is asked for.
+      repeats: unless it says otherwise; one where it is quick.
+      quick: what a quick benchmark is.
+    """
+    known = list(names)
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("names", nargs="*", default=known, help=", ".join(known))
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    given = parser.parse_args()
+    if unknown := set(given.names) - set(known):
+        parser.error(f"unknown {sorted(unknown)}: choose from {', '.join(known)}")
+    return given.names, 1 if given.quick else given.repeats, given.quick
 
 
 def _cell(value: Any) -> str:

@@ -8,7 +8,6 @@ Each repeat times the plain step before and after the perturbed one; the ratio i
 mean of the two. Every step includes the update of SGD, with P where the name says so.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ import jax
 import optax
 from models import MODELS, Model
 from refit_cost import seconds, stepper
-from reporting import environment, show, spread, write
+from reporting import ask, environment, show, spread, write
 from rich.progress import track
 
 import llqr
@@ -81,22 +80,17 @@ def measure(model: Model, name: str, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print a table, write JSON with the environment."""
-    parser = argparse.ArgumentParser(description="What SAM costs.")
     names = ["mlp", "cnn", "transformer"]
-    parser.add_argument("models", nargs="*", default=names, help=", ".join(names))
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="one repeat of one method")
-    arguments = parser.parse_args()
-    if unknown := set(arguments.models) - set(names):
-        parser.error(f"unknown models {sorted(unknown)}: choose from {', '.join(names)}")
-    jobs = [(model, method) for model in arguments.models for method in METHODS]
-    repeats = arguments.repeats
-    if arguments.quick:
-        jobs, repeats = [("mlp", "base_sam")], 1
+    models, repeats, quick = ask(
+        "What SAM costs.", names, repeats=7, quick="one repeat of one method"
+    )
+    jobs = [(model, method) for model in models for method in METHODS]
+    if quick:
+        jobs = [("mlp", "base_sam")]
     rows = [measure(MODELS[m], name, repeats) for m, name in track(jobs, "measuring")]
     where = environment(repeats=repeats)
     show(f"SAM, {where['device']}, {where['cores']} cores", rows)
-    write("sam_cost_quick" if arguments.quick else "sam_cost", where, rows)
+    write("sam_cost_quick" if quick else "sam_cost", where, rows)
 
 
 if __name__ == "__main__":

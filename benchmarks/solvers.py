@@ -29,7 +29,7 @@ from reporting import environment, show, write
 from rich.progress import track
 
 import llqr
-from llqr import learning
+from llqr import inner
 
 RATES = (1e-3, 1e-2, 1e-1)
 PUBLISHED = ("momentum", 50, 1e-3)
@@ -99,7 +99,7 @@ def counting() -> Iterator[Counter[str]]:
     """Count what solvers ask of Phi; functions that are traced in here count, so trace anew."""
     counts: Counter[str] = Counter()
     names = ("gradient", "product", "along")
-    originals = {name: getattr(learning._Phi, name) for name in names}
+    originals = {name: getattr(inner.Phi, name) for name in names}
 
     def counted(name: str) -> Any:
         def method(self: Any, *arguments: Any) -> Any:
@@ -110,13 +110,13 @@ def counting() -> Iterator[Counter[str]]:
 
     jax.clear_caches()
     for name in names:
-        setattr(learning._Phi, name, counted(name))
+        setattr(inner.Phi, name, counted(name))
     try:
         yield counts
         jax.effects_barrier()
     finally:
         for name, original in originals.items():
-            setattr(learning._Phi, name, original)
+            setattr(inner.Phi, name, original)
         jax.clear_caches()
 
 

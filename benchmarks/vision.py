@@ -13,7 +13,6 @@
 Data is random. Repeats alternate what is compared, and ratios are taken within a repeat.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 from refit_cost import seconds
-from reporting import environment, show, spread, write
+from reporting import ask, environment, show, spread, write
 
 import llqr
 from llqr_experiments import models, step, tasks
@@ -171,20 +170,18 @@ MEASURES = {
 
 def main() -> None:
     """Measure, print tables, write JSON with the environment."""
-    parser = argparse.ArgumentParser(description="What LLQR costs on residual networks.")
-    parser.add_argument("measures", nargs="*", default=list(MEASURES), help=", ".join(MEASURES))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one repeat on a tiny model")
-    arguments = parser.parse_args()
-    if unknown := set(arguments.measures) - set(MEASURES):
-        parser.error(f"unknown measures {sorted(unknown)}: choose from {', '.join(MEASURES)}")
-    repeats = 1 if arguments.quick else arguments.repeats
+    names, repeats, quick = ask(
+        "What LLQR costs on residual networks.",
+        MEASURES,
+        repeats=5,
+        quick="one repeat on a tiny model",
+    )
     where = environment(repeats=repeats)
-    for name in arguments.measures:
+    for name in names:
         measure, case = MEASURES[name]
-        rows = measure(MICRO if arguments.quick else case, repeats)
+        rows = measure(MICRO if quick else case, repeats)
         show(f"{name}: {where['device']}, {where['cores']} cores", rows)
-        write(f"vision_{name}" + ("_quick" if arguments.quick else ""), where, rows)
+        write(f"vision_{name}" + ("_quick" if quick else ""), where, rows)
 
 
 if __name__ == "__main__":

@@ -42,19 +42,32 @@ def _forget_compiled_functions() -> Iterator[None]:
     gc.collect()
 
 
-@pytest.fixture(autouse=True)
-def _precision(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run a test in float64 with strict dtype promotion.
+@pytest.fixture
+def unoptimized() -> Iterator[None]:
+    """Skip XLA's optimisation passes: most of the time of tests would go into them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def float64(unoptimized: None) -> Iterator[None]:
+    """Compare numbers.
 
     A context, not the global flag: doctests of src run in the same process and show float32.
-    XLA's optimisation passes are off: most of these tests' time would go into them.
     """
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a test in float64 with strict dtype promotion, unless it is of what users run."""
     if request.path.relative_to(_HERE).parts[0] in _FLOAT32:
         yield
         return
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-            yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    request.getfixturevalue("float64")
+    with jax.numpy_dtype_promotion("strict"):
+        yield

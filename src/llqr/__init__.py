@@ -12,10 +12,10 @@ from llqr import solvers as solvers
 from llqr.accumulation import microbatched
 from llqr.diagnostics import Description, Quality, Report, describe, inspect, quality
 from llqr.exact_steps import exact
-from llqr.learning import Refit, RefitInfo
 from llqr.metrics import Metric
 from llqr.objective import BoundObjective, Objective
 from llqr.quadratic import QuadraticModel, Route, linearize
+from llqr.refits import Refit, RefitInfo
 from llqr.sharpness import (
     Sharpness,
     SharpnessInfo,

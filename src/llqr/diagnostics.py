@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llqr import learning, metrics, quadratic
+from llqr import learning, metrics, quadratic, refits
 from llqr._linalg import solve
 from llqr._tree import cosine, freeze, leaf_names, norm, vdot
 from llqr._types import Array, Params, PyTree
-from llqr.learning import Refit
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
 from llqr.quadratic import QuadraticModel
+from llqr.refits import Refit
 from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
 from llqr.structures.plan import StructureLike
@@ -127,7 +127,7 @@ class BlockReport:
     """What a preconditioner's arrays look like, and what the last refit did to one block."""
 
     leaf: str  # path of the first leaf
-    status: str  # a word of `llqr.learning.STATUS`
+    status: str  # a word of `llqr.refits.STATUS`
     cosine: float  # of P h and h at the last refit
     minimum: float  # over the block's arrays
     maximum: float
@@ -192,7 +192,7 @@ def inspect(
         plan, info.status, info.cosines, measured, skew, strict=True
     ):
         pairs = {slot: (float(a), float(b)) for slot, (a, b) in skews.items()}
-        word = learning.STATUS[int(status)]
+        word = refits.STATUS[int(status)]
         rows.append(
             BlockReport(
                 leaf=block.names[0],
@@ -216,7 +216,7 @@ def _asymmetric_sides(block: plans.Block) -> tuple[str, ...]:
 
 
 @partial(jax.jit, static_argnames="sides")
-def _measure(blocks: learning.Blocks, sides: tuple[tuple[str, ...], ...]) -> Any:
+def _measure(blocks: refits.Blocks, sides: tuple[tuple[str, ...], ...]) -> Any:
     """Per block: (smallest, largest, norm) of its arrays, and asymmetry of the given sides."""
     numbers, skew = [], []
     for arrays, slots in zip(blocks, sides, strict=True):
@@ -345,16 +345,16 @@ def quality(
     steps: dict[str, Params] = {"gradient": jax.tree.map(jnp.negative, g)}
     frozen = freeze(metrics.resolve(metric))
     refit = Refit() if refit is None else replace(refit, fresh_batches=False)
-    learning.check_options(refit, metrics.resolve(metric), divergence_reduction, learning.WHOLE)
+    refits.check_options(refit, metrics.resolve(metric), divergence_reduction, refits.WHOLE)
     for chosen in structures:
         name = chosen if isinstance(chosen, str) else f"rules {len(steps)}"
         plan = plans.make_plan(params, plans.rule_table(chosen), max_dim)
-        problem = learning.Problem(plan, frozen, divergence_reduction, identity_scaling, refit)
+        problem = refits.Problem(plan, frozen, divergence_reduction, identity_scaling, refit)
         problem.check()
-        hyper = learning.hyper_at(refit, jnp.zeros((), jnp.int32), damping)
+        hyper = refits.hyper_at(refit, jnp.zeros((), jnp.int32), damping)
         blocks = plans.identity(plan, 1.0)
         blocks, _ = learning.learn(
-            problem, blocks, learning.no_refit(len(plan)), params, objective, hyper
+            problem, blocks, refits.no_refit(len(plan)), params, objective, hyper
         )
         scaled = plans.multiply(plan, blocks, steps["gradient"])
         steps[name] = jax.tree.map(lambda x: x / identity_scaling, scaled)

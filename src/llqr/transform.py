@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from llqr import learning, metrics
+from llqr import learning, metrics, refits
 from llqr._errors import check_choice, check_integer, check_range
 from llqr._tree import check_inexact, freeze, norm
 from llqr._types import Array, Int, Number, Params, PyTree
-from llqr.learning import Problem, Refit, RefitInfo
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
 from llqr.quadratic import Route
+from llqr.refits import Problem, Refit, RefitInfo
 from llqr.structures import plan as plans
 from llqr.structures.plan import StructureLike
 
@@ -97,7 +97,7 @@ def scale_by_llqr(
     _check_options(damping, divergence_reduction, identity_scaling, max_dim, graft, refit)
     table = plans.rule_table(structure)
     resolved = metrics.resolve(metric)
-    learning.check_options(refit, resolved, divergence_reduction, route)
+    refits.check_options(refit, resolved, divergence_reduction, route)
     frozen_metric = freeze(resolved)
     slots = plans.slots(table)
 
@@ -114,7 +114,7 @@ def scale_by_llqr(
             recorder.append(Visited(plan, identity_scaling))
         blocks = plans.identity(plan, identity_scaling)
         packed = plans.pack(plan, blocks, params, slots)
-        return LLQRState(jnp.zeros((), jnp.int32), packed, learning.no_refit(len(plan)))
+        return LLQRState(jnp.zeros((), jnp.int32), packed, refits.no_refit(len(plan)))
 
     def update(
         updates: Params,
@@ -135,8 +135,8 @@ def scale_by_llqr(
             problem = problem_of(plan, None if base is None else base[0])
             base_state = () if base is None else base[1]
 
-            def run(blocks: learning.Blocks, info: RefitInfo) -> tuple[learning.Blocks, RefitInfo]:
-                hyper = learning.hyper_at(refit, state.count, damping)
+            def run(blocks: refits.Blocks, info: RefitInfo) -> tuple[refits.Blocks, RefitInfo]:
+                hyper = refits.hyper_at(refit, state.count, damping)
                 return learning.learn(problem, blocks, info, params, bound, hyper, base_state)
 
             due = refit.is_due(state.count) if refresh is None else refresh
@@ -375,7 +375,7 @@ def _visit(tx: Any, treedef: Any, shapes: tuple[Any, ...]) -> tuple[Visited, ...
 
 
 def _product(
-    plan: plans.Plan, blocks: learning.Blocks, identity_scaling: float, vector: Params
+    plan: plans.Plan, blocks: refits.Blocks, identity_scaling: float, vector: Params
 ) -> Params:
     """P v, where sigma P is stored."""
     product = plans.multiply(plan, blocks, vector)

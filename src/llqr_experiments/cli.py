@@ -37,8 +37,8 @@ Train a model with LLQR. Every option is key=value, every group is group=preset.
   uv run python run.py experiment=quick-local-test block_structure=diagonal
   uv run python run.py experiment=quick-local-test dataset=fashion_mnist
   uv run python run.py -m experiment=quick-local-test init_key=0,1,2
-  uv run python run.py experiment=quick-local-test dry_run=true   # what would be done
-  uv run python -m llqr_experiments.report outputs/<date>/<time>  # a page about runs
+  uv run python run.py experiment=quick-local-test dry_run=true  # a plan
+  uv run python -m llqr_experiments.report outputs/<date>/<time>  # a page
   uv run python -m llqr_experiments.checkpoint outputs/<date>/<time>
 
 Hydra's own flags: -m sweeps over comma-separated values, --cfg job prints the

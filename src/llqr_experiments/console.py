@@ -26,7 +26,7 @@ REASONS = {
     "inverted": "direction turned",
     "rejected": "objective not lower",
 }
-"""Why a block kept its old arrays, by the words of `llqr.learning.STATUS`."""
+"""Why a block kept its old arrays, by the words of `llqr.refits.STATUS`."""
 
 
 class Display:

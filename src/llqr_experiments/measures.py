@@ -36,8 +36,6 @@ PERPLEXITY = Quantity("perplexity", "perplexity", ("{} perplexity", "{}_ppl"))
 BLEU = Quantity("BLEU", "BLEU", ("{} bleu",))
 SAMPLED = Quantity("BLEU of a sample", "BLEU", ("{} bleu_sampled",))
 
-MILESTONE = re.compile(r"first step with (?P<metric>.+) of (?P<share>[\d.]+) %")
-
 
 def splits(quantity: Quantity, names: Iterable[str]) -> dict[str, str]:
     """Return split -> name in the record, for the splits of which the quantity was recorded.
@@ -54,23 +52,35 @@ def splits(quantity: Quantity, names: Iterable[str]) -> dict[str, str]:
     return {split: name for split, name in spelt if name in known}
 
 
+_MILESTONE = re.compile(r"first step with (?P<metric>.+) of (?P<share>[\d.]+) %")
+
+
+def first_step(metric: str, share: float) -> str:
+    """Return the name of a milestone: when a metric has reached a share, in percent.
+
+    >>> first_step("test accuracy", 95.0)
+    'first step with test accuracy of 95 %'
+    """
+    return f"first step with {metric} of {share:g} %"
+
+
 def milestone(name: str) -> str | None:
     """Return what is reached at a milestone, None if the name is of none.
 
-    >>> milestone("first step with test accuracy of 95 %")
+    >>> milestone(first_step("test accuracy", 95.0))
     'test accuracy of 95 %'
     """
-    found = MILESTONE.fullmatch(name)
+    found = _MILESTONE.fullmatch(name)
     return f"{found['metric']} of {found['share']} %" if found else None
 
 
 def metric(name: str) -> str | None:
     """Return the metric that reaches a milestone, None if the name is of none.
 
-    >>> metric("first step with test accuracy of 95 %")
+    >>> metric(first_step("test accuracy", 95.0))
     'test accuracy'
     """
-    found = MILESTONE.fullmatch(name)
+    found = _MILESTONE.fullmatch(name)
     return found["metric"] if found else None
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 import llqr
 from llqr._types import PyTree
-from llqr_experiments import build, comparison, memory, tasks, train
+from llqr_experiments import build, comparison, memory, phases, tasks, train
 from llqr_experiments.console import counts
 from llqr_experiments.spec import Config
 from llqr_experiments.step import TrainState, init
@@ -128,7 +128,7 @@ def _rows(job: train.Run, state: TrainState) -> Iterable[tuple[str, str]]:
 
 def _refit_memory(job: train.Run, state: TrainState) -> str:
     refits = job.task.material.streams.refits(job.config)
-    _, objective = train.refit_objective(job, refits, state.statistics)
+    _, objective = phases.refit_objective(job, refits, state.statistics)
     tx = job.recipe.tx
     size = memory.temporary(memory.compile_refit(tx, state.opt_state, state.params, objective))
     whole = job.config.llqr_batch_update_mode == "full_batch"

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from llqr_experiments import measures
+from llqr_experiments.files import replacing
 from llqr_experiments.measures import ACCURACY, BLEU, LOSS, PERPLEXITY, SAMPLED, Quantity
 
 Rows = Sequence[dict[str, Any]]
@@ -32,9 +33,8 @@ def curves(metrics: Path, title: str, out: Path, kind: str = "images") -> None:
       kind: of the run's data, see `material.Material`.
     """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    aside = out.with_name(out.name + ".part")
-    draw(rows, title, kind).savefig(aside, dpi=130, format="png")
-    aside.replace(out)
+    with replacing(out) as file:
+        draw(rows, title, kind).savefig(file, dpi=130, format="png")
 
 
 def draw(rows: Rows, title: str, kind: str = "images") -> Figure:

@@ -15,6 +15,7 @@ import jax
 from omegaconf import OmegaConf
 
 from llqr_experiments.errors import ConfigError
+from llqr_experiments.files import write
 from llqr_experiments.spec import Config
 from llqr_experiments.tracking import Aim, Jsonl, TensorBoard, Trackers
 
@@ -115,8 +116,8 @@ def write_meta(config: Config, out_dir: Path, command: str, **facts: Any) -> Non
         "versions": {name: _version(name) for name in VERSIONS},
         **facts,
     }
-    _write(out_dir / "meta.json", json.dumps(meta, indent=2) + "\n")
-    _write(out_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write(out_dir / "meta.json", json.dumps(meta, indent=2) + "\n")
+    write(out_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 VERSIONS = ("llqr", "jax", "jaxlib", "optax", "flax", "grain", "orbax-checkpoint", "numpy")
@@ -130,14 +131,7 @@ def finish(out_dir: Path, **facts: Any) -> None:
 def _update_meta(out_dir: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     path = out_dir / "meta.json"
     meta = json.loads(path.read_text()) if path.exists() else {}
-    _write(path, json.dumps(change(meta), indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text)
-    aside.replace(path)
+    write(path, json.dumps(change(meta), indent=2) + "\n")
 
 
 def _now() -> str:

@@ -1,6 +1,7 @@
 """A sweep: what its runs' folders are called, and a summary of what each reached."""
 
 import csv
+import io
 import json
 import re
 import sys
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llqr_experiments import measures
+from llqr_experiments.files import write
 
 LAST = ("best", "seconds", "status")
 """Columns at the end."""
@@ -41,12 +43,11 @@ class Summary(Callback):
         if not rows:
             return
         Console(highlight=False).print(table(rows))
-        aside = folder / "summary.csv.part"
-        with aside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, _columns(rows), restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        aside.replace(folder / "summary.csv")
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, _columns(rows), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        write(folder / "summary.csv", text.getvalue())
         print(f"in {folder}: summary.csv")
         if any(row["status"] != "finished" for row in rows):
             sys.exit(1)  # each one has said why; a sweep does not end with the first

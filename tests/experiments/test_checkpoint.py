@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from llqr_experiments import checkpoint, console, data, preemption
+from llqr_experiments import checkpoint, console, data, phases, preemption
 from llqr_experiments.checkpoint import BEST, LATEST, Checkpoints
 from llqr_experiments.errors import ConfigError, TrainingError
 from llqr_experiments.preemption import Interrupted
@@ -430,16 +430,14 @@ def test_parameters_that_overflow_are_not_saved(tmp_path, monkeypatch):
 
 
 def test_an_evaluation_that_is_not_finite_is_not_the_best(tmp_path, monkeypatch):
-    from llqr_experiments import train
-
-    evaluate, calls = train.evaluate, []
+    evaluate, calls = phases.evaluate, []
 
     def spoilt(*args):
         calls.append(None)
         found = evaluate(*args)
         return found | {"loss": float("nan")} if len(calls) == 3 else found
 
-    monkeypatch.setattr(train, "evaluate", spoilt)
+    monkeypatch.setattr(phases, "evaluate", spoilt)
     support.run(tmp_path, *RUN, 'checkpoint_metric="test loss"', "maximize_checkpoint_metric=false")
     best = json.loads((tmp_path / "meta.json").read_text())["best"]
     assert best["step"] == 30

@@ -19,14 +19,16 @@ import pytest
 from llqr_experiments.data import (
     DataError,
     Dataset,
-    Split,
     load,
     read_idx,
     sources,
     validate,
 )
+from tests.experiments.batches import make_dataset
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+pytestmark = pytest.mark.usefixtures("requests")
+
 CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
 
 
@@ -52,27 +54,6 @@ def write_tiny(folder: Path) -> Path:
     for name, content in tiny_files().items():
         (folder / name).write_bytes(content)
     return folder
-
-
-def make_dataset(n: int = 10) -> Dataset:
-    """Return a dataset whose image i is filled with i and has label i % 10."""
-    images = np.broadcast_to(np.arange(n, dtype=np.float32)[:, None, None, None], (n, 2, 3, 1))
-    split = Split(images.copy(), (np.arange(n) % 10).astype(np.int32))
-    return Dataset("toy", split, split, num_classes=10, mean=0.0, std=1.0, scale=1.0)
-
-
-@pytest.fixture(autouse=True)
-def requests(monkeypatch, tmp_path) -> list[str]:
-    """Cut the network, work in an empty folder, and return the list of URLs asked for."""
-    asked: list[str] = []
-
-    def refuse(url, timeout):
-        asked.append(url)
-        raise urllib.error.URLError("no network here")
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    monkeypatch.chdir(tmp_path)
-    return asked
 
 
 @pytest.fixture
@@ -325,7 +306,7 @@ class TestDownload:
             load("mnist")
 
     def test_download_can_be_forbidden(self, mirror, requests):
-        with pytest.raises(DataError, match=r"not tried, because download=False"):
+        with pytest.raises(DataError, match=r"not tried, because dataset.download=false"):
             load("mnist", download=False)
         assert requests == []
 

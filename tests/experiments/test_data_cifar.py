@@ -35,18 +35,7 @@ ARCHIVES = {
 CASES = [(name, version) for name in SETS for version in ("python", "binary")]
 
 
-@pytest.fixture(autouse=True)
-def requests(monkeypatch, tmp_path) -> list[str]:
-    """Cut the network, work in an empty folder, and return the list of URLs asked for."""
-    asked: list[str] = []
-
-    def refuse(url, timeout):
-        asked.append(url)
-        raise urllib.error.URLError("no network here")
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    monkeypatch.chdir(tmp_path)
-    return asked
+pytestmark = pytest.mark.usefixtures("requests")
 
 
 def splits(name: str) -> tuple:
@@ -347,7 +336,7 @@ class TestDownload:
         assert list(tmp_path.iterdir()) == []
 
     def test_download_can_be_forbidden(self, site, requests):
-        with pytest.raises(DataError, match=r"not tried, because download=False"):
+        with pytest.raises(DataError, match=r"not tried, because dataset.download=false"):
             load("cifar10", download=False)
         assert requests == []
 

@@ -13,10 +13,8 @@ import pytest
 
 from llqr_experiments.data import (
     DataError,
-    Dataset,
     Partial,
     Source,
-    Split,
     epoch_length,
     evaluation_batches,
     refit_seed,
@@ -25,19 +23,13 @@ from llqr_experiments.data import (
     train_stream,
 )
 from llqr_experiments.data.examples import normalized
+from tests.experiments.batches import assert_same, make_dataset
 
 # n, B, overlap: B divides n, does not, exceeds it, spans epochs; strides of B, B/2, B/4, 1.
 SIZES = [(10, 5, 0.0), (10, 4, 0.0), (10, 4, 0.5), (10, 4, 0.75), (3, 8, 0.5), (11, 6, 0.5)]
 MODES: tuple[Partial, ...] = ("straddle", "pad", "drop")
 # "drop" has no batch where B > n.
 CASES = [(*size, mode) for size in SIZES for mode in MODES if mode != "drop" or size[1] <= size[0]]
-
-
-def make_dataset(n: int = 10) -> Dataset:
-    """Return a dataset whose image i is filled with i and has label i % 10."""
-    images = np.broadcast_to(np.arange(n, dtype=np.float32)[:, None, None, None], (n, 2, 3, 1))
-    split = Split(images.copy(), (np.arange(n) % 10).astype(np.int32))
-    return Dataset("toy", split, split, num_classes=10, mean=0.0, std=1.0, scale=1.0)
 
 
 def ids(batch: dict[str, np.ndarray]) -> np.ndarray:
@@ -48,14 +40,6 @@ def ids(batch: dict[str, np.ndarray]) -> np.ndarray:
 def take(source: Source, count: int, **kwargs) -> list[dict[str, np.ndarray]]:
     with closing(train_stream(source, **kwargs)) as stream:
         return [next(stream) for _ in range(count)]
-
-
-def assert_same(left: list[dict[str, np.ndarray]], right: list[dict[str, np.ndarray]]) -> None:
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key])
 
 
 def slow_batches(n: int, batch_size: int, overlap: float, partial: str, epochs: int) -> list:

@@ -19,14 +19,7 @@ OPTIONS = {"width": 8, "heads": 2, "mlp": 8, "depth": 2, "source_vocabulary": 9}
 VOCABULARY = 8
 
 
-@pytest.fixture(autouse=True)
-def _precision():
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with jax.enable_x64(True):
-            yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Translation(NamedTuple):

@@ -23,12 +23,7 @@ MNIST, CIFAR, IMAGENET = (28, 28, 1), (32, 32, 3), (224, 224, 3)
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 
 
-@pytest.fixture(autouse=True)
-def _unoptimized():
-    """As in tests/conftest.py for float64: most of the time would go into XLA's passes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
 # --- sizes --------------------------------------------------------------------------------------

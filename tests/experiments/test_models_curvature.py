@@ -13,13 +13,7 @@ from llqr_experiments import models
 from tests.experiments import models_oracle
 from tests.experiments.model_cases import BATCH, CASES, Case
 
-
-@pytest.fixture(autouse=True)
-def _unoptimized():
-    """As in tests/conftest.py for float64: most of the time would go into XLA's passes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
 def objective(network, batch):

@@ -1,6 +1,8 @@
 """Transformers: sizes, what may influence what, and the same products on both routes; float64."""
 
+import re
 from functools import cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +28,9 @@ from tests.experiments.sequences import (
     plain_translation,
 )  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("float64")
 
-@pytest.fixture(autouse=True)
-def _precision():
-    """Numbers are compared: float64, and no time for XLA's optimisations of tiny programs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with jax.enable_x64(True):
-            yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 each = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -98,6 +93,7 @@ def count(params):
 )  # fmt: skip
 def test_number_of_parameters_and_segments(expected, name, shape, classes, options):
     assert count(parameters(name, shape, classes, options)) == expected
+    assert re.search(rf"\| {name}.* {expected:,} \|", DOCS.read_text())
     blocks = {"grok-transformer": 2, "gpt2-small": 12, "transformer-iwslt-de-en": 6 + 6}
     assert len(shapes(name, shape, classes, tuple(options.items())).groups) == blocks[name] + 2
 

@@ -45,7 +45,7 @@ def test_milestones_are_columns_and_blank_where_not_reached(tmp_path: Path) -> N
     rows = summarise(tmp_path)
     assert list(rows[0]) == ["seed", "test accuracy", GROKKED, "seconds", "status"]
     assert [row[GROKKED] for row in rows] == ["", "1200.0"]
-    assert not list(tmp_path.glob("*.part"))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_metrics_of_all_evaluated_splits_are_columns(tmp_path: Path) -> None:

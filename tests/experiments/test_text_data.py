@@ -33,10 +33,7 @@ from tests.experiments.text_files import (
     write,
 )
 
-
-@pytest.fixture(autouse=True)
-def _empty_folder(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 class TestLayouts:
@@ -152,7 +149,9 @@ class TestMissing:
             text("wikitext-103")
 
     def test_wikitext103_without_download(self):
-        with pytest.raises(DataError, match=r"not tried, because download=False.\nGet it in one"):
+        with pytest.raises(
+            DataError, match=r"not tried, because dataset.download=false.\nGet it in one"
+        ):
             text("wikitext103", download=False)
 
     def test_wikitext103_without_the_package(self, monkeypatch):

@@ -31,10 +31,7 @@ from tests.experiments.text_files import (
     write,
 )
 
-
-@pytest.fixture(autouse=True)
-def _empty_folder(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def slow_byte_pairs(vocabulary: dict[str, int], merges: list[str], line: str) -> list[int]:

@@ -17,6 +17,7 @@ from llqr_experiments import cli, memory, options, spec, sweep, tasks, train
 from llqr_experiments.checkpoint import Checkpoints
 from llqr_experiments.console import Display
 from llqr_experiments.errors import ConfigError, DataError
+from llqr_experiments.session import begin
 from llqr_experiments.step import Recipe, advance, init
 from tests.experiments import support
 
@@ -135,7 +136,7 @@ def test_overlapping_batches_share_examples(tmp_path):
     config = support.config("experiment=quick-local-test", "batch_overlap_fraction=0.5")
     job = train.prepare(config)
     assert job.last == 2246, "the number of steps is that of whole batches"
-    session = train._begin(job, False, tmp_path, Checkpoints(tmp_path, 1, print), Display(1, 1))[0]
+    session = begin(job, False, tmp_path, Checkpoints(tmp_path, 1, print), Display(1, 1))[0]
     first, second = next(session.stream), next(session.stream)
     np.testing.assert_array_equal(first["image"][64:], second["image"][:64])
     with pytest.raises(ConfigError, match="batch_overlap_fraction"):

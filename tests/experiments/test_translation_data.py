@@ -42,6 +42,7 @@ from llqr_experiments.data.translation import (
 )
 from llqr_experiments.data.translation.batching import boundaries, check_lengths
 from llqr_experiments.errors import DataError
+from tests.experiments.batches import assert_same
 
 SPLITS = ("train", "valid", "test")
 TEXT = {
@@ -84,14 +85,6 @@ def ids(batch: dict[str, np.ndarray]) -> list[int]:
 def take(count: int, stream) -> list[dict[str, np.ndarray]]:
     with closing(stream):
         return [next(stream) for _ in range(count)]
-
-
-def assert_same(left, right) -> None:
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key])
 
 
 def random_lengths(n: int, seed: int = 0) -> list[tuple[int, int]]:

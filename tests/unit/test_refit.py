@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import llqr
-from llqr import learning, metrics
+from llqr import learning, metrics, refits
 from llqr._tree import freeze
 from llqr.structures import plan as plans
 from tests import oracle
@@ -140,12 +140,12 @@ def setup(structure, metric="ngd", seed=0, **options):
     params, bound = problem(seed)
     plan = plans.make_plan(params, plans.rule_table(structure), 10_000)
     refit = llqr.Refit(**options)
-    static = learning.Problem(plan, freeze(metrics.resolve(metric)), "sum", 1.0, refit)
+    static = refits.Problem(plan, freeze(metrics.resolve(metric)), "sum", 1.0, refit)
     return params, bound, plan, static
 
 
 def hyper(refit, damping=0.0):
-    return learning.Hyper(refit.learning_rate, refit.ema_decay, damping)
+    return refits.Hyper(refit.learning_rate, refit.ema_decay, damping)
 
 
 NUMPY = (
@@ -161,7 +161,7 @@ def test_two_refits_equal_numpy(structure, metric, steps, clip):
     options = {"steps": steps, "learning_rate": 5e-4, "momentum": 0.8, "clip_norm": clip}
     params, bound, plan, static = setup(structure, metric, ema_decay=0.95, **options)
     spec, damping = np_blocks(structure), 0.2
-    blocks, info = plans.identity(plan, 1.0), learning.no_refit(len(plan))
+    blocks, info = plans.identity(plan, 1.0), refits.no_refit(len(plan))
     expected = [np_identity(kind, shape) for kind, shape, *_ in spec]
     for count in (1, 2):
         g, c = dense_model(params, bound, metric, damping)
@@ -189,7 +189,7 @@ def test_scan_and_python_loop_agree(structure):
     params, bound, plan, static = setup(structure, steps=20)
     args = (
         plans.identity(plan, 1.0),
-        learning.no_refit(len(plan)),
+        refits.no_refit(len(plan)),
         params,
         bound,
         hyper(static.refit),
@@ -208,7 +208,7 @@ def test_a_refit_lowers_the_objective(structure, metric):
     params, bound, plan, static = setup(structure, metric)
     start = plans.identity(plan, 1.0)
     blocks, info = learning.learn(
-        static, start, learning.no_refit(len(plan)), params, bound, hyper(static.refit)
+        static, start, refits.no_refit(len(plan)), params, bound, hyper(static.refit)
     )
     model = llqr.linearize(bound, params, metric)
     h = jax.tree.map(jnp.negative, model.gradient)
@@ -234,7 +234,7 @@ def test_identity_scaling_moves_the_refit_but_not_its_start():
 
 def test_cold_start_forgets_the_current_blocks():
     params, bound, plan, static = setup("diagonal", warm_start=False, steps=3)
-    info = learning.no_refit(len(plan))
+    info = refits.no_refit(len(plan))
     wild = jax.tree.map(lambda a: 7.0 * a, plans.identity(plan, 1.0))
     cold = learning.learn(static, wild, info, params, bound, hyper(static.refit))[0]
     fresh = learning.learn(
@@ -248,7 +248,7 @@ def test_normalized_direction_is_the_unit_gradient():
     info = learning.learn(
         static,
         plans.identity(plan, 1.0),
-        learning.no_refit(len(plan)),
+        refits.no_refit(len(plan)),
         params,
         bound,
         hyper(static.refit),
@@ -264,7 +264,7 @@ def test_elementwise_clipping():
     )
     start = plans.identity(plan, 1.0)
     blocks = learning.learn(
-        static, start, learning.no_refit(len(plan)), params, bound, hyper(static.refit)
+        static, start, refits.no_refit(len(plan)), params, bound, hyper(static.refit)
     )[0]
     moves = np.concatenate([np.ravel(1 - b["spectrum"]) for b in blocks])
     assert np.abs(moves).max() == pytest.approx(1e-3)
@@ -276,7 +276,7 @@ def test_an_optax_transformation_as_solver_is_used_as_it_is():
                                         clip_norm=None)  # fmt: skip
     start = plans.identity(plan, 1.0)
     blocks = learning.learn(
-        static, start, learning.no_refit(len(plan)), params, bound, hyper(static.refit)
+        static, start, refits.no_refit(len(plan)), params, bound, hyper(static.refit)
     )[0]
     g, c = dense_model(params, bound, "ngd", 0.0)
     d, state = jnp.ones(g.size), None
@@ -296,9 +296,7 @@ class TestGuards:
         params, bound, plan, static = setup(structure, **options)
         old = plans.identity(plan, 1.0) if start is None else start(plan)
         hyper_ = hyper(static.refit) if hyper_ is None else hyper_
-        return old, *learning.learn(
-            static, old, learning.no_refit(len(plan)), params, bound, hyper_
-        )
+        return old, *learning.learn(static, old, refits.no_refit(len(plan)), params, bound, hyper_)
 
     def test_nothing_that_is_not_finite_is_installed(self):
         old, new, info = self.learn("kfac", learning_rate=1e200, clip_norm=None, steps=3)
@@ -338,7 +336,7 @@ class TestGuards:
         flat = llqr.Objective(lambda p, b: 0.0 * forward(p, b), loss).bind(problem()[1].batch)
         old = plans.identity(plan, 1.0)
         new, info = learning.learn(
-            static, old, learning.no_refit(len(plan)), params, flat, hyper(static.refit)
+            static, old, refits.no_refit(len(plan)), params, flat, hyper(static.refit)
         )
         jax.tree.map(np.testing.assert_array_equal, old, new)
         assert int(info.count("inverted")) == 0
@@ -350,7 +348,7 @@ class TestGuards:
         new, info = learning.learn(
             static,
             old,
-            learning.no_refit(len(plan)),
+            refits.no_refit(len(plan)),
             params,
             OBJECTIVE.bind(batch),
             hyper(static.refit),

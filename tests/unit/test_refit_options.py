@@ -10,8 +10,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import llqr
-from llqr import learning, solvers
+from llqr import learning, refits, solvers
 from llqr._tree import freeze, vdot
+from llqr.inner import Inner, Phi, directions
 from llqr.structures import plan as plans
 from tests.oracle import flat
 from tests.unit.test_refit import OBJECTIVE, ROWS, dense_model, forward, loss, problem
@@ -22,9 +23,9 @@ def make(structure: Any = "diagonal", metric: Any = "ngd", route: Any = None, **
     reduction = options.pop("reduction", "sum")
     base = options.pop("base", None)
     plan = plans.make_plan(problem()[0], plans.rule_table(structure), 10_000)
-    static = learning.Problem(
+    static = refits.Problem(
         plan, freeze(llqr.metrics.resolve(metric)), reduction, 1.0, llqr.Refit(**options),
-        route or learning.WHOLE, base,
+        route or refits.WHOLE, base,
     )  # fmt: skip
     static.check()
     return plan, static
@@ -33,9 +34,9 @@ def make(structure: Any = "diagonal", metric: Any = "ngd", route: Any = None, **
 def learn(plan, static, bound=None, blocks=None, damping=0.2, base_state=()):
     params, own = problem()
     blocks = plans.identity(plan, 1.0) if blocks is None else blocks
-    hyper = learning.hyper_at(static.refit, jnp.zeros((), jnp.int32), damping)
+    hyper = refits.hyper_at(static.refit, jnp.zeros((), jnp.int32), damping)
     return learning.learn(
-        static, blocks, learning.no_refit(len(plan)), params, bound or own, hyper, base_state
+        static, blocks, refits.no_refit(len(plan)), params, bound or own, hyper, base_state
     )
 
 
@@ -253,11 +254,11 @@ def test_probes_have_the_mean_that_they_should() -> None:
 
     def draws(probe: str) -> np.ndarray:
         _, static = make(probe=probe, probes=4000)
-        numbers = learning.Hyper(1.0, 0.0, 0.0)
-        inner = learning._Inner((), numbers, jax.random.key(0), model, (params, bound, ()))
-        h, linear = jax.jit(
-            lambda key: learning._directions(static, model, bound, inner, key, 4000)
-        )(jax.random.key(0))
+        numbers = refits.Hyper(1.0, 0.0, 0.0)
+        inner = Inner((), numbers, jax.random.key(0), model, (params, bound, ()))
+        h, linear = jax.jit(lambda key: directions(static, model, bound, inner, key, 4000))(
+            jax.random.key(0)
+        )
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, -b), h, linear)
         return np.asarray(jax.vmap(lambda t: ravel_pytree(t)[0])(h))
 
@@ -279,8 +280,8 @@ def test_probes_tend_to_the_inverse(probe: str) -> None:
         plan, static = make("dense", probe=probe, probes=16, steps=1500, clip_norm=None,
                             solver=optax.adam(schedule), allow_grad_inversion=True)  # fmt: skip
         params, own = problem()
-        hyper = learning.Hyper(1.0, 0.0, 1.0)
-        start = plans.identity(plan, 1.0), learning.no_refit(1)
+        hyper = refits.Hyper(1.0, 0.0, 1.0)
+        start = plans.identity(plan, 1.0), refits.no_refit(1)
         run = jax.jit(lambda p: learning.learn(static, *start, p, own, hyper))
         blocks, info = run(params)
     found, inverse = np.asarray(blocks[0]["left"]), np.linalg.inv(a)
@@ -303,10 +304,8 @@ def test_probes_are_drawn_afresh_at_every_step_and_refit_from_the_seed() -> None
     assert not np.array_equal(run(0), run(1))
     _, static = make(probe="gaussian", probes=1)
     model = llqr.linearize(bound, params)
-    inner = learning._Inner(
-        (), learning.Hyper(1.0, 0.0, 0.0), jax.random.key(0), model, (params, bound, ())
-    )
-    first, second = (flat(learning._Phi(static, inner, jnp.asarray(i))._direction) for i in (0, 1))
+    inner = Inner((), refits.Hyper(1.0, 0.0, 0.0), jax.random.key(0), model, (params, bound, ()))
+    first, second = (flat(Phi(static, inner, jnp.asarray(i))._direction) for i in (0, 1))
     assert not np.array_equal(first, second)
 
 

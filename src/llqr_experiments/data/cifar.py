@@ -125,7 +125,7 @@ def _locate(name: str, dataset_dir: str | Path | None, download: bool) -> tuple[
         )
     version = versions[0]
     url = _SITE + version.archive
-    refused = f"{url}: not tried, because download=False"
+    refused = f"{url}: not tried, because dataset.download=false"
     if download:
         try:
             return version, fetch(url, place, version.md5)

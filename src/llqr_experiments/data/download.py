@@ -3,16 +3,13 @@
 import hashlib
 import http.client
 import logging
-import os
-import tempfile
 import urllib.request
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from pathlib import Path
-from typing import IO
 
 from llqr_experiments.data.progress import progress
 from llqr_experiments.errors import DataError
+from llqr_experiments.files import replacing
 
 _log = logging.getLogger(__name__)
 _TIMEOUT_SECONDS = 10.0
@@ -78,23 +75,3 @@ def _chunks(url: str) -> Generator[bytes, None, None]:
     # The second is not an OSError.
     except (OSError, http.client.HTTPException) as error:
         raise DataError(f"{url}: download failed ({error})") from error
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes the place of `target` when the block ends without an error.
-
-    `target` never exists with a part of its content.
-    """
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # `mkstemp` makes the file private; a dataset may be shared.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llqr_experiments.data.download import replacing
 from llqr_experiments.errors import DataError
+from llqr_experiments.files import replacing
 
 _log = logging.getLogger(__name__)
 

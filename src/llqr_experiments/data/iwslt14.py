@@ -35,7 +35,6 @@ from llqr_experiments.data.translation.files import (
     Track,
     read_lines,
     run_stages,
-    sha256,
     untracked,
     write_lines,
 )
@@ -48,6 +47,7 @@ from llqr_experiments.data.translation.recipe import (
     versions,
 )
 from llqr_experiments.errors import DataError
+from llqr_experiments.files import sha256
 
 URL = "https://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz"
 FOLDER = "data/iwslt14.tokenized.de-en"

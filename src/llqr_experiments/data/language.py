@@ -4,6 +4,7 @@ text(name)   one of `TEXTS`: python_topics, wikitext103, local
 """
 
 import dataclasses
+import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -189,7 +190,7 @@ def _downloaded(name: str, folder: Path, held_out: Sequence[float], download: bo
     Raises:
       DataError: there is none; the message lists the ways to get the text.
     """
-    reason = "A download was not tried, because download=False."
+    reason = "A download was not tried, because dataset.download=false."
     if download:
         try:
             corpus.download_wikitext(folder)
@@ -230,7 +231,7 @@ def _learned(name: str, kind: str, vocabulary: int, train: Lines, cache: Path) -
 
 def _tokens(name: str, split: str, part: Lines, made: Tokenizer, cache: Path) -> np.ndarray:
     """Return the tokens of a split, from the cache if they are there."""
-    identity = token_cache.sha256(made.to_json().encode())
+    identity = hashlib.sha256(made.to_json().encode()).hexdigest()
     key = token_cache.key(format=_FORMAT, tokenizer=identity, text=part.digest)
     dtype = np.dtype(np.uint16 if made.vocabulary <= 1 << 16 else np.int32)
     return token_cache.tokens(

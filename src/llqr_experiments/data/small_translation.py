@@ -30,7 +30,6 @@ from llqr_experiments.data.translation.files import (
     Track,
     read_lines,
     run_stages,
-    sha256,
     untracked,
     write_lines,
 )
@@ -44,6 +43,7 @@ from llqr_experiments.data.translation.recipe import (
     versions,
 )
 from llqr_experiments.errors import DataError
+from llqr_experiments.files import sha256
 
 FOLDER = "data/small.tokenized.de-en"
 MERGES = 3000

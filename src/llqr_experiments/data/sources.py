@@ -212,7 +212,7 @@ def _locate(name: str, dataset_dir: str | Path | None, download: bool) -> dict[s
         except DataError as error:
             tried.append(str(error))
             raise DataError(_not_found(name, tried)) from error
-    tried.append(f"{source.mirror}: not tried, because download=False")
+    tried.append(f"{source.mirror}: not tried, because dataset.download=false")
     raise DataError(_not_found(name, tried))
 
 

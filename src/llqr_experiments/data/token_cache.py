@@ -4,18 +4,16 @@ An entry is a file and a note beside it, `<file>.json`, with the SHA-256 of the 
 written last. A file without a note, or that is not what its note says, is made again.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from llqr_experiments import files
 from llqr_experiments.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -24,12 +22,7 @@ Write = Callable[[BinaryIO], None]
 
 def key(**parts: str | int) -> str:
     """Return a short name for content that is determined by `parts`."""
-    return sha256(json.dumps(parts, sort_keys=True).encode())[:16]
-
-
-def sha256(content: bytes) -> str:
-    """Return the hexadecimal digest of bytes."""
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def entry(path: Path, write: Write, **note: str | int) -> Path:
@@ -51,11 +44,10 @@ def entry(path: Path, write: Write, **note: str | int) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Without its old note, so that the two never meet.
             beside.unlink(missing_ok=True)
-            with _replacing(path) as file:
+            with files.replacing(path) as file:
                 write(file)
-            content = json.dumps({**note, "sha256": _digest(path)}, indent=1)
-            with _replacing(beside) as file:
-                file.write(content.encode())
+            content = json.dumps({**note, "sha256": files.sha256(path)}, indent=1)
+            files.write(beside, content)
         except OSError as error:
             raise DataError(
                 f"{path.absolute()}: cannot be written ({error.strerror or error}). Make room "
@@ -110,30 +102,8 @@ def _fault(path: Path, beside: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         return "beside a note that cannot be read"
     try:
-        return "" if _digest(path) == expected else "not what its note says"
+        return "" if files.sha256(path) == expected else "not what its note says"
     except FileNotFoundError:
         return "missing"
     except OSError as error:
         return f"unreadable ({error.strerror or error})"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[BinaryIO]:
-    """Write `target` so that it never exists with a part of its content."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # `mkstemp` makes the file private; a dataset may be shared.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -79,7 +79,7 @@ def make(
       shape: of an input, without the batch.
       classes: number of outputs.
       seed: of the initial parameters.
-      options: of the model; None values are left to it.
+      options: of the model; what is left out is up to it.
 
     Raises:
       ConfigError: an unknown name, an option that the model does not have, or a size it cannot
@@ -88,14 +88,13 @@ def make(
     if name not in MODELS:
         raise ConfigError(unknown("architecture", name, MODELS))
     model = MODELS[name]
-    given = {key: value for key, value in options.items() if value is not None}
-    for key in given:
+    for key in options:
         if key not in model.options:
             raise ConfigError(
-                f"architecture.{key}={given[key]}: {name} has no such option, only "
+                f"architecture.{key}={options[key]}: {name} has no such option, only "
                 f"{', '.join(model.options) or 'none'}."
             )
     try:
-        return model.factory(shape, classes, **given, rngs=nnx.Rngs(seed))
+        return model.factory(shape, classes, **options, rngs=nnx.Rngs(seed))
     except ValueError as error:
         raise ConfigError(f"architecture {name}: {error}") from error

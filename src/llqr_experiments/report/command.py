@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from llqr_experiments.errors import ConfigError
+from llqr_experiments.files import replacing
 from llqr_experiments.report.charts import NAMES, pictures
 from llqr_experiments.report.page import page
 from llqr_experiments.report.runs import FILES, Run, named, read
@@ -51,9 +52,11 @@ def write(runs: Sequence[Path], out: Path, say: Callable[[str], None] = lambda t
             (folder / f"{prefix}{name}.png").unlink(missing_ok=True)
     for part, some in zip(parts, drawn, strict=True):
         for picture, png in some:
-            _replace(folder / f"{part.prefix}{picture.name}.png", png)
+            with replacing(folder / f"{part.prefix}{picture.name}.png") as file:
+                file.write(png)
     # What is no text in a name or a translation (half of a surrogate pair) becomes "?".
-    _replace(out, page(parts, drawn, left_out).encode(errors="replace"))
+    with replacing(out) as file:
+        file.write(page(parts, drawn, left_out).encode(errors="replace"))
     return out
 
 
@@ -76,13 +79,6 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=200)
     return buffer.getvalue()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_bytes(content)
-    aside.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -72,7 +72,7 @@ WRITTEN = {
 }
 """Names of the record that people write in another way."""
 
-GROKKED = "first step with test accuracy of 95 %"
+GROKKED = measures.first_step("test accuracy", 95)
 """What operations are told by, even where no run has reached it."""
 
 

@@ -23,13 +23,13 @@ from llqr_experiments.data.translation.files import (
     METADATA,
     check_complete,
     read_lines,
-    sha256,
     write_json,
     write_lines,
 )
 from llqr_experiments.data.translation.recipe import LANGUAGES, SPLITS
 from llqr_experiments.data.translation.vocabulary import Vocabulary
 from llqr_experiments.errors import DataError
+from llqr_experiments.files import sha256
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1

@@ -7,7 +7,6 @@ A file appears under its name only when it is whole; a stage counts as done only
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llqr_experiments.errors import DataError
+from llqr_experiments.files import sha256, write
 
 METADATA = "metadata.json"
 _FORMAT = 1
@@ -79,9 +79,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by a JSON document, at once."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write_lines(temporary, [json.dumps(value, indent=2, sort_keys=True)])
-    os.replace(temporary, path)
+    write(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -90,12 +88,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,216 @@
+"""What changes during a run: begun, restored, saved; and where a run reports to."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llqr._tree import leaf_names
+from llqr_experiments import records, translate
+from llqr_experiments.checkpoint import BEST, Checkpoints, find, load_fields
+from llqr_experiments.clock import Clock
+from llqr_experiments.console import Display
+from llqr_experiments.errors import ConfigError, TrainingError
+from llqr_experiments.job import Run, job_id
+from llqr_experiments.preemption import Interrupted, Interrupts
+from llqr_experiments.step import TrainState, init
+from llqr_experiments.tracking import Trackers
+
+
+@dataclass
+class Session:
+    """What changes during a run; a checkpoint holds it.
+
+    Attributes:
+      state: what a training step changes.
+      step: the next loop index.
+      stream: training batches.
+      refits: batches for refits.
+      best: best value so far of the metric of the best checkpoint, and its step.
+      reached: first steps of milestones, by name.
+    """
+
+    state: TrainState
+    step: int
+    stream: Any
+    refits: Any
+    best: dict[str, float] = field(default_factory=dict)
+    reached: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where a run reports to.
+
+    Attributes:
+      display: the terminal.
+      trackers: of metrics.
+      clock: time by phase.
+      checkpoints: of the run.
+      interrupts: signals that ask the run to end.
+      out_dir: the run's folder.
+    """
+
+    display: Display
+    trackers: Trackers
+    clock: Clock
+    checkpoints: Checkpoints
+    interrupts: Interrupts
+    out_dir: Path
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record values."""
+        with self.clock.phase("logging"):
+            self.trackers.log(step, values, self.clock.elapsed())
+
+
+def checkpoints_of(job: Run, out_dir: Path, say: Callable[[str], None]) -> Checkpoints:
+    """Return where a run's checkpoints lie: in its folder, or in $SCRATCH."""
+    config, folder = job.config, out_dir / "checkpoints"
+    if config.preempt_handling:
+        folder = Path(os.environ["SCRATCH"]) / job.task.name / job_id(config)
+    return Checkpoints(folder, config.checkpoint_keep, say)
+
+
+def begin(
+    job: Run, entered: bool, out_dir: Path, checkpoints: Checkpoints, display: Display
+) -> tuple[Session, dict[str, Any]]:
+    """Return the session, new or restored, and the facts of the checkpoint it comes from."""
+    config = job.config
+    streams = job.task.material.streams
+    state = init(job.recipe, job.task.params, job.task.statistics)
+    session = Session(state, 0, streams.training(config), streams.refits(config))
+    say, found, own, options = display.say, None, True, records.options(config)
+    if entered or config.preempt_handling:
+        found = checkpoints.restore(session.state)
+        if found is not None:  # in $SCRATCH, the folder does not tell whose it is
+            records.check_same(found.meta["options"], options, checkpoints.folder)
+    if found is None and config.resume:
+        found = Checkpoints(find(Path(config.resume)), 1, say).restore(session.state, own=False)
+        own = False
+        if found is None:
+            raise ConfigError(f"resume={config.resume}: no checkpoint there can be read.")
+    if found is None:
+        if entered and "finished" in json.loads((out_dir / "meta.json").read_text()):
+            raise ConfigError(
+                f"{out_dir} already holds a finished run, without a checkpoint that can be read; "
+                "give another folder (hydra.run.dir=...)."
+            )
+        if config.init_from:
+            model = {"params": state.params, "statistics": state.statistics}
+            found_model, step = load_fields(find(Path(config.init_from)), model, say)
+            say(f"parameters of step {step} of {config.init_from}\n")
+            session.state = state._replace(**found_model)
+        return session, {}
+    if found.step > job.last:
+        raise ConfigError(
+            f"the checkpoint is of step {found.step}, and this run ends at {job.last}."
+        )
+    meta, fresh = found.meta, session.state
+    session.state, session.step = found.state, found.step
+    session.best, session.reached = meta["best"], meta["reached"]
+    if not job.recipe.skip:  # what an earlier run skipped is no reason to stop
+        session.state = session.state._replace(health=fresh.health)
+    where = "" if own else f" of {config.resume}"
+    say(f"going on from the checkpoint of step {found.step}{where}\n")
+    if all(meta["options"][name] == options[name] for name in STREAM):
+        session.stream.set_state(meta["stream"])
+        session.refits.set_state(meta["refits"])
+    else:
+        say("[yellow]warning:[/] the options of the data are others: the streams start anew\n")
+    if not own:  # the record of another run stays where it is
+        return session, {"seconds": meta["seconds"]}
+    for name in (HISTOGRAMS, translate.FILE):
+        _forget(out_dir / name, found.step)
+    return session, meta
+
+
+STREAM = (
+    "dataset", "batch_size", "grad_acc_steps", "partial_batch", "batch_overlap_fraction",
+    "precond_batch_size", "rng_seed",
+)  # fmt: skip
+"""Options that a position in the streams of data belongs to."""
+
+HISTOGRAMS = "histograms.jsonl"
+
+
+def _forget(path: Path, step: int) -> None:
+    """Drop what comes again: evaluations from the checkpoint's step on."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
+        path.write_text("".join(kept))
+
+
+def checkpoint(job: Run, session: Session, desk: Desk) -> None:
+    """Write a checkpoint if one is due; end the run if a signal asks for it."""
+    step, every = session.step, job.config.checkpoint_freq
+    signal, checkpoints = desk.interrupts.requested, desk.checkpoints
+    due = step == job.last or (step > 0 and step % (every or 1) == 0)
+    if every and (due or signal):
+        check_health(job, session.state, desk)
+        with desk.clock.phase("checkpoint"):
+            checkpoints.save(step, session.state, _meta(job, session, desk))
+    if signal is None:
+        return
+    checkpoints.wait()
+    saved = "Nothing is saved of it."
+    if checkpoints.newest is not None:
+        saved = (
+            f"It is saved up to step {checkpoints.newest}; the same command for the folder "
+            f"{desk.out_dir} goes on from there."
+        )
+    raise Interrupted(f"{signal.name} ended the run at step {step}. {saved}")
+
+
+def keep_best(job: Run, session: Session, found: dict[str, float], desk: Desk) -> None:
+    """Write a checkpoint if this evaluation is the best so far."""
+    name, sign = job.best[0], 1 if job.best[1] else -1
+    if name not in found:
+        return
+    value = found[name]
+    better = not session.best or sign * value > sign * session.best["value"]
+    if not math.isfinite(value) or not better:
+        return
+    session.best = {"value": value, "step": float(session.step)}
+    if job.config.checkpoint_freq:
+        meta = _meta(job, session, desk)
+        with desk.clock.phase("checkpoint"):
+            desk.checkpoints.save(session.step, session.state, meta, kind=BEST)
+
+
+def _meta(job: Run, session: Session, desk: Desk) -> dict[str, Any]:
+    return {
+        "options": records.options(job.config),
+        "best": session.best,
+        "reached": session.reached,
+        "stream": session.stream.get_state(),
+        "refits": session.refits.get_state(),
+        "seconds": {**desk.clock.seconds, "total": desk.clock.elapsed()},
+        "trackers": desk.trackers.positions(),
+    }
+
+
+def check_health(job: Run, state: TrainState, desk: Desk) -> None:
+    """Stop if a loss or gradient was not finite, before it is saved or believed."""
+    health = jax.device_get(state.health)
+    if job.recipe.skip or health.bad_step < 0:
+        return
+    what, names = "training loss", leaf_names(state.params)
+    if health.bad_leaf >= 0:
+        kind = "gradient of" if health.bad_leaf < len(names) else "updated parameter"
+        what = f"{kind} {names[health.bad_leaf % len(names)]}"
+    desk.checkpoints.wait()
+    where, last = "there is no checkpoint", desk.checkpoints.newest
+    if last is not None:
+        where = f"the last good checkpoint is of step {last}, in {desk.checkpoints.folder}"
+    raise TrainingError(
+        f"the {what} is not finite at step {int(health.bad_step)}; {where}. Lower "
+        "learning_rate, refit more cautiously (damping, precond_lr, ema_decay), or go on past "
+        "such steps with on_nonfinite=skip."
+    )
