@@ -19,7 +19,7 @@ from llqr._errors import unknown
 from llqr._tree import leaf_names
 from llqr._types import Array, Params
 from llqr_experiments import build, data, insight, plots, records, tasks, translate
-from llqr_experiments.checkpoint import BEST, Checkpoints, find, load_fields
+from llqr_experiments.checkpoint import BEST, Checkpoints, find, load_fields, steps
 from llqr_experiments.clock import Clock
 from llqr_experiments.console import Display, counts, shown
 from llqr_experiments.errors import ConfigError, TrainingError
@@ -307,10 +307,11 @@ HISTOGRAMS = "histograms.jsonl"
 
 
 def _forget(path: Path, step: int) -> None:
-    """Drop what comes again: evaluations from the checkpoint's step on."""
+    """Drop what comes again: evaluations from the checkpoint's step on, and those in the end."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
+        rows = [(x, json.loads(x)) for x in lines if x.endswith("\n")]
+        kept = [x for x, row in rows if row["step"] < step and row.get("split") != "test"]
         path.write_text("".join(kept))
 
 
@@ -486,15 +487,34 @@ def _test_translations(job: Run, session: Session, desk: Desk) -> dict[str, floa
     """Translate the test set with the best parameters, which is done once, in the end."""
     if not job.config.translation_eval.enabled:
         return {}
-    params, step = session.state.params, session.step
-    if session.best and session.best["step"] != step and job.config.checkpoint_freq:
-        desk.checkpoints.wait()
-        like, say = {"params": params}, desk.display.say
-        found_model, step = load_fields(desk.checkpoints.folder, like, say, kind=BEST)
-        params = found_model["params"]
+    params, step = _best_params(job, session, desk)
     values = translate.record("test", "bleu", _translate(job, params, "test", None, step, desk))
     desk.log(job.last, values)
     return values
+
+
+def _best_params(job: Run, session: Session, desk: Desk) -> tuple[Params, int]:
+    """Return the parameters of the best evaluation, and its step; the last if there is none."""
+    params, step = session.state.params, session.step
+    best, say = int(session.best.get("step", step)), desk.display.say
+    if best == step or not job.config.checkpoint_freq:
+        return params, step
+    desk.checkpoints.wait()
+    folders = [desk.checkpoints.folder]
+    if job.config.resume:  # the best may be of the run that this one goes on from
+        folders.append(find(Path(job.config.resume)))
+    for folder in folders:
+        if best in steps(folder, BEST):
+            try:
+                found, step = load_fields(folder, {"params": params}, say, kind=BEST)
+            except ConfigError:  # damaged, which was said
+                continue
+            return found["params"], step
+    say(
+        f"[yellow]warning:[/] the best checkpoint, of step {best}, cannot be read: the test set "
+        "is translated with the last parameters."
+    )
+    return params, step
 
 
 def _translate(
