@@ -588,8 +588,8 @@ def _refit(job: Run, session: Session, training: dict[str, Any], desk: Desk) -> 
     with clock.phase("insight"):
         skew = config.measure_asymmetry
         report = llqr.inspect(job.recipe.tx, opt_state, state.params, asymmetry=skew)
-        pair = [_bound(job, given, state) for given in (batch, training)]
-        cosine = insight.gradient_cosine(*pair, state.params)
+        ours, theirs = (_bound(job, given, state) for given in (batch, training))
+        cosine = insight.gradient_cosine(ours, theirs, state.params)
         record = insight.refit_record(report, float(cosine))
     desk.display.refit(session.step, report, seconds)
     desk.log(session.step, record)
