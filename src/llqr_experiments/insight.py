@@ -19,7 +19,6 @@ from llqr_experiments.spec import Config
 BARS = ("#8aa6c1", "#c8452c", "#5b8c5a")
 
 
-@jax.jit
 def gradient_cosine(
     refit: llqr.BoundObjective, training: llqr.BoundObjective, params: Params
 ) -> Float[Array, ""]:
@@ -28,7 +27,16 @@ def gradient_cosine(
     Near 0, P is learned for a direction that training does not take: refit later
     (`precond_start_step`) or on more examples.
     """
-    return cosine(jax.grad(refit)(params), jax.grad(training)(params))
+    return _cosine(_gradient(refit, params), _gradient(training, params))
+
+
+# Apart: training batches may have many shapes, and the refit's gradient is compiled once.
+@jax.jit
+def _gradient(objective: llqr.BoundObjective, params: Params) -> Params:
+    return jax.grad(objective)(params)
+
+
+_cosine = jax.jit(cosine)
 
 
 def refit_record(report: llqr.Report, agreement: float) -> dict[str, float]:

@@ -26,7 +26,8 @@ class Streams:
       training: (config) -> endless iterator with `get_state`, `set_state` and `close`.
       refits: (config) -> the same for refits, of its own order.
       evaluation: (split, batch size) -> every example of a split once; "train" is one.
-      length: (config) -> training batches in an epoch; it need not be whole.
+      length: (config) -> training batches in an epoch; it need not be whole. Options that the
+        data does not have are told here.
       shapes: (config) -> shapes and dtypes of a training batch.
     """
 
@@ -263,13 +264,16 @@ def pair_streams(found: translation.Translation, coverage: float) -> Streams:
     """Return the streams of sentence pairs: batches of a few shapes, by the length of sentences."""
     train, bucketing = found.train, found.bucketing
 
-    def training(config: Config) -> Any:
-        for name, plain in (("grad_acc_steps", 1), ("batch_overlap_fraction", 0.0)):
+    def check(config: Config) -> None:
+        whole = {"grad_acc_steps": 1, "sam_groups": 1, "batch_overlap_fraction": 0.0}
+        for name, plain in whole.items():
             if getattr(config, name) != plain:
                 raise ConfigError(
                     f"{name}={getattr(config, name)}: batches of translation differ in shape; "
-                    f"leave it at {plain} and raise dataset.max_tokens."
+                    f"leave it at {plain} (dataset.max_tokens is the size of a batch)."
                 )
+
+    def training(config: Config) -> Any:
         return translation.train_stream(
             train, bucketing, seed=config.rng_seed, num_threads=config.data_threads
         )
@@ -290,6 +294,7 @@ def pair_streams(found: translation.Translation, coverage: float) -> Streams:
             yield {name: batch[name] for name in ("source", "target_in", "label")}
 
     def length(config: Config) -> float:
+        check(config)
         return translation.epoch_length(train, bucketing)
 
     def shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ from rich.markup import escape
 import llqr
 from llqr._types import Array, Params, PyTree
 from llqr_experiments import insight, measures, tasks, translate
-from llqr_experiments.checkpoint import BEST, load_fields
+from llqr_experiments.checkpoint import BEST, find, load_fields, steps
+from llqr_experiments.errors import ConfigError
 from llqr_experiments.evaluate import Histograms, evaluate
 from llqr_experiments.job import Run
 from llqr_experiments.session import HISTOGRAMS, Desk, Session, check_health, keep_best
@@ -32,8 +34,8 @@ def refit(job: Run, session: Session, training: dict[str, Any], desk: Desk) -> N
     with clock.phase("insight"):
         skew = config.measure_asymmetry
         report = llqr.inspect(job.recipe.tx, opt_state, state.params, asymmetry=skew)
-        pair = [_bound(job, given, state) for given in (batch, training)]
-        cosine = insight.gradient_cosine(*pair, state.params)
+        ours, theirs = (_bound(job, given, state) for given in (batch, training))
+        cosine = insight.gradient_cosine(ours, theirs, state.params)
         record = insight.refit_record(report, float(cosine))
     desk.display.refit(session.step, report, seconds)
     desk.log(session.step, record)
@@ -120,15 +122,34 @@ def closing_translations(job: Run, session: Session, desk: Desk) -> dict[str, fl
     """Translate the test set with the best parameters, which is done once, in the end."""
     if not job.config.translation_eval.enabled:
         return {}
-    params, step = session.state.params, session.step
-    if session.best and session.best["step"] != step and job.config.checkpoint_freq:
-        desk.checkpoints.wait()
-        like, say = {"params": params}, desk.display.say
-        found_model, step = load_fields(desk.checkpoints.folder, like, say, kind=BEST)
-        params = found_model["params"]
+    params, step = _best_params(job, session, desk)
     values = translate.record("test", "bleu", _translate(job, params, "test", None, step, desk))
     desk.log(job.last, values)
     return values
+
+
+def _best_params(job: Run, session: Session, desk: Desk) -> tuple[Params, int]:
+    """Return the parameters of the best evaluation, and its step; the last if there is none."""
+    params, step = session.state.params, session.step
+    best, say = int(session.best.get("step", step)), desk.display.say
+    if best == step or not job.config.checkpoint_freq:
+        return params, step
+    desk.checkpoints.wait()
+    folders = [desk.checkpoints.folder]
+    if job.config.resume:  # the best may be of the run that this one goes on from
+        folders.append(find(Path(job.config.resume)))
+    for folder in folders:
+        if best in steps(folder, BEST):
+            try:
+                found, step = load_fields(folder, {"params": params}, say, kind=BEST)
+            except ConfigError:  # damaged, which was said
+                continue
+            return found["params"], step
+    say(
+        f"[yellow]warning:[/] the best checkpoint, of step {best}, cannot be read: the test set "
+        "is translated with the last parameters."
+    )
+    return params, step
 
 
 def _translate(

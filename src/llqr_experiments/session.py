@@ -140,10 +140,11 @@ HISTOGRAMS = "histograms.jsonl"
 
 
 def _forget(path: Path, step: int) -> None:
-    """Drop what comes again: evaluations from the checkpoint's step on."""
+    """Drop what comes again: evaluations from the checkpoint's step on, and those in the end."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < step]
+        rows = [(x, json.loads(x)) for x in lines if x.endswith("\n")]
+        kept = [x for x, row in rows if row["step"] < step and row.get("split") != "test"]
         path.write_text("".join(kept))
 
 

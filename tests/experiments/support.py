@@ -1,14 +1,17 @@
 """Runs for tests: composed by Hydra as on the command line, executed in this process."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from llqr_experiments import cli, train
+from llqr_experiments import checkpoint, cli, console, train
 from llqr_experiments.spec import Config
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -39,3 +42,30 @@ def rows(out: Path) -> list[dict[str, Any]]:
 def timeless(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows without the time, which no two runs share."""
     return [{k: v for k, v in row.items() if k != "seconds"} for row in metrics]
+
+
+def final(run: Path) -> dict[str, np.ndarray]:
+    """Arrays of the newest checkpoint."""
+    folder = run / "checkpoints"
+    return checkpoint.read(folder, checkpoint.steps(folder)[-1])[0]
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """Last checkpoints agree to the last bit, and so do all metrics."""
+    mine, theirs = final(run), final(other)
+    assert mine.keys() == theirs.keys()
+    for name, array in mine.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+    assert timeless(rows(run)) == timeless(rows(other))
+
+
+def interrupt(monkeypatch, at: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Send this process a signal when `at` steps are shown."""
+    shown = console.Display.progress
+
+    def progress(self, step, rates):
+        shown(self, step, rates)
+        if step == at:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(console.Display, "progress", progress)

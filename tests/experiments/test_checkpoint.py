@@ -14,11 +14,12 @@ import numpy as np
 import optax
 import pytest
 
-from llqr_experiments import checkpoint, console, data, phases, preemption
+from llqr_experiments import checkpoint, data, phases, preemption
 from llqr_experiments.checkpoint import BEST, LATEST, Checkpoints
 from llqr_experiments.errors import ConfigError, TrainingError
 from llqr_experiments.preemption import Interrupted
 from tests.experiments import support
+from tests.experiments.support import assert_same_end, final, interrupt
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = (
@@ -38,38 +39,12 @@ RUN = (
 )
 
 
-def final(run: Path) -> dict[str, np.ndarray]:
-    """Arrays of the newest checkpoint."""
-    folder = run / "checkpoints"
-    return checkpoint.read(folder, checkpoint.steps(folder)[-1])[0]
-
-
-def assert_same_end(run: Path, other: Path) -> None:
-    mine, theirs = final(run), final(other)
-    assert mine.keys() == theirs.keys()
-    for name, array in mine.items():
-        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
-    assert support.timeless(support.rows(run)) == support.timeless(support.rows(other))
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A run that nothing interrupts."""
     out = tmp_path_factory.mktemp("whole") / "run"
     support.run(out, *RUN)
     return out
-
-
-def interrupt(monkeypatch, at: int, number: signal.Signals = signal.SIGTERM) -> None:
-    """Send this process a signal when `at` steps are shown."""
-    shown = console.Display.progress
-
-    def progress(self, step, rates):
-        shown(self, step, rates)
-        if step == at:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(console.Display, "progress", progress)
 
 
 @pytest.mark.parametrize("number", preemption.SIGNALS, ids=lambda s: s.name)
