@@ -124,7 +124,9 @@ def show_plan(run: tuple[str, ...], out: Path, said: pytest.CaptureFixture[str])
     """Run a command with smoke=true dry_run=true, in this process."""
     config = support.config(*run, "smoke=true", "dry_run=true", "logging.aim=false")
     cli.execute(OmegaConf.structured(config), out)
-    assert re.search(r"4 of \d+ examples|iterations|20 steps", said.readouterr().out)
+    assert re.search(
+        r"4 of (\d+ examples|at most \d+ words)|iterations|20 steps", said.readouterr().out
+    )
 
 
 FAST = ("quick-local-test", "grokking", "char-lm", "transformer-iwslt14-de-en", "toy-rosenbrock")

@@ -115,6 +115,15 @@ def job_id(config: Config) -> str:
     return config.jobid or os.environ.get("SLURM_JOBID", "")
 
 
+def batches(job: Run) -> str:
+    """Return in words what a training batch holds."""
+    config, parts = job.config, job.config.grad_acc_steps
+    if job.task.material.pairs is not None:
+        return f"at most {config.dataset.max_tokens:,} words"
+    examples = f"{config.batch_size * parts} examples"
+    return f"{examples} in {parts} micro-batches" if parts > 1 else examples
+
+
 def title(config: Config) -> str:
     """Return what pictures of a run are called."""
     name = f"{config.dataset.name}, {config.architecture.name}: {config.main_optimizer}"

@@ -11,6 +11,7 @@ import llqr
 from llqr._types import PyTree
 from llqr_experiments import build, comparison, memory, phases, tasks, train
 from llqr_experiments.console import counts
+from llqr_experiments.job import batches
 from llqr_experiments.spec import Config
 from llqr_experiments.step import TrainState, init
 
@@ -72,14 +73,9 @@ def _rows(job: train.Run, state: TrainState) -> Iterable[tuple[str, str]]:
         "data",
         f"{config.dataset.name}: {counts(job.task.material.sizes)} examples",
     )
-    examples = config.batch_size * config.grad_acc_steps
-    parts = f" in {config.grad_acc_steps} micro-batches" if config.grad_acc_steps > 1 else ""
     yield (
         "steps",
-        (
-            f"{job.last:,} of {examples} examples{parts} "
-            f"({job.last / job.horizon.steps_per_epoch:.3g} epochs)"
-        ),
+        (f"{job.last:,} of {batches(job)} ({job.last / job.horizon.steps_per_epoch:.3g} epochs)"),
     )
     yield (
         "optimizer",

@@ -12,7 +12,7 @@ from llqr._types import Array, Params
 from llqr_experiments import build, insight, phases, plots, records, tasks
 from llqr_experiments.clock import Clock
 from llqr_experiments.console import Display, counts, shown
-from llqr_experiments.job import Run, prepare, title
+from llqr_experiments.job import Run, batches, prepare, title
 from llqr_experiments.preemption import Interrupts
 from llqr_experiments.session import Desk, Session, begin, checkpoint, checkpoints_of
 from llqr_experiments.spec import Config
@@ -143,12 +143,9 @@ def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:
 def _announce(job: Run, display: Display) -> None:
     """Say what is about to happen."""
     config, size = job.config, sum(x.size for x in jax.tree.leaves(job.task.params))
-    batch = f"{config.batch_size}" + (
-        f" x {config.grad_acc_steps}" if config.grad_acc_steps > 1 else ""
-    )
     display.say(
         f"[bold]{job.task.name}[/]   {size:,} parameters   examples: "
-        f"{counts(job.task.material.sizes)}   {job.last:,} steps of {batch}   "
+        f"{counts(job.task.material.sizes)}   {job.last:,} steps of {batches(job)}   "
         f"{jax.devices()[0].platform.upper()}"
     )
     if job.recipe.ascent:

@@ -23,14 +23,7 @@ from tests.experiments.sequences import TIED, TINY, Case, plain_text, plain_tran
 SMOOTHING = 0.1
 
 
-@pytest.fixture(autouse=True)
-def _precision():
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with jax.enable_x64(True):
-            yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def build(*overrides):
