@@ -3,7 +3,7 @@
     uv run python benchmarks/curves.py out.png "plain=outputs/a outputs/b" "LLQR=outputs/c"
     uv run python benchmarks/curves.py out.png --log ...    # steps on a logarithmic axis
 
-A curve is the mean over runs, with the range of its seeds. The table has mean and range of the
+A curve is the mean over runs of equal length, with the range of its seeds. The table has mean and range of the
 last value of each metric, of the first steps with an accuracy, and of the seconds of training
 until then, without compilation and evaluation.
 """
@@ -26,6 +26,8 @@ def series(run: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of a metric."""
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     found = [(row["step"], row[name]) for row in rows if name in row]
+    if not found:
+        raise SystemExit(f"{run} has no {name!r} in its metrics.jsonl: curves are of {PANELS}.")
     steps, values = map(np.asarray, zip(*found, strict=True))
     if name == "train loss" and len(values) > WINDOW:
         kernel = np.ones(WINDOW) / WINDOW
@@ -97,6 +99,8 @@ def main() -> None:
     parser.add_argument("--log", action="store_true", help="logarithmic steps")
     arguments = parser.parse_args()
     groups = {}
+    if len(arguments.groups) > len(COLORS):
+        raise SystemExit(f"at most {len(COLORS)} curves, got {len(arguments.groups)}.")
     for group in arguments.groups:
         label, _, runs = group.partition("=")
         groups[label] = [Path(run) for run in runs.split()]

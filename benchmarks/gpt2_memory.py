@@ -92,7 +92,7 @@ def main() -> None:
         rows.append(json.loads(out.splitlines()[-1]))
     name = "gpt2_memory_quick" if arguments.quick else "gpt2_memory"
     show("One refit of GPT-2, e-kfac-gpt, chunks of one window", rows)
-    write(name, environment(steps=STEPS), rows)
+    write(name, environment(steps=STEPS, run=arguments.run), rows)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ class Metric:
     """One metric: whose curvature, and how much of it.
 
     Args:
-      divergence: value of each row for given outputs and their frozen reference, applied
-        to every output array; None stands for the objective's loss.
+      divergence: value of each row, from that row alone, for given outputs and their frozen
+        reference; applied to every output array. None stands for the objective's loss.
       full: True takes the whole Hessian in the parameters; False the generalised
         Gauss-Newton part J^T Q J, equal to it when the potential's gradient vanishes.
       sample: draws cotangents whose covariance is the Hessian of one row's divergence, for

@@ -30,7 +30,17 @@ import jax.numpy as jnp
 
 from llqr import metrics
 from llqr._errors import check_choice, check_integer, check_range
-from llqr._tree import Frozen, check_inexact, freeze, is_traced, norm, normal_like, vdot
+from llqr._tree import (
+    Frozen,
+    accurate_dtype,
+    check_inexact,
+    freeze,
+    is_traced,
+    norm,
+    normal_like,
+    vdot,
+    widen,
+)
 from llqr._types import Array, Float, Number, Params, PyTree
 from llqr.metrics import Reduction
 from llqr.objective import BoundObjective, Chunks
@@ -57,7 +67,7 @@ class Route:
         models are cut at their stages.
       chunk_size: examples whose activations are held at once; None: the whole batch. The
         forward function must treat examples one by one (no batch statistics), with all
-        outputs example by example along their first axis.
+        outputs example by example along their first axis, and a divergence row by row.
 
     Raises:
       ValueError: an unknown word, or options that exclude each other.
@@ -140,7 +150,8 @@ class QuadraticModel:
 
     def value(self, u: Params) -> Float[Array, ""]:
         """Return J(u)."""
-        return vdot(self.gradient, u) + 0.5 * self.inner(u, u)
+        curved = self.inner(u, u)
+        return vdot(self.gradient, u).astype(curved.dtype) + 0.5 * curved
 
     def value_and_gradient(self, u: Params) -> tuple[Float[Array, ""], Params]:
         """Return J(u) and dJ/du = g + (C + lambda I) u."""
@@ -156,7 +167,8 @@ class QuadraticModel:
 
     def inner(self, u: Params, w: Params) -> Float[Array, ""]:
         """Return u.(C + lambda I) w, from tangent sweeps alone where C = J^T Q J."""
-        return self.curvature.inner(u, w) / self.scale + self.damping * vdot(u, w)
+        curved = self.curvature.inner(u, w) / self.scale
+        return curved + (self.damping * vdot(u, w)).astype(curved.dtype)
 
     def curve(self, u: Params) -> Params:
         """Return C u, neither scaled nor damped."""
@@ -433,8 +445,8 @@ def _chunked(
 ) -> QuadraticModel:  # fmt: skip
     """The network chunk by chunk; the loss on the outputs of the whole batch.
 
-    Exact for every loss, mask and metric. A divergence is one number for each row, so its
-    curvature goes by chunks too; what couples examples (a loss) is taken of all outputs.
+    Exact for every loss and mask. A divergence is one number for each row, of that row alone, so
+    its curvature goes by chunks too; what couples examples (a loss) is taken of all outputs.
     """
     shapes = jax.eval_shape(objective.outputs, params)
     chunks = objective.split(size)
@@ -554,7 +566,7 @@ def _pull_back_chunk(chunk: BoundObjective, params: Params, w: PyTree) -> Params
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _GaussNewtonByChunks:
-    """C = J^T Q J with the Q of each chunk: outputs of the whole batch are never held.
+    """C = J^T Q J with the Q of each chunk: a product holds the outputs of one chunk alone.
 
     Attributes:
       network: J.
@@ -574,9 +586,11 @@ class _GaussNewtonByChunks:
 
     def inner(self, u: Params, w: Params) -> Float[Array, ""]:
         pair = (u,) if u is w else (u, w)
-        zero = jnp.zeros((), jax.eval_shape(vdot, u, w).dtype)
         function = partial(_inner_chunk, self.metric)
-        return self.network.sum(function, (self.weights, pair), (self.kept,), zero)
+        network = self.network
+        outputs = jax.eval_shape(_forward_chunk, network.chunks[0], network.params)
+        zero = jnp.zeros((), accurate_dtype(outputs))
+        return network.sum(function, (self.weights, pair), (self.kept,), zero)
 
 
 def _q_chunk(
@@ -588,9 +602,14 @@ def _q_chunk(
     mask = treedef.unflatten(kept)
     pull = jax.grad(lambda z: metrics.potential(metric.tree, z, outputs, mask, "sum"))
     q = jax.tree.leaves(jax.jvp(pull, (outputs,), (v,))[1])
-    return treedef.unflatten(
-        [x if w is None else (w * x).astype(x.dtype) for x, w in zip(q, weights, strict=True)]
-    )
+    return treedef.unflatten([_weighted(x, w) for x, w in zip(q, weights, strict=True)])
+
+
+def _weighted(x: Array, weight: Array | None) -> Array:
+    if weight is None:
+        return x
+    wide = accurate_dtype(x)  # 1 / rows underflows in float16
+    return (weight.astype(wide) * x.astype(wide)).astype(x.dtype)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -610,7 +629,9 @@ def _inner_chunk(
 ) -> Float[Array, ""]:  # fmt: skip
     outputs, tangent = jax.linearize(chunk.outputs, params)
     tangents = [tangent(u) for u in pair]
-    return vdot(tangents[0], _q_chunk(metric, outputs, tangents[-1], weights, kept))
+    # In float32 at least: chunks are summed, and half-precision sums stop growing.
+    q = _q_chunk(metric, outputs, tangents[-1], weights, kept)
+    return vdot(widen(tangents[0]), widen(q))
 
 
 @jax.jit

@@ -16,8 +16,9 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
     `target` never exists with a part of its content.
     """
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    file = aside.open("xb")
     try:
-        with aside.open("xb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -130,26 +130,25 @@ def closing_translations(job: Run, session: Session, desk: Desk) -> dict[str, fl
 
 def _best_params(job: Run, session: Session, desk: Desk) -> tuple[Params, int]:
     """Return the parameters of the best evaluation, and its step; the last if there is none."""
-    params, step = session.state.params, session.step
-    best, say = int(session.best.get("step", step)), desk.display.say
-    if best == step or not job.config.checkpoint_freq:
-        return params, step
+    last, say = session.state.params, desk.display.say
+    best = int(session.best.get("step", session.step))
+    if best == session.step or not job.config.checkpoint_freq:
+        return last, session.step
     desk.checkpoints.wait()
-    folders = [desk.checkpoints.folder]
-    if job.config.resume:  # the best may be of the run that this one goes on from
-        folders.append(find(Path(job.config.resume)))
-    for folder in folders:
-        if best in steps(folder, BEST):
-            try:
-                found, step = load_fields(folder, {"params": params}, say, kind=BEST)
-            except ConfigError:  # damaged, which was said
-                continue
-            return found["params"], step
+    # It may be of the run that this one goes on from.
+    for run in (desk.checkpoints.folder, job.config.resume):
+        try:
+            if run is not None and best in steps(folder := find(Path(run)), BEST):
+                found, step = load_fields(folder, {"params": last}, say, kind=BEST)
+                if step == best:
+                    return found["params"], step
+        except ConfigError:  # gone, or damaged, which was said
+            continue
     say(
         f"[yellow]warning:[/] the best checkpoint, of step {best}, cannot be read: the test set "
         "is translated with the last parameters."
     )
-    return params, step
+    return last, session.step
 
 
 def _translate(

@@ -1,6 +1,7 @@
 """What a run would do: its steps, refits, memory and cost, before anything is run."""
 
 from collections.abc import Iterable
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -9,9 +10,9 @@ from rich.table import Table
 
 import llqr
 from llqr._types import PyTree
-from llqr_experiments import build, comparison, memory, phases, tasks, train
+from llqr_experiments import build, comparison, memory, tasks
 from llqr_experiments.console import counts
-from llqr_experiments.job import batches
+from llqr_experiments.job import Run, batches, prepare
 from llqr_experiments.spec import Config
 from llqr_experiments.step import TrainState, init
 
@@ -46,7 +47,7 @@ def show(config: Config) -> None:
 
 
 def _show_run(config: Config, console: Console) -> None:
-    job = train.prepare(config)
+    job = prepare(config)
     state = jax.eval_shape(
         lambda model: init(job.recipe, *model), (job.task.params, job.task.statistics)
     )
@@ -65,7 +66,7 @@ def _show_run(config: Config, console: Console) -> None:
         console.print(f"\n{job.blocks}", soft_wrap=True)
 
 
-def _rows(job: train.Run, state: TrainState) -> Iterable[tuple[str, str]]:
+def _rows(job: Run, state: TrainState) -> Iterable[tuple[str, str]]:
     config, ascent = job.config, job.recipe.ascent
     size = sum(x.size for x in jax.tree.leaves(job.task.params))
     yield "model", f"{config.architecture.name}, {size:,} parameters, {config.precision}"
@@ -122,20 +123,26 @@ def _rows(job: train.Run, state: TrainState) -> Iterable[tuple[str, str]]:
     yield "overhead", _overhead(job, gradients)
 
 
-def _refit_memory(job: train.Run, state: TrainState) -> str:
-    refits = job.task.material.streams.refits(job.config)
-    _, objective = phases.refit_objective(job, refits, state.statistics)
-    tx = job.recipe.tx
+def _refit_memory(job: Run, state: TrainState) -> str:
+    config = job.config
+    with closing(job.task.material.streams.refits(config)) as refits:
+        like = jax.eval_shape(lambda *given: given, next(refits), state.statistics)
+    if config.multibatch_training:  # as many of them as inner steps, on a first axis
+        many = (config.precond_steps,)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(many + x.shape, x.dtype), like)
+    objective, tx = tasks.bound(job.task, *like), job.recipe.tx
     size = memory.temporary(memory.compile_refit(tx, state.opt_state, state.params, objective))
-    whole = job.config.llqr_batch_update_mode == "full_batch"
-    advice = "; less in chunks: llqr_batch_update_mode=chunked_lqr_segment" if whole else ""
-    return (
-        f"{_bytes(size)} on top while one runs, compiled as a whole for {jax.default_backend()}"
-        f"{advice}"
-    )
+    told = f"{_bytes(size)} on top while one runs, compiled as a whole for {jax.default_backend()}"
+    route = build.route(config)
+    if route.chunk_size is None and not route.layerwise and config.batch_solve_precond:
+        told += (
+            "; less in chunks: llqr_batch_update_mode=chunked_lqr_segment "
+            "llqr_batch_update_chunk_size=N"
+        )
+    return told
 
 
-def _overhead(job: train.Run, gradients: float) -> str:
+def _overhead(job: Run, gradients: float) -> str:
     """What P costs, in gradients of the training batch: an estimate."""
     config = job.config
     probes = config.precond_probes if config.precond_probe != "gradient" else 1
@@ -151,7 +158,7 @@ def _overhead(job: train.Run, gradients: float) -> str:
     )
 
 
-def _gradient_flops(job: train.Run) -> float:
+def _gradient_flops(job: Run) -> float:
     """Floating-point operations of one gradient on a training batch, as XLA counts them."""
     shapes = job.task.material.streams.shapes(job.config)
     objective = tasks.bound(job.task, shapes, job.task.statistics)

@@ -16,6 +16,7 @@ from llqr_experiments.checkpoint import BEST, Checkpoints, find, load_fields
 from llqr_experiments.clock import Clock
 from llqr_experiments.console import Display
 from llqr_experiments.errors import ConfigError, TrainingError
+from llqr_experiments.files import write
 from llqr_experiments.job import Run, job_id
 from llqr_experiments.preemption import Interrupted, Interrupts
 from llqr_experiments.step import TrainState, init
@@ -142,10 +143,10 @@ HISTOGRAMS = "histograms.jsonl"
 def _forget(path: Path, step: int) -> None:
     """Drop what comes again: evaluations from the checkpoint's step on, and those in the end."""
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
+        lines = path.read_text("utf-8").splitlines(keepends=True)
         rows = [(x, json.loads(x)) for x in lines if x.endswith("\n")]
         kept = [x for x, row in rows if row["step"] < step and row.get("split") != "test"]
-        path.write_text("".join(kept))
+        write(path, "".join(kept))
 
 
 def checkpoint(job: Run, session: Session, desk: Desk) -> None:

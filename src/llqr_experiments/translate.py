@@ -39,13 +39,14 @@ class Translated:
 
     Attributes:
       bleu: of the whole.
-      copied: score of the source sentences as they stand: what a translation must beat.
+      copied: score of the source sentences as they stand, which a translation must beat; None
+        for a part of a split.
       examples: sentences.
       samples: a few of them.
     """
 
     bleu: translation.Bleu
-    copied: float
+    copied: float | None
     examples: int
     samples: tuple[Sample, ...]
 
@@ -95,10 +96,14 @@ def translate(
     order = range(len(pairs))
     hypotheses = [text(found[i], translation.UNKNOWN_HYPOTHESIS) for i in order]
     references = [text(pairs.target[i], translation.UNKNOWN_REFERENCE) for i in order]
-    sources = [_source(data, pairs.source[i]) for i in order]
     shown = np.linspace(0, len(pairs) - 1, min(SAMPLES, len(pairs))).astype(int)
-    samples = tuple(Sample(sources[i], hypotheses[i], references[i]) for i in shown)
-    copied = translation.bleu(sources, references).score
+    samples = tuple(
+        Sample(_source(data, pairs.source[i]), hypotheses[i], references[i]) for i in shown
+    )
+    copied = None
+    if most is None:
+        sources = [_source(data, numbers) for numbers in pairs.source]
+        copied = translation.bleu(sources, references).score
     return Translated(translation.bleu(hypotheses, references), copied, len(pairs), samples)
 
 
@@ -123,7 +128,8 @@ def record(split: str, name: str, found: Translated) -> dict[str, float]:
     title = f"{split} {name}"
     values = {title: found.bleu.score, f"{title} examples": float(found.examples)}
     if name == "bleu":
-        values[f"{split} bleu of the source"] = found.copied
+        if found.copied is not None:
+            values[f"{split} bleu of the source"] = found.copied
         for i in range(4):
             values[f"{split} _bleu_counts_{i}"] = float(found.bleu.counts[i])
             values[f"{split} _bleu_totals_{i}"] = float(found.bleu.totals[i])

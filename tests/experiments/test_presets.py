@@ -24,6 +24,12 @@ def test_every_preset_has_a_plan(preset, capsys):
     assert "4 of " in said or "iterations" in said or "20 steps" in said
 
 
+def test_a_plan_counts_the_memory_of_many_batches_with_running_statistics(capsys):
+    config = small("resnet18-cifar10")
+    plan.show(replace(config, multibatch_training=True, plan_memory=True))
+    assert "MiB on top while one runs" in " ".join(capsys.readouterr().out.split())
+
+
 def run(preset, out):
     """A smoke run with a SAM step, where it trains a model; returns the rows of its record."""
     config = small(preset)

@@ -48,6 +48,7 @@ CHOSEN = [
         for case, name in (
             (cases.MLP_TANH, "renyi_2"),
             (cases.MLP_MASKED, "gauss_newton"),
+            (cases.MLP_MASKED, "ngd"),
             (cases.MLP_MASKED, "newton"),
             (cases.CNN, "renyi(2)"),
             (cases.CNN, "newton"),
@@ -89,6 +90,39 @@ def test_chunks_agree_outside_a_trace(name: str) -> None:
     oracle.close(found, value)
     oracle.close(oracle.flat(other), oracle.flat(slope))
     oracle.close(chunked.inner(u, case.control(4)), model.inner(u, case.control(4)))
+
+
+def _half(outputs: str) -> llqr.Objective:
+    def forward(params: Any, x: Any) -> Any:
+        return (x.astype(params.dtype) @ params).astype(outputs)
+
+    return llqr.Objective(forward, lambda z, _: jnp.sum(z.astype(jnp.float32)))
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize(
+    ("params", "outputs"),
+    [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "float16")],
+)
+def test_chunks_of_half_precision(params: str, outputs: str, reduction: Any, traced: bool) -> None:
+    """Sums over many chunks go on growing, and nothing is promoted unasked."""
+    rows = 1200
+    objective = _half(outputs).bind(jnp.ones((rows, 3), jnp.float32))
+    theta, u = jnp.full((3, 1), 0.25, params), jnp.full((3, 1), 0.5, params)
+
+    def inner(theta: Any, u: Any) -> Any:
+        route, metric = Route(chunk_size=1 if traced else 10), "gaussian"
+        model = llqr.linearize(
+            objective, theta, metric, divergence_reduction=reduction, route=route
+        )
+        return model.inner(u, u), model.product(u)
+
+    value, product = (jax.jit(inner) if traced else inner)(theta, u)
+    count = 1 if reduction == "mean" else rows
+    np.testing.assert_allclose(float(value), 2.25 * count, rtol=1e-2)
+    assert product.dtype == params
+    assert np.isfinite(np.asarray(product, np.float32)).all()
 
 
 @pytest.mark.parametrize("memory", ["cached", "curvature_recomputed", "recomputed"])
