@@ -3,9 +3,9 @@
     uv run python benchmarks/curves.py out.png "plain=outputs/a outputs/b" "LLQR=outputs/c"
     uv run python benchmarks/curves.py out.png --log ...    # steps on a logarithmic axis
 
-A curve is the mean over runs of equal length, with the range of its seeds. The table has mean and range of the
-last value of each metric, of the first steps with an accuracy, and of the seconds of training
-until then, without compilation and evaluation.
+A curve is the mean over runs of equal length, with the range of its seeds. The table has mean and
+range of the last value of each metric, of the first steps with an accuracy, and of the seconds of
+training until then, without compilation and evaluation.
 """
 
 import argparse
