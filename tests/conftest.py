@@ -42,6 +42,15 @@ def _forget_compiled_functions() -> Iterator[None]:
     gc.collect()
 
 
+@pytest.fixture(autouse=True)
+def _forget_after_slow_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A module of large models alone can hold too many: XLA's compiler then ends the process."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture
 def unoptimized() -> Iterator[None]:
     """Skip XLA's optimisation passes: most of the time of tests would go into them."""
