@@ -76,7 +76,7 @@ def _rows(job: Run, state: TrainState) -> Iterable[tuple[str, str]]:
     )
     yield (
         "steps",
-        (f"{job.last:,} of {batches(job)} ({job.last / job.horizon.steps_per_epoch:.3g} epochs)"),
+        f"{job.last:,} of {batches(job)} ({job.last / job.horizon.steps_per_epoch:.3g} epochs)",
     )
     yield (
         "optimizer",

@@ -271,7 +271,9 @@ class Config:
     smoke: bool = _option(False, "the same run, shrunk to a few steps on embedded data")
     dry_run: bool = _option(False, "print the plan of the run, and end")
     plan_memory: bool = _option(
-        True, "dry_run compiles a refit to say what it holds in memory: a minute for large models"
+        True,
+        "dry_run compiles a refit to say what it holds in memory, a minute for large models; smoke "
+        "leaves it out",
     )
 
     # reports, in steps
