@@ -365,6 +365,9 @@ def test_histograms_are_not_doubled(tmp_path, monkeypatch, whole):
 
 # --- losses that are not finite ------------------------------------------------------------
 
+IN_ORDER = ("data_threads=0",)
+"""Two threads draw a batch now and then before the one that training sees first."""
+
 
 def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(tmp_path, monkeypatch):
     """The data of one batch turn into NaN: the leaf is named, the checkpoint before is whole."""
@@ -374,7 +377,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(tmp_path, monkey
         match=r"gradient of layers_0/kernel is not finite at step 23; the last good checkpoint is "
         r"of step 20, in .*on_nonfinite=skip",
     ):
-        support.run(tmp_path / "run", *RUN, "sam_mode=null")
+        support.run(tmp_path / "run", *RUN, *IN_ORDER, "sam_mode=null")
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 20
     assert all(
         np.isfinite(array).all() for n, array in final(tmp_path / "run").items() if "params" in n
@@ -383,7 +386,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(tmp_path, monkey
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch, capsys):
     poison(monkeypatch, 23)
-    rows = support.run(tmp_path / "run", *RUN, "on_nonfinite=skip")
+    rows = support.run(tmp_path / "run", *RUN, *IN_ORDER, "on_nonfinite=skip")
     assert [row["skipped steps"] for row in rows if "skipped steps" in row][-1] == 1
     assert all(np.isfinite(row["test loss"]) for row in rows if "test loss" in row)
     assert "1 steps whose loss or gradient was not finite" in capsys.readouterr().out
@@ -420,6 +423,7 @@ def test_an_evaluation_that_is_not_finite_is_not_the_best(tmp_path, monkeypatch)
 
 
 def poison(monkeypatch, at: int) -> None:
+    """Put a NaN into training batch `at`, of a run whose batches are drawn `IN_ORDER`."""
     draw = data.Source.draw
     served = []
 
