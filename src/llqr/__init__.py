@@ -14,8 +14,9 @@ from llqr.diagnostics import Description, Quality, Report, describe, inspect, qu
 from llqr.exact_steps import exact
 from llqr.metrics import Metric
 from llqr.objective import BoundObjective, Objective
-from llqr.quadratic import QuadraticModel, Route, linearize
+from llqr.quadratic import QuadraticModel, linearize
 from llqr.refits import Refit, RefitInfo
+from llqr.route import Route
 from llqr.sharpness import (
     Sharpness,
     SharpnessInfo,

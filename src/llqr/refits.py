@@ -12,7 +12,7 @@ from llqr._errors import check_choice, check_integer, check_range
 from llqr._tree import Frozen
 from llqr._types import Array, Bool, Float, Int, Number, PyTree, Schedule
 from llqr.metrics import Reduction
-from llqr.quadratic import Route
+from llqr.route import Route
 from llqr.solvers import SOLVERS, SolverLike
 from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Plan

@@ -16,8 +16,8 @@ from llqr._tree import check_inexact, freeze, norm
 from llqr._types import Array, Int, Number, Params, PyTree
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
-from llqr.quadratic import Route
 from llqr.refits import Problem, Refit, RefitInfo
+from llqr.route import Route
 from llqr.structures import plan as plans
 from llqr.structures.plan import StructureLike
 

@@ -15,8 +15,8 @@ from llqr import schedules
 from llqr._tree import leaf_names
 from llqr._types import Schedule
 from llqr.metrics import Reduction
-from llqr.quadratic import CheckpointPolicy, Memory
 from llqr.refits import Probe
+from llqr.route import CheckpointPolicy, Memory
 from llqr.sharpness import Sign
 from llqr.structures import catalogue
 from llqr.transform import Graft
@@ -63,13 +63,18 @@ def schedule(config: Config, group: str, base: float, horizon: Horizon) -> float
         raise ConfigError(f"{group}: {error}") from error
 
 
+def learning_rate(config: Config, horizon: Horizon) -> float | Schedule:
+    """Return the learning rate of the main optimizer."""
+    return schedule(config, "lr_scheduler", config.learning_rate, horizon)
+
+
 def base_optimizer(config: Config, horizon: Horizon) -> optax.GradientTransformation:
     """Return the main optimizer with its weight decay.
 
     Decay is decoupled for the adamw family; for the others wd * parameters joins the
     (preconditioned) gradient before momentum.
     """
-    rate = schedule(config, "lr_scheduler", config.learning_rate, horizon)
+    rate = learning_rate(config, horizon)
     name, (b1, b2) = config.main_optimizer, config.adam_betas
     decay = config.weight_decay or 0.0
     mask = _decay_mask(config.wd_mask or [])
@@ -243,6 +248,14 @@ def _preconditioner_warnings(config: Config, horizon: Horizon) -> Iterator[str]:
             f"{config.main_optimizer} divides the scale of every gradient entry out: in front of "
             f"it, a positive {config.block_structure} P does almost nothing. "
             "precond_on_update=true puts P behind it."
+        )
+    rate, first = learning_rate(config, horizon), config.precond_start_step
+    follows = config.precond_on_update and config.precond_probe in ("gradient", "minibatch")
+    if follows and callable(rate) and float(rate(first)) == 0:
+        yield (
+            f"the learning rate of step {first} is 0, and so is the update that the refit there is "
+            "made on: it learns nothing, and P stays as it is until the next one. "
+            f"precond_start_step={first + 1} moves the first refit."
         )
     if config.divergence == "newton" and config.damping == 0:
         yield (

@@ -130,12 +130,12 @@ def _check_options(config: Dataset, known: tuple[str, ...]) -> None:
 def example_streams(splits: Mapping[str, data.Examples]) -> Streams:
     """Return the streams of splits whose examples can be fetched by number."""
     train = splits["train"]
-    micro = lambda config: config.batch_size * config.grad_acc_steps  # noqa: E731
+    examples = lambda config: config.batch_size * config.grad_acc_steps  # noqa: E731
 
     def training(config: Config) -> Any:
         return data.train_stream(
             train,
-            batch_size=micro(config),
+            batch_size=examples(config),
             overlap=config.batch_overlap_fraction,
             partial=cast(data.Partial, config.partial_batch),
             seed=config.rng_seed,
@@ -151,12 +151,12 @@ def example_streams(splits: Mapping[str, data.Examples]) -> Streams:
 
     def length(config: Config) -> float:
         partial = cast(data.Partial, config.partial_batch)
-        return data.epoch_length(train, micro(config), partial=partial)
+        return data.epoch_length(train, examples(config), partial=partial)
 
     def shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
         one = train.gather(np.arange(1))
         return {
-            name: jax.ShapeDtypeStruct((micro(config), *x.shape[1:]), x.dtype)
+            name: jax.ShapeDtypeStruct((examples(config), *x.shape[1:]), x.dtype)
             for name, x in one.items()
         }
 

@@ -123,10 +123,14 @@ def _rows(job: Run, state: TrainState) -> Iterable[tuple[str, str]]:
     yield "overhead", _overhead(job, gradients)
 
 
+def _refit_batch(job: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a refit batch."""
+    with closing(job.task.material.streams.refits(job.config)) as refits:
+        return jax.eval_shape(lambda x: x, next(refits))
+
+
 def _refit_memory(job: Run, state: TrainState) -> str:
-    config = job.config
-    with closing(job.task.material.streams.refits(config)) as refits:
-        like = jax.eval_shape(lambda *given: given, next(refits), state.statistics)
+    config, like = job.config, (_refit_batch(job), state.statistics)
     if config.multibatch_training:  # as many of them as inner steps, on a first axis
         many = (config.precond_steps,)
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(many + x.shape, x.dtype), like)
@@ -146,11 +150,13 @@ def _overhead(job: Run, gradients: float) -> str:
     """What P costs, in gradients of the training batch: an estimate."""
     config = job.config
     probes = config.precond_probes if config.precond_probe != "gradient" else 1
-    share = config.precond_batch_size / (config.batch_size * config.grad_acc_steps)
+    training = _gradient_flops(job, job.task.material.streams.shapes(config))
+    if not training:
+        return "not known: the compiler counts no operations here"
+    share = _gradient_flops(job, _refit_batch(job)) / training
     refits = len(job.refit_steps) * config.precond_steps * probes * share * INNER_STEP
     product = 2.0 * sum(row.cost for row in job.blocks.rows)  # type: ignore[union-attr]
-    flops = _gradient_flops(job)
-    steps = job.last * product / flops if flops else 0.0
+    steps = job.last * product / training
     return (
         f"refits about {refits:,.0f} gradients of a training batch, "
         f"{100 * refits / gradients:.1f} % of the run; products with P about "
@@ -158,9 +164,8 @@ def _overhead(job: Run, gradients: float) -> str:
     )
 
 
-def _gradient_flops(job: Run) -> float:
-    """Floating-point operations of one gradient on a training batch, as XLA counts them."""
-    shapes = job.task.material.streams.shapes(job.config)
+def _gradient_flops(job: Run, shapes: dict[str, jax.ShapeDtypeStruct]) -> float:
+    """Floating-point operations of one gradient on a batch, as XLA counts them."""
     objective = tasks.bound(job.task, shapes, job.task.statistics)
     lowered = jax.jit(lambda p, o: jax.grad(o)(p)).lower(job.task.params, objective)
     found: Any = lowered.cost_analysis()

@@ -142,6 +142,13 @@ def test_what_is_rarely_meant_is_said(tmp_path, capsys):
     for fine in ((*adam, "precond_on_update=true"), (*adam, "use_preconditioner=false"),
                  ("divergence=newton", "damping=0.1"), ()):  # fmt: skip
         assert build.warnings(config(*fine), HORIZON) == []
+    warm = (
+        "lr_scheduler=warmup_cosine_decay", "lr_scheduler.init_lr=0.0", "precond_on_update=true",
+    )  # fmt: skip
+    assert "precond_start_step=1 moves" in build.warnings(config(*warm), HORIZON)[0]
+    for fine in ("precond_start_step=1", "precond_probe=gaussian", "precond_on_update=false",
+                 "lr_scheduler.init_lr=0.1"):  # fmt: skip
+        assert build.warnings(config(*warm, fine), HORIZON) == []
     run(tmp_path, *SHORT, *adam)
     assert "warning: adam divides the scale" in capsys.readouterr().out
 

@@ -13,10 +13,11 @@ import pytest
 from omegaconf import OmegaConf
 
 import llqr
-from llqr_experiments import cli, memory, options, spec, sweep, tasks, train
+from llqr_experiments import cli, memory, options, plan, spec, sweep, tasks, train
 from llqr_experiments.checkpoint import Checkpoints
 from llqr_experiments.console import Display
 from llqr_experiments.errors import ConfigError, DataError
+from llqr_experiments.job import prepare
 from llqr_experiments.session import begin
 from llqr_experiments.step import Recipe, advance, init
 from tests.experiments import support
@@ -248,6 +249,22 @@ def test_a_plan_says_what_would_be_done(tmp_path, capsys):
     ):  # fmt: skip
         assert part in said, part
     assert not out.exists()
+
+
+def test_a_plan_counts_refits_of_translation_by_their_tokens():
+    """Pairs have no number of examples in a batch; attention makes operations nearly tokens."""
+    config = support.config(
+        "experiment=small-translation", "dataset=numbers_de_en", "architecture.width=32",
+        "architecture.depth=1", "precond_batch_size=48",
+    )  # fmt: skip
+    job = prepare(config)
+    streams = job.task.material.streams
+    refit, training = next(streams.refits(config)), streams.shapes(config)
+    tokens = [sum(x.size for x in batch.values()) for batch in (refit, training)]
+    said = plan._overhead(job, float(job.last))
+    found = float(re.search(r"refits about (\d+) gradients", said)[1])  # type: ignore[index]
+    expected = len(job.refit_steps) * config.precond_steps * tokens[0] / tokens[1]
+    assert found == pytest.approx(expected, rel=0.2)
 
 
 def test_the_memory_of_a_refit_is_what_it_holds():

@@ -11,7 +11,7 @@ import pytest
 
 import llqr
 from llqr import lqr
-from llqr.quadratic import Route
+from llqr.route import Route
 from tests import cases, oracle, staged
 from tests.cases import Case
 

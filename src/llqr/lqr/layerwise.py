@@ -13,7 +13,8 @@ from llqr.lqr.linearization import linearize
 from llqr.lqr.problem import LQRProblem
 from llqr.lqr.stages import StagedForward
 from llqr.objective import BoundObjective
-from llqr.quadratic import QuadraticModel, Route
+from llqr.quadratic import QuadraticModel
+from llqr.route import Route
 
 
 @quadratic.layerwise_model.register

@@ -1,0 +1,255 @@
+"""The same maps chunk by chunk: the activations of a few examples are held at once.
+
+Exact for every loss and mask: only the network is cut. A divergence is one number for each row, of
+that row alone, so its curvature goes by chunks too; what couples examples (a loss) is taken of the
+outputs of the whole batch. Symbols as in `llqr.quadratic`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llqr import metrics
+from llqr._tree import Frozen, accurate_dtype, freeze, is_traced, vdot, widen
+from llqr._types import Array, Float, Params, PyTree
+from llqr.curvature import (
+    Curvature,
+    GaussNewton,
+    Hessian,
+    Linearization,
+    OutputHessian,
+    Potential,
+)
+from llqr.objective import BoundObjective, Chunks
+
+
+def chunked(
+    objective: BoundObjective, params: Params, metric: PyTree, reduction: str, size: int
+) -> Linearization:
+    """Linearise chunk by chunk.
+
+    Args:
+      objective: forward function, loss and batch.
+      params: the current parameters.
+      metric: see `llqr.metrics`.
+      reduction: over rows.
+      size: examples in a chunk.
+
+    Raises:
+      ValueError: an output without the examples on its first axis.
+    """
+    shapes = jax.eval_shape(objective.outputs, params)
+    chunks = objective.split(size)
+    for leaf in jax.tree.leaves(shapes):
+        if not leaf.shape or leaf.shape[0] % chunks.examples:
+            raise ValueError(
+                f"chunk_size={size} needs outputs with the examples on their first axis; there are "
+                f"{chunks.examples} examples and an output of shape {leaf.shape}."
+            )
+    rows = tuple(leaf.shape[0] for leaf in jax.tree.leaves(shapes))
+    network = Chunked(chunks, params, rows)
+    outputs = network.outputs()
+    return Linearization(
+        outputs, network, _curvature(network, objective, outputs, metric, reduction)
+    )
+
+
+def _curvature(
+    network: "Chunked", objective: BoundObjective, outputs: PyTree, metric: PyTree, reduction: str
+) -> Curvature:
+    kept = None
+    if not (metrics.uses_loss(metric) or metrics.is_full(metric)):
+        kept = metrics.kept_rows(metric, outputs, objective.mask())
+    if kept is not None:
+        weights = metrics.row_weights(kept, reduction)
+        return _GaussNewton(network, kept, weights, freeze(metric))
+    potential = Potential(objective, outputs, freeze(metric), reduction)
+    output_hessian = OutputHessian(potential)
+    if metrics.is_full(metric):
+        return Hessian(_Hessian(network, jax.grad(potential)(outputs), output_hessian))
+    return GaussNewton(network, output_hessian)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Chunked:
+    """J, the activations of one chunk at a time.
+
+    A loop over chunks is a `lax.scan` inside a trace, and runs in Python over one compiled
+    chunk outside: on CPU, XLA runs convolution gradients inside a compiled loop 30 to 50
+    times slower.
+    """
+
+    chunks: Chunks
+    params: Params
+    rows: tuple[int, ...] = field(metadata={"static": True})
+
+    def outputs(self) -> PyTree:
+        """Return the outputs of the whole batch."""
+        return self._concatenate(self._map(_forward_chunk, ()))
+
+    def tangent(self, u: Params) -> PyTree:
+        """Return J u."""
+        return self._concatenate(self._map(_tangent_chunk, (u,)))
+
+    def pull_back(self, w: PyTree) -> Params:
+        """Return J^T w."""
+        return self.sum(_pull_back_chunk, (), (w,), self.params)
+
+    def _map(self, function: Any, shared: tuple[PyTree, ...]) -> PyTree:
+        """Stack function(chunk, params, *shared) over the chunks."""
+        if is_traced((self.params, shared)):
+            one = lambda i: function(self.chunks[i], self.params, *shared)  # noqa: E731
+            return jax.lax.map(one, jnp.arange(len(self.chunks)))
+        found = [function(self.chunks[i], self.params, *shared) for i in range(len(self.chunks))]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+    def sum(
+        self, function: Any, shared: tuple[PyTree, ...], rows: tuple[PyTree, ...], like: PyTree
+    ) -> PyTree:
+        """Sum function(chunk, params, *shared, *rows of the chunk) over the chunks."""
+        cut = [self._cut(tree) for tree in rows]
+
+        def one(i: Any) -> PyTree:
+            own = [jax.tree.map(lambda x: x[i], tree) for tree in cut]
+            return function(self.chunks[i], self.params, *shared, *own)
+
+        if is_traced((self.params, shared, rows)):
+            zeros = jax.tree.map(jnp.zeros_like, like)
+            add = lambda total, i: (jax.tree.map(jnp.add, total, one(i)), None)  # noqa: E731
+            return jax.lax.scan(add, zeros, jnp.arange(len(self.chunks)))[0]
+        total = one(0)
+        for i in range(1, len(self.chunks)):
+            total = jax.tree.map(jnp.add, total, one(i))
+        return total
+
+    def _concatenate(self, stacked: PyTree) -> PyTree:
+        """[chunks, rows of a chunk, ...] -> [rows, ...], without the filling."""
+        leaves, treedef = jax.tree.flatten(stacked)
+        return treedef.unflatten(
+            [x.reshape(-1, *x.shape[2:])[:n] for x, n in zip(leaves, self.rows, strict=True)]
+        )
+
+    def _cut(self, tree: PyTree) -> PyTree:
+        """[rows, ...] -> [chunks, rows of a chunk, ...]; the filling gets zeros or False."""
+        count = len(self.chunks)
+
+        def cut(x: Array) -> Array:
+            per_chunk = x.shape[0] // self.chunks.examples * self.chunks.size
+            filling = [(0, count * per_chunk - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
+            return jnp.pad(x, filling).reshape(count, per_chunk, *x.shape[1:])
+
+        return jax.tree.map(cut, tree)
+
+
+@jax.jit
+def _forward_chunk(chunk: BoundObjective, params: Params) -> PyTree:
+    return chunk.outputs(params)
+
+
+@jax.jit
+def _tangent_chunk(chunk: BoundObjective, params: Params, u: Params) -> PyTree:
+    return jax.jvp(chunk.outputs, (params,), (u,))[1]
+
+
+@jax.jit
+def _pull_back_chunk(chunk: BoundObjective, params: Params, w: PyTree) -> Params:
+    return jax.vjp(chunk.outputs, params)[1](w)[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _GaussNewton:
+    """C = J^T Q J with the Q of each chunk: a product holds the outputs of one chunk alone.
+
+    Attributes:
+      network: J.
+      kept: for each output, which of its rows count: [rows, ...]; None without a metric.
+      weights: of the rows of each output.
+      metric: a divergence of each row.
+    """
+
+    network: Chunked
+    kept: tuple[Array | None, ...]
+    weights: tuple[Array | None, ...]
+    metric: Frozen = field(metadata={"static": True})
+
+    def product(self, u: Params) -> Params:
+        function = partial(_gauss_newton_chunk, self.metric)
+        return self.network.sum(function, (self.weights, u), (self.kept,), self.network.params)
+
+    def inner(self, u: Params, w: Params) -> Float[Array, ""]:
+        pair = (u,) if u is w else (u, w)
+        function = partial(_inner_chunk, self.metric)
+        network = self.network
+        outputs = jax.eval_shape(_forward_chunk, network.chunks[0], network.params)
+        zero = jnp.zeros((), accurate_dtype(outputs))
+        return network.sum(function, (self.weights, pair), (self.kept,), zero)
+
+
+def _q_chunk(
+    metric: Frozen, outputs: PyTree, v: PyTree, weights: tuple[Array | None, ...],
+    kept: tuple[Array | None, ...],
+) -> PyTree:  # fmt: skip
+    """Q v of one chunk, whose outputs are their own reference."""
+    treedef = jax.tree.structure(outputs)
+    mask = treedef.unflatten(kept)
+    pull = jax.grad(lambda z: metrics.potential(metric.tree, z, outputs, mask, "sum"))
+    q = jax.tree.leaves(jax.jvp(pull, (outputs,), (v,))[1])
+    return treedef.unflatten([_weighted(x, w) for x, w in zip(q, weights, strict=True)])
+
+
+def _weighted(x: Array, weight: Array | None) -> Array:
+    if weight is None:
+        return x
+    wide = accurate_dtype(x)  # 1 / rows underflows in float16
+    return (weight.astype(wide) * x.astype(wide)).astype(x.dtype)
+
+
+@partial(jax.jit, static_argnums=0)
+def _gauss_newton_chunk(
+    metric: Frozen, chunk: BoundObjective, params: Params, weights: tuple[Array | None, ...],
+    u: Params, kept: tuple[Array | None, ...],
+) -> Params:  # fmt: skip
+    outputs, tangent = jax.linearize(chunk.outputs, params)
+    q = _q_chunk(metric, outputs, tangent(u), weights, kept)
+    return jax.linear_transpose(tangent, params)(q)[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _inner_chunk(
+    metric: Frozen, chunk: BoundObjective, params: Params, weights: tuple[Array | None, ...],
+    pair: tuple[Params, ...], kept: tuple[Array | None, ...],
+) -> Float[Array, ""]:  # fmt: skip
+    outputs, tangent = jax.linearize(chunk.outputs, params)
+    tangents = [tangent(u) for u in pair]
+    # In float32 at least: chunks are summed, and half-precision sums stop growing.
+    q = _q_chunk(metric, outputs, tangents[-1], weights, kept)
+    return vdot(widen(tangents[0]), widen(q))
+
+
+@jax.jit
+def _hessian_chunk(
+    chunk: BoundObjective, params: Params, u: Params, p: PyTree, q: PyTree
+) -> Params:
+    pull = lambda theta: jax.vjp(chunk.outputs, theta)[1](p)[0]  # noqa: E731
+    _, second = jax.jvp(pull, (params,), (u,))
+    return jax.tree.map(jnp.add, second, _pull_back_chunk(chunk, params, q))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Hessian:
+    """A full Hessian: J^T Q J + second derivatives of the network against p."""
+
+    network: Chunked
+    costate: PyTree
+    output_hessian: Callable[[PyTree], PyTree]
+
+    def __call__(self, u: Params) -> Params:
+        q = self.output_hessian(self.network.tangent(u))
+        return self.network.sum(_hessian_chunk, (u,), (self.costate, q), self.network.params)

@@ -1,0 +1,53 @@
+"""How the curvature products of a refit are computed."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from llqr._errors import check_choice, check_integer
+
+Memory: TypeAlias = Literal["cached", "curvature_recomputed", "recomputed"]
+CheckpointPolicy: TypeAlias = Literal["none", "dots_no_batch_dims"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """How curvature products are computed; the numbers are the same up to rounding.
+
+    Args:
+      layerwise: stage by stage, as a linear-quadratic regulator, instead of fused; needs an
+        objective whose forward comes from a staged model (`StagedModel.as_forward`).
+      memory: "cached" keeps the residuals of one linearisation; "curvature_recomputed" keeps
+        those of the network but linearises second derivatives again at each product;
+        "recomputed" keeps nothing.
+      checkpoint_policy: with "recomputed", what a transpose sweep keeps of its own forward
+        sweep: "none" keeps all, "dots_no_batch_dims" only products with weights. Staged
+        models are cut at their stages.
+      chunk_size: examples whose activations are held at once; None: the whole batch. The
+        forward function must treat examples one by one (no batch statistics), with all
+        outputs example by example along their first axis, and a divergence row by row.
+
+    Raises:
+      ValueError: an unknown word, or options that exclude each other.
+    """
+
+    layerwise: bool = False
+    memory: Memory = "cached"
+    checkpoint_policy: CheckpointPolicy = "none"
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("Route: memory", self.memory, get_args(Memory))
+        check_choice("Route: checkpoint_policy", self.checkpoint_policy, get_args(CheckpointPolicy))
+        check_integer("Route: chunk_size", self.chunk_size, low=1)
+        if self.checkpoint_policy != "none" and self.memory != "recomputed":
+            raise ValueError(
+                f"Route: checkpoint_policy={self.checkpoint_policy!r} needs memory='recomputed'; "
+                f"with {self.memory!r} the residuals are kept anyway."
+            )
+        if self.chunk_size is not None and self.memory != "cached":
+            raise ValueError(
+                "Route: chunks keep nothing between products anyway: leave memory at 'cached' with "
+                f"chunk_size, not {self.memory!r}."
+            )
+        if self.layerwise and self.chunk_size is not None:
+            raise ValueError("Route: chunk_size needs the fused route, layerwise=False.")
