@@ -17,6 +17,7 @@ import sys
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ class Checkpoints:
         return max(steps(self.folder), default=None)
 
     def save(self, step: int, state: Any, meta: dict[str, Any], *, kind: str = LATEST) -> None:
-        """Begin to write a checkpoint; the arrays are copied first.
+        """Begin to write a checkpoint; all of it is copied first.
 
         Args:
           step: steps made so far.
@@ -78,7 +79,7 @@ class Checkpoints:
         self.wait()  # an earlier one that failed is told as such
         arrays = _flat(state)
         facts = {
-            **meta,
+            **deepcopy(meta),
             "format": FORMAT,
             "step": step,
             "checksums": {name: _checksum(array) for name, array in arrays.items()},

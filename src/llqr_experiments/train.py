@@ -60,6 +60,8 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
             trackers = records.open_trackers(
                 config, job.task.name, out_dir, display.say, meta.get("trackers")
             )
+            stack.callback(session.stream.close)
+            stack.callback(session.refits.close)
             stack.callback(trackers.close)
             stack.callback(checkpoints.close)
         desk = Desk(display, trackers, clock, checkpoints, interrupts, out_dir)

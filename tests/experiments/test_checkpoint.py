@@ -321,6 +321,22 @@ def test_a_failure_in_the_background_is_told_for_its_own_step(tmp_path, monkeypa
     assert checkpoints.newest == 4
 
 
+def test_what_the_run_changes_while_a_checkpoint_is_written_is_not_in_it(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    save, facts = ocp.CheckpointManager.save, {"reached": {"95 %": 3}}
+
+    def slow(self, step, args):
+        facts["reached"]["99 %"] = 4  # as if the next evaluation came before the file
+        return save(self, step, args=args)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", slow)
+    checkpoints = Checkpoints(tmp_path, 1, print)
+    checkpoints.save(3, {"w": jnp.ones(2)}, facts)
+    checkpoints.close()
+    assert checkpoint.read(tmp_path, 3)[1]["reached"] == {"95 %": 3}
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_initial_parameters_skip_a_damaged_checkpoint(tmp_path, whole, capsys):
     copy = tmp_path / "copy"

@@ -346,8 +346,9 @@ class TestProgress:
         monkeypatch.setattr("llqr_experiments.data.progress.DELAY_SECONDS", delay)
         console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
         with progress("reading", 100, console=console) as advance:
-            if delay < 1:
-                time.sleep(0.3)
+            deadline = time.monotonic() + (20 if delay < 1 and terminal else 0.1)
+            while time.monotonic() < deadline and "reading" not in console.file.getvalue():  # type: ignore[attr-defined]
+                time.sleep(0.01)
             advance(40)
         return console.file.getvalue()  # type: ignore[attr-defined]
 

@@ -251,7 +251,7 @@ def test_the_loop_stops_early_and_compiles_once():
     found = beam_search(stub, (), source, Rules(beam=1))
     jax.effects_barrier()
     assert found.lengths.tolist() == [[4], [4]]
-    assert steps == [0, 1, 2, 3]
+    assert sorted(steps) == [0, 1, 2, 3]  # callbacks have no order
     traced = len(traces)
     beam_search(stub, (), source + 1, Rules(beam=1))
     assert len(traces) == traced
