@@ -54,7 +54,8 @@ def test_every_preset_runs_in_small(preset, tmp_path):
         assert (tmp_path / "meta.json").exists()
         return
     refits = [row for row in rows if "refit objective after" in row]
-    assert [row["step"] for row in refits] == [0, 2]
+    first = small(preset).precond_start_step
+    assert [row["step"] for row in refits] == [first, first + 2]
     losses = [row["train loss"] for row in rows if "train loss" in row]
     assert len(losses) == 4
     assert np.isfinite(losses).all()
