@@ -29,7 +29,7 @@ from reporting import environment, show, write
 from rich.progress import track
 
 import llqr
-from llqr import inner
+from llqr.refit.objective import Phi
 
 RATES = (1e-3, 1e-2, 1e-1)
 PUBLISHED = ("momentum", 50, 1e-3)
@@ -98,8 +98,8 @@ def tasks() -> dict[str, Callable[[], Task]]:
 def counting() -> Iterator[Counter[str]]:
     """Count what solvers ask of Phi; functions that are traced in here count, so trace anew."""
     counts: Counter[str] = Counter()
-    names = ("gradient", "product", "along")
-    originals = {name: getattr(inner.Phi, name) for name in names}
+    names = ("value_and_gradient", "product", "along")
+    originals = {name: getattr(Phi, name) for name in names}
 
     def counted(name: str) -> Any:
         def method(self: Any, *arguments: Any) -> Any:
@@ -110,13 +110,13 @@ def counting() -> Iterator[Counter[str]]:
 
     jax.clear_caches()
     for name in names:
-        setattr(inner.Phi, name, counted(name))
+        setattr(Phi, name, counted(name))
     try:
         yield counts
         jax.effects_barrier()
     finally:
         for name, original in originals.items():
-            setattr(inner.Phi, name, original)
+            setattr(Phi, name, original)
         jax.clear_caches()
 
 
@@ -162,7 +162,7 @@ def measure(task: Task) -> list[dict[str, Any]]:
                 "learning rate": rate,
                 "before": float(info.objective_before),
                 "after": float(info.objective_after),
-                "products with C": found["gradient"] + found["product"],
+                "products with C": found["value_and_gradient"] + found["product"],
                 "line evaluations": found["along"],
                 "seconds": time.perf_counter() - start,
                 "guarded": int(info.guarded),

@@ -33,7 +33,7 @@ from rich.progress import track
 from rich.table import Table
 
 import llqr
-from llqr.quadratic import POWER_STEPS
+from llqr.curvature import POWER_STEPS
 from llqr_experiments import data
 
 HERE = Path(__file__).parent

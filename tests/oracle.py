@@ -215,12 +215,12 @@ Slots = dict[str, np.ndarray]
 
 def side(name: str, arrays: Slots, slot: str, d: int) -> np.ndarray:
     """Return the left or right side of a structure as a dense matrix."""
-    main, scale, eye = arrays.get(slot), arrays.get(f"{slot}_scale"), np.eye(d)
+    main, s, eye = arrays.get(slot), arrays.get(f"{slot}_values"), np.eye(d)
     if name == "h-kfac":
         q = eye
         for v in arrays[f"{slot}_vectors"]:
             q = q @ (eye - 2 * np.outer(v, v) / (v @ v))
-        return q @ np.diag(scale) @ q.T
+        return q @ np.diag(s) @ q.T
     if main is None:
         return eye
     if main.ndim == 1:
@@ -236,7 +236,7 @@ def side(name: str, arrays: Slots, slot: str, d: int) -> np.ndarray:
     if name == "psd-sym-kfac":
         return t @ t.T
     if name.startswith("sds-sym-kfac"):
-        return t @ np.diag(scale / np.abs(scale).max() if name.endswith("norm-d") else scale) @ t.T
+        return t @ np.diag(s / np.abs(s).max() if name.endswith("norm-d") else s) @ t.T
     return main
 
 
@@ -251,7 +251,7 @@ def spectrum(name: str, arrays: Slots) -> np.ndarray | None:
         d = d / np.sqrt(np.mean(d**2))
     if "max_norm" in name:
         d = d / np.abs(d).max()
-    return arrays.get("spectrum_scale", 1.0) * d
+    return arrays.get("spectrum_factor", 1.0) * d
 
 
 def _root(name: str, r: np.ndarray) -> np.ndarray:
@@ -265,7 +265,7 @@ def product(name: str, arrays: Slots, x: np.ndarray) -> np.ndarray:
         return d * x
     a, b = (side(name, arrays, s, n) for s, n in zip(("left", "right"), x.shape, strict=True))
     y = a @ x @ b.T if d is None else a @ (d * (a.T @ x @ b)) @ b.T
-    return arrays.get("scale", 1.0) * y
+    return arrays.get("sigma", 1.0) * y
 
 
 def kronecker(name: str, arrays: Slots, shape: tuple[int, ...]) -> np.ndarray:
@@ -275,7 +275,7 @@ def kronecker(name: str, arrays: Slots, shape: tuple[int, ...]) -> np.ndarray:
         return np.diag(np.broadcast_to(d, shape).ravel())
     a, b = (side(name, arrays, s, n) for s, n in zip(("left", "right"), shape, strict=True))
     ab = np.kron(a, b)
-    return arrays.get("scale", 1.0) * (ab if d is None else ab @ np.diag(d.ravel()) @ ab.T)
+    return arrays.get("sigma", 1.0) * (ab if d is None else ab @ np.diag(d.ravel()) @ ab.T)
 
 
 def install(name: str, arrays: Slots, learned: Slots) -> Slots:
@@ -305,6 +305,11 @@ def differences(f: Callable[[Slots], np.ndarray], arrays: Slots, step: float = 1
     return out
 
 
+def value_and_gradient(model: Any, u: Any) -> tuple[Any, Any]:
+    """J(u) and dJ/du = g + (C + lambda I) u of a quadratic model."""
+    return model.value(u), jax.tree.map(jnp.add, model.gradient, model.product(u))
+
+
 def pull_back(name: str, arrays: Slots, x: np.ndarray, y: np.ndarray) -> Slots:
     """Return the gradient of <y, P X> in each array that has a closed form in the papers."""
     if name == "scalar":
@@ -316,7 +321,7 @@ def pull_back(name: str, arrays: Slots, x: np.ndarray, y: np.ndarray) -> Slots:
     if name not in ("kfac", "diag-kfac") and ("e-kfac" not in name or "swm" in name):
         return {}
     u, w = side(name, arrays, "left", x.shape[0]), side(name, arrays, "right", x.shape[1])
-    y = arrays.get("scale", 1.0) * y
+    y = arrays.get("sigma", 1.0) * y
     d = spectrum(name, arrays)
     if d is None:
         out = {"left": y @ w @ x.T, "right": y.T @ u @ x}
@@ -331,8 +336,8 @@ def pull_back(name: str, arrays: Slots, x: np.ndarray, y: np.ndarray) -> Slots:
             out["right_spectrum"] = slope("right_spectrum") * (a @ dd)
         elif "norm" not in name:
             out["spectrum"] = slope("spectrum") * dd
-        if "spectrum_scale" in arrays:
-            out["spectrum_scale"] = np.sum(dd * d) / arrays["spectrum_scale"]
+        if "spectrum_factor" in arrays:
+            out["spectrum_factor"] = np.sum(dd * d) / arrays["spectrum_factor"]
     for slot in ("left", "right"):
         if arrays[slot].ndim == 1:
             out[slot] = np.diag(out[slot])

@@ -8,15 +8,15 @@ Example:
 from llqr import diagnostics as diagnostics
 from llqr import lqr as lqr
 from llqr import metrics as metrics
-from llqr import solvers as solvers
+from llqr import stages as stages
 from llqr.accumulation import microbatched
+from llqr.curvature import QuadraticModel, Route, linearize
 from llqr.diagnostics import Description, Quality, Report, describe, inspect, quality
-from llqr.exact_steps import exact
+from llqr.exact import exact
 from llqr.metrics import Metric
 from llqr.objective import BoundObjective, Objective
-from llqr.quadratic import QuadraticModel, linearize
-from llqr.refits import Refit, RefitInfo
-from llqr.route import Route
+from llqr.refit import STATUS, Refit, RefitInfo
+from llqr.refit import solvers as solvers
 from llqr.sharpness import (
     Sharpness,
     SharpnessInfo,
@@ -29,9 +29,19 @@ from llqr.sharpness import (
     sam,
 )
 from llqr.structures import STRUCTURES, Rule, Structure
-from llqr.transform import LLQRState, find, llqr, precondition, refresh, scale_by_llqr
+from llqr.transform import (
+    LLQRState,
+    blocks,
+    find,
+    install,
+    llqr,
+    precondition,
+    refresh,
+    scale_by_llqr,
+)
 
 __all__ = [
+    "STATUS",
     "STRUCTURES",
     "BoundObjective",
     "Description",
@@ -51,6 +61,7 @@ __all__ = [
     "SharpnessState",
     "Structure",
     "asam",
+    "blocks",
     "describe",
     "diagnostics",
     "exact",
@@ -58,6 +69,7 @@ __all__ = [
     "fisher_sam",
     "friendly_sam",
     "inspect",
+    "install",
     "linearize",
     "llqr",
     "lqr",
@@ -70,4 +82,5 @@ __all__ = [
     "sam",
     "scale_by_llqr",
     "solvers",
+    "stages",
 ]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import is_traced, vdot
+from llqr._tree import divide, is_traced, vdot
 from llqr._types import Array, PyTree
 
 
@@ -69,7 +69,7 @@ def conjugate_gradients(
         q = product(s.p)
         curvature = vdot(s.p, q)
         convex = curvature > 0
-        alpha = jnp.where(convex, s.rr / jnp.where(convex, curvature, 1.0), 0.0)
+        alpha = jnp.where(convex, divide(s.rr, curvature), 0.0)
         x = jax.tree.map(lambda x, p: x + alpha * p, s.x, s.p)
         r = jax.tree.map(lambda r, q: r - alpha * q, s.r, q)
         rr = vdot(r, r)

@@ -67,10 +67,15 @@ def norm(tree: PyTree) -> Float[Array, ""]:
     return jnp.sqrt(vdot(tree, tree))
 
 
+def divide(a: Array, b: Array, zero: float = 0.0) -> Array:
+    """Return a / b, and `zero` where b is 0; neither is NaN in the derivative."""
+    return jnp.where(b != 0, a / jnp.where(b != 0, b, 1), zero)
+
+
 def cosine(a: PyTree, b: PyTree) -> Float[Array, ""]:
     """Cosine of the angle between two trees; 0 where one of them is zero."""
     lengths = norm(a) * norm(b)
-    return jnp.where(lengths > 0, vdot(a, b) / jnp.where(lengths > 0, lengths, 1.0), 0.0)
+    return jnp.where(lengths > 0, divide(vdot(a, b), lengths), 0.0)
 
 
 def normal_like(tree: PyTree, key: Array) -> PyTree:

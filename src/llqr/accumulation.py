@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from llqr import _loops
 from llqr._errors import check_integer
 from llqr._tree import accurate_dtype, is_none, replicate, spread, widen
 from llqr._types import Array, PyTree
@@ -143,10 +144,10 @@ def mean_over_parts(
 
     moved = [x for m, x in zip(moving, shared, strict=True) if m]
     start = (total, shares, () if thread is None else aux, moved)
-    # A gradient of a convolution is slow inside a compiled loop on CPU: no loop there.
-    unroll = number if jax.default_backend() == "cpu" else 1
     rest = [x[1:] for x in stacked]
-    (total, shares, last, _), others = jax.lax.scan(body, start, rest, unroll=unroll)
+    (total, shares, last, _), others = jax.lax.scan(
+        body, start, rest, unroll=_loops.unrolled(number)
+    )
     shares = jnp.where(shares > 0, shares, 1.0)
     mean = jax.tree.map(
         lambda x, like: (x / shares.astype(x.dtype)).astype(like.dtype), total, found

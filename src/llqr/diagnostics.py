@@ -10,14 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llqr import learning, metrics, quadratic, refits
+from llqr import metrics
 from llqr._linalg import solve
 from llqr._tree import cosine, freeze, leaf_names, norm, vdot
 from llqr._types import Array, Params, PyTree
+from llqr.curvature.model import QuadraticModel, linearize
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
-from llqr.quadratic import QuadraticModel
-from llqr.refits import Refit
+from llqr.refit.learn import learn
+from llqr.refit.options import Refit, check_options
+from llqr.refit.record import STATUS, no_refit
+from llqr.refit.setup import WHOLE, Blocks, Inputs, Setup, numbers_at
 from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
 from llqr.structures.plan import StructureLike
@@ -127,7 +130,7 @@ class BlockReport:
     """What a preconditioner's arrays look like, and what the last refit did to one block."""
 
     leaf: str  # path of the first leaf
-    status: str  # a word of `llqr.refits.STATUS`
+    status: str  # a word of `llqr.STATUS`
     cosine: float  # of P h and h at the last refit
     minimum: float  # over the block's arrays
     maximum: float
@@ -192,7 +195,7 @@ def inspect(
         plan, info.status, info.cosines, measured, skew, strict=True
     ):
         pairs = {slot: (float(a), float(b)) for slot, (a, b) in skews.items()}
-        word = refits.STATUS[int(status)]
+        word = STATUS[int(status)]
         rows.append(
             BlockReport(
                 leaf=block.names[0],
@@ -216,7 +219,7 @@ def _asymmetric_sides(block: plans.Block) -> tuple[str, ...]:
 
 
 @partial(jax.jit, static_argnames="sides")
-def _measure(blocks: refits.Blocks, sides: tuple[tuple[str, ...], ...]) -> Any:
+def _measure(blocks: Blocks, sides: tuple[tuple[str, ...], ...]) -> Any:
     """Per block: (smallest, largest, norm) of its arrays, and asymmetry of the given sides."""
     numbers, skew = [], []
     for arrays, slots in zip(blocks, sides, strict=True):
@@ -336,7 +339,7 @@ def quality(
       >>> [row.name for row in found.rows]
       ['gradient', 'kfac', 'block-diagonal', 'exact']
     """
-    model = quadratic.linearize(
+    model = linearize(
         objective, params, metric, damping=damping, divergence_reduction=divergence_reduction
     )
     g = model.gradient
@@ -345,17 +348,16 @@ def quality(
     steps: dict[str, Params] = {"gradient": jax.tree.map(jnp.negative, g)}
     frozen = freeze(metrics.resolve(metric))
     refit = Refit() if refit is None else replace(refit, fresh_batches=False)
-    refits.check_options(refit, metrics.resolve(metric), divergence_reduction, refits.WHOLE)
+    check_options(refit, metrics.resolve(metric), divergence_reduction, WHOLE)
     for chosen in structures:
         name = chosen if isinstance(chosen, str) else f"rules {len(steps)}"
         plan = plans.make_plan(params, plans.rule_table(chosen), max_dim)
-        problem = refits.Problem(plan, frozen, divergence_reduction, identity_scaling, refit)
-        problem.check()
-        hyper = refits.hyper_at(refit, jnp.zeros((), jnp.int32), damping)
+        setup = Setup(plan, frozen, divergence_reduction, identity_scaling, refit)
+        setup.check()
+        numbers = numbers_at(refit, jnp.zeros((), jnp.int32), damping)
         blocks = plans.identity(plan, 1.0)
-        blocks, _ = learning.learn(
-            problem, blocks, refits.no_refit(len(plan)), params, objective, hyper
-        )
+        inputs = Inputs(blocks, no_refit(len(plan)), params, objective, numbers)
+        blocks, _ = learn(setup, inputs)
         scaled = plans.multiply(plan, blocks, steps["gradient"])
         steps[name] = jax.tree.map(lambda x: x / identity_scaling, scaled)
     steps["block-diagonal"] = _block_diagonal_step(model, tolerance)

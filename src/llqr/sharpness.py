@@ -26,7 +26,7 @@ import optax
 from jax.core import Tracer
 
 from llqr._errors import check_choice, check_integer, check_range
-from llqr._tree import accurate_dtype, check_inexact, leaf_names, norm, vdot, widen
+from llqr._tree import accurate_dtype, check_inexact, divide, leaf_names, norm, vdot, widen
 from llqr._types import Array, Float, Int, Number, Params, Schedule
 from llqr.accumulation import Axes, ValueAndGrad, mean_over_parts
 
@@ -199,7 +199,7 @@ class Sharpness:
             scale = rho / jnp.sqrt(vdot(tw, tw) + GUARD)
             eps = [scale * a * b for a, b in zip(t, tw, strict=True)]
         elif self.kind == "fisher":
-            f = [_ratio(g, g * g + self.eta) for g in w]
+            f = [divide(g, g * g + self.eta) for g in w]
             scale = rho / jnp.sqrt(vdot(w, f) + GUARD)
             eps = [scale * x for x in f]
         else:
@@ -589,8 +589,3 @@ def fisher_sam(
 
 def _cast(x: Array, like: Array) -> Array:
     return jnp.asarray(x, jnp.result_type(like))
-
-
-def _ratio(a: Array, b: Array) -> Array:
-    """A / b, and 0 where b is."""
-    return jnp.where(b != 0, a / jnp.where(b != 0, b, 1), 0)

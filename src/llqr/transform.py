@@ -1,6 +1,7 @@
 """The optax transformation: apply P at every step, refit it when due."""
 
 import enum
+from collections.abc import Mapping
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -8,16 +9,18 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
-from llqr import learning, metrics, refits
-from llqr._errors import check_choice, check_integer, check_range
-from llqr._tree import check_inexact, freeze, norm
+from llqr import _loops, metrics
+from llqr._errors import check_choice, check_integer, check_range, unknown
+from llqr._tree import check_inexact, divide, freeze, norm
 from llqr._types import Array, Int, Number, Params, PyTree
+from llqr.curvature.route import Route
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
-from llqr.refits import Problem, Refit, RefitInfo
-from llqr.route import Route
+from llqr.refit.learn import learn
+from llqr.refit.options import Refit, check_options
+from llqr.refit.record import RefitInfo, no_refit
+from llqr.refit.setup import Blocks, Inputs, Setup, numbers_at
 from llqr.structures import plan as plans
 from llqr.structures.plan import StructureLike
 
@@ -97,24 +100,24 @@ def scale_by_llqr(
     _check_options(damping, divergence_reduction, identity_scaling, max_dim, graft, refit)
     table = plans.rule_table(structure)
     resolved = metrics.resolve(metric)
-    refits.check_options(refit, resolved, divergence_reduction, route)
+    check_options(refit, resolved, divergence_reduction, route)
     frozen_metric = freeze(resolved)
     slots = plans.slots(table)
 
-    def problem_of(plan: plans.Plan, base: optax.GradientTransformation | None) -> Problem:
-        return Problem(
+    def setup_of(plan: plans.Plan, base: optax.GradientTransformation | None) -> Setup:
+        return Setup(
             plan, frozen_metric, divergence_reduction, identity_scaling, refit, route, base
         )
 
     def init(params: Params) -> Any:
         check_inexact(params)
         plan = plans.make_plan(params, table, max_dim)
-        problem_of(plan, None).check()
+        setup_of(plan, None).check()
         if (recorder := _recorder.get()) is not None:
             recorder.append(Visited(plan, identity_scaling))
         blocks = plans.identity(plan, identity_scaling)
         packed = plans.pack(plan, blocks, params, slots)
-        return LLQRState(jnp.zeros((), jnp.int32), packed, refits.no_refit(len(plan)))
+        return LLQRState(jnp.zeros((), jnp.int32), packed, no_refit(len(plan)))
 
     def update(
         updates: Params,
@@ -132,15 +135,16 @@ def scale_by_llqr(
         blocks, info = plans.unpack(plan, state.blocks, updates), state.refit
         if refresh is not False:
             bound = _check_refit_inputs(objective, params, refresh)
-            problem = problem_of(plan, None if base is None else base[0])
-            base_state = () if base is None else base[1]
+            optimizer, base_state = (None, ()) if base is None else base
+            setup = setup_of(plan, optimizer)
 
-            def run(blocks: refits.Blocks, info: RefitInfo) -> tuple[refits.Blocks, RefitInfo]:
-                hyper = refits.hyper_at(refit, state.count, damping)
-                return learning.learn(problem, blocks, info, params, bound, hyper, base_state)
+            def run(blocks: Blocks, info: RefitInfo) -> tuple[Blocks, RefitInfo]:
+                numbers = numbers_at(refit, state.count, damping)
+                return learn(setup, Inputs(blocks, info, params, bound, numbers, base_state))
 
             due = refit.is_due(state.count) if refresh is None else refresh
-            blocks, info = _when(due, run, blocks, info)
+            due = True if due is _Only.REFIT else due
+            blocks, info = _loops.when(due, run, blocks, info)
         packed = plans.pack(plan, blocks, updates, slots)
         if refresh is _Only.REFIT:
             return updates, LLQRState(state.count, packed, info)
@@ -289,10 +293,9 @@ def refresh(
     find(state)
     _, new = tx.update(zeros, state, params, objective=objective, refresh=_Only.REFIT)
 
-    def take(old: Any, new: Any) -> Any:
-        return new if isinstance(old, LLQRState) else old
-
-    return jax.tree.map(take, state, new, is_leaf=lambda x: isinstance(x, LLQRState))
+    return jax.tree.map(
+        lambda old, new: new if _is_ours(old) else old, state, new, is_leaf=_is_ours
+    )
 
 
 def find(state: Any) -> LLQRState:
@@ -301,13 +304,16 @@ def find(state: Any) -> LLQRState:
     Raises:
       ValueError: there is none.
     """
-    is_ours = lambda x: isinstance(x, LLQRState)  # noqa: E731
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    found = [x for x in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(x)]
     if not found:
         raise ValueError(
             "no LLQR state found: the optimizer must contain llqr.llqr or llqr.scale_by_llqr."
         )
     return found[0]
+
+
+def _is_ours(x: Any) -> bool:
+    return isinstance(x, LLQRState)
 
 
 def precondition(tx: optax.GradientTransformation, state: Any, vector: Params) -> Params:
@@ -336,6 +342,77 @@ def precondition(tx: optax.GradientTransformation, state: Any, vector: Params) -
     plan, scaling = _visited(tx, vector)[0]
     blocks = plans.unpack(plan, found.blocks, vector)
     return _product(plan, blocks, scaling, vector)
+
+
+def blocks(
+    tx: optax.GradientTransformation, state: Any, params: Params
+) -> dict[str, dict[str, Array]]:
+    """Return the arrays of the (first) preconditioner inside an optimizer, to read or save them.
+
+    Args:
+      tx: an optimizer with `llqr` or `scale_by_llqr` in it, however it is composed.
+      state: its state.
+      params: the parameters, or their shapes.
+
+    Returns:
+      Path of a block's first leaf -> slot ("left", "right", "spectrum", ...) -> array; what the
+      arrays stand for is in `llqr.structures.catalogue`. P is stored as sigma P.
+
+    Raises:
+      ValueError: there is no LLQR transformation in `tx`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, llqr
+      >>> tx = llqr.llqr(optax.sgd(0.1), structure="kfac")
+      >>> params = {"w": jnp.ones((3, 2))}
+      >>> {slot: a.shape for slot, a in llqr.blocks(tx, tx.init(params), params)["w"].items()}
+      {'left': (3, 3), 'right': (2, 2)}
+    """
+    plan, found = _visited(tx, params)[0].plan, find(state)
+    arrays = plans.unpack(plan, found.blocks, params)
+    return {block.names[0]: dict(own) for block, own in zip(plan, arrays, strict=True)}
+
+
+def install(
+    tx: optax.GradientTransformation,
+    state: Any,
+    params: Params,
+    blocks: Mapping[str, Mapping[str, Array]],
+) -> Any:
+    """Return the state with other arrays in its (first) preconditioner; the rest stays.
+
+    Args:
+      tx: an optimizer with `llqr` or `scale_by_llqr` in it, however it is composed.
+      state: its state.
+      params: the parameters, or their shapes.
+      blocks: as `llqr.blocks` gives them; blocks and slots that are left out stay.
+
+    Raises:
+      ValueError: there is no LLQR transformation in `tx`; or an array for a block or slot that
+        does not exist, of another shape, or not finite.
+    """
+    plan, found = _visited(tx, params)[0].plan, find(state)
+    known = {block.names[0]: i for i, block in enumerate(plan)}
+    arrays = list(plans.unpack(plan, found.blocks, params))
+    for name, slots in blocks.items():
+        if name not in known:
+            raise ValueError(unknown("block (path of its first leaf)", name, known))
+        own = arrays[known[name]]
+        for slot, array in slots.items():
+            if slot not in own:
+                raise ValueError(f"block {name!r}: {unknown('slot', slot, own)}")
+            if jnp.shape(array) != own[slot].shape:
+                raise ValueError(
+                    f"block {name!r}, slot {slot!r}: the array must have the shape "
+                    f"{own[slot].shape}, not {jnp.shape(array)}."
+                )
+            if not _loops.is_traced(array) and not jnp.all(jnp.isfinite(array)):
+                raise ValueError(f"block {name!r}, slot {slot!r}: the array is not finite.")
+        cast = {slot: jnp.asarray(array, own[slot].dtype) for slot, array in slots.items()}
+        arrays[known[name]] = own | cast
+    packed = plans.pack(plan, arrays, params, tuple(found.blocks))
+    new = found._replace(blocks=packed)
+    return jax.tree.map(lambda x: new if x is found else x, state, is_leaf=_is_ours)
 
 
 class Visited(NamedTuple):
@@ -374,9 +451,7 @@ def _visit(tx: Any, treedef: Any, shapes: tuple[Any, ...]) -> tuple[Visited, ...
     return tuple(found)
 
 
-def _product(
-    plan: plans.Plan, blocks: refits.Blocks, identity_scaling: float, vector: Params
-) -> Params:
+def _product(plan: plans.Plan, blocks: Blocks, identity_scaling: float, vector: Params) -> Params:
     """P v, where sigma P is stored."""
     product = plans.multiply(plan, blocks, vector)
     if identity_scaling == 1:
@@ -394,7 +469,7 @@ def _grafted(plan: plans.Plan, graft: Graft, scaled: Params, updates: Params) ->
     for group in groups:
         p, g = [ps[i] for i in group], [gs[i] for i in group]
         have, want = norm(p), norm(g)
-        ratio = jnp.where(have > 0, want / jnp.where(have > 0, have, 1.0), 1.0)
+        ratio = divide(want, have, 1.0)
         for i, x in zip(group, p, strict=True):
             out[i] = (ratio * x).astype(x.dtype)
     return jax.tree.unflatten(jax.tree.structure(scaled), out)
@@ -458,10 +533,3 @@ def _check_unmasked(tree: Any) -> None:
 
 def _increment(count: Int[Array, ""]) -> Int[Array, ""]:
     return jnp.asarray(optax.safe_increment(count))
-
-
-def _when(due: Refresh, run: Any, blocks: Any, info: RefitInfo) -> tuple[Any, RefitInfo]:
-    """Run a refit if due: decided now where the answer is known, by `cond` in a trace."""
-    if isinstance(due, Tracer):
-        return jax.lax.cond(due, run, lambda blocks, info: (blocks, info), blocks, info)
-    return run(blocks, info) if due is _Only.REFIT or due else (blocks, info)

@@ -14,9 +14,9 @@ import llqr
 from llqr import schedules
 from llqr._tree import leaf_names
 from llqr._types import Schedule
+from llqr.curvature.route import CheckpointPolicy, Memory
 from llqr.metrics import Reduction
-from llqr.refits import Probe
-from llqr.route import CheckpointPolicy, Memory
+from llqr.refit.options import Probe
 from llqr.sharpness import Sign
 from llqr.structures import catalogue
 from llqr.transform import Graft

@@ -26,7 +26,7 @@ REASONS = {
     "inverted": "direction turned",
     "rejected": "objective not lower",
 }
-"""Why a block kept its old arrays, by the words of `llqr.refits.STATUS`."""
+"""Why a block kept its old arrays, by the words of `llqr.STATUS`."""
 
 
 class Display:

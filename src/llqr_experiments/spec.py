@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 
 import llqr
 from llqr._errors import unknown
-from llqr.refits import Probe
+from llqr.refit.options import Probe
 from llqr.transform import Graft
 from llqr_experiments.errors import ConfigError
 

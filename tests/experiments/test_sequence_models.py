@@ -319,7 +319,7 @@ def test_both_routes_give_the_products_of_jax(case, metric):
             damping=damping, mask=mask(batch),
         )  # fmt: skip
         layerwise = lqr.cost_and_gradient(problem, u)
-        value, gradient = fused.value_and_gradient(u)
+        value, gradient = oracle.value_and_gradient(fused, u)
         return (value, gradient), layerwise
 
     @jax.jit

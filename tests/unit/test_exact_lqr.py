@@ -170,7 +170,7 @@ def test_operators_are_the_derivatives(case):
             close(stage.B.as_matrix(), jax.jacobian(run, 1)(x, u))
             close(stage.R.as_matrix(), jax.hessian(hamiltonian, 1)(x, u))
             y, v = jax.random.normal(jax.random.key(0), costate.shape), stage.B
-            pulled = flat_of(v.transpose(ravel_pytree(stage.output)[1](y)))
+            pulled = flat_of(v.vjp(ravel_pytree(stage.output)[1](y)))
             close(pulled, np.asarray(v.as_matrix()).T @ y)
         if stage.state is not None:
             close(stage.A.as_matrix(), jax.jacobian(run, 0)(x, u))

@@ -7,8 +7,11 @@ import optax
 import pytest
 
 import llqr
-from llqr import learning, metrics, refits
+from llqr import metrics
 from llqr._tree import freeze
+from llqr.refit.learn import learn
+from llqr.refit.record import no_refit
+from llqr.refit.setup import Inputs, Numbers, Setup
 from llqr.structures import plan as plans
 from tests import oracle
 
@@ -136,16 +139,21 @@ def np_refit(blocks, start, g, c, *, steps, rate, mu, clip, ema):
     return arrays, values[0], g @ u + 0.5 * u @ c @ u, hit
 
 
-def setup(structure, metric="ngd", seed=0, **options):
+def prepare(structure, metric="ngd", seed=0, **options):
     params, bound = problem(seed)
     plan = plans.make_plan(params, plans.rule_table(structure), 10_000)
     refit = llqr.Refit(**options)
-    static = refits.Problem(plan, freeze(metrics.resolve(metric)), "sum", 1.0, refit)
+    static = Setup(plan, freeze(metrics.resolve(metric)), "sum", 1.0, refit)
     return params, bound, plan, static
 
 
+def run_refit(static, *inputs):
+    """One refit from (blocks, info, params, objective, numbers[, base state])."""
+    return learn(static, Inputs(*inputs))
+
+
 def hyper(refit, damping=0.0):
-    return refits.Hyper(refit.learning_rate, refit.ema_decay, damping)
+    return Numbers(refit.learning_rate, refit.ema_decay, damping, refit.steps)
 
 
 NUMPY = (
@@ -159,15 +167,13 @@ NUMPY = (
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_two_refits_equal_numpy(structure, metric, steps, clip):
     options = {"steps": steps, "learning_rate": 5e-4, "momentum": 0.8, "clip_norm": clip}
-    params, bound, plan, static = setup(structure, metric, ema_decay=0.95, **options)
+    params, bound, plan, static = prepare(structure, metric, ema_decay=0.95, **options)
     spec, damping = np_blocks(structure), 0.2
-    blocks, info = plans.identity(plan, 1.0), refits.no_refit(len(plan))
+    blocks, info = plans.identity(plan, 1.0), no_refit(len(plan))
     expected = [np_identity(kind, shape) for kind, shape, *_ in spec]
     for count in (1, 2):
         g, c = dense_model(params, bound, metric, damping)
-        blocks, info = learning.learn(
-            static, blocks, info, params, bound, hyper(static.refit, damping)
-        )
+        blocks, info = run_refit(static, blocks, info, params, bound, hyper(static.refit, damping))
         expected, before, after, clipped = np_refit(
             spec, expected, g, c, steps=steps, rate=5e-4, mu=0.8, clip=clip, ema=0.95
         )
@@ -186,16 +192,16 @@ def test_two_refits_equal_numpy(structure, metric, steps, clip):
 
 @pytest.mark.parametrize("structure", ["scalar", "dense", "e-kfac"])
 def test_scan_and_python_loop_agree(structure):
-    params, bound, plan, static = setup(structure, steps=20)
+    params, bound, plan, static = prepare(structure, steps=20)
     args = (
         plans.identity(plan, 1.0),
-        refits.no_refit(len(plan)),
+        no_refit(len(plan)),
         params,
         bound,
         hyper(static.refit),
     )
-    python = learning.learn(static, *args)
-    traced = jax.jit(lambda *a: learning.learn(static, *a))(*args)
+    python = run_refit(static, *args)
+    traced = jax.jit(lambda *a: run_refit(static, *a))(*args)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), python, traced)
 
 
@@ -205,11 +211,9 @@ def test_scan_and_python_loop_agree(structure):
     + [("e-kfac", m) for m in ("newton", "gauss_newton", "reverse_kl", "renyi", "gaussian")],
 )
 def test_a_refit_lowers_the_objective(structure, metric):
-    params, bound, plan, static = setup(structure, metric)
+    params, bound, plan, static = prepare(structure, metric)
     start = plans.identity(plan, 1.0)
-    blocks, info = learning.learn(
-        static, start, refits.no_refit(len(plan)), params, bound, hyper(static.refit)
-    )
+    blocks, info = run_refit(static, start, no_refit(len(plan)), params, bound, hyper(static.refit))
     model = llqr.linearize(bound, params, metric)
     h = jax.tree.map(jnp.negative, model.gradient)
     before, after = (model.value(plans.multiply(plan, b, h)) for b in (start, blocks))
@@ -219,7 +223,7 @@ def test_a_refit_lowers_the_objective(structure, metric):
 
 
 def test_identity_scaling_moves_the_refit_but_not_its_start():
-    params, bound, *_ = setup("kfac")
+    params, bound, *_ = prepare("kfac")
     grads = jax.grad(bound)(params)
     moved = {}
     for scale in (1.0, 4.0):
@@ -233,22 +237,22 @@ def test_identity_scaling_moves_the_refit_but_not_its_start():
 
 
 def test_cold_start_forgets_the_current_blocks():
-    params, bound, plan, static = setup("diagonal", warm_start=False, steps=3)
-    info = refits.no_refit(len(plan))
+    params, bound, plan, static = prepare("diagonal", warm_start=False, steps=3)
+    info = no_refit(len(plan))
     wild = jax.tree.map(lambda a: 7.0 * a, plans.identity(plan, 1.0))
-    cold = learning.learn(static, wild, info, params, bound, hyper(static.refit))[0]
-    fresh = learning.learn(
-        static, plans.identity(plan, 1.0), info, params, bound, hyper(static.refit)
-    )[0]
+    cold = run_refit(static, wild, info, params, bound, hyper(static.refit))[0]
+    fresh = run_refit(static, plans.identity(plan, 1.0), info, params, bound, hyper(static.refit))[
+        0
+    ]
     jax.tree.map(np.testing.assert_array_equal, cold, fresh)
 
 
 def test_normalized_direction_is_the_unit_gradient():
-    params, bound, plan, static = setup("scalar", normalize_gradient=True, steps=1)
-    info = learning.learn(
+    params, bound, plan, static = prepare("scalar", normalize_gradient=True, steps=1)
+    info = run_refit(
         static,
         plans.identity(plan, 1.0),
-        refits.no_refit(len(plan)),
+        no_refit(len(plan)),
         params,
         bound,
         hyper(static.refit),
@@ -259,25 +263,21 @@ def test_normalized_direction_is_the_unit_gradient():
 
 
 def test_elementwise_clipping():
-    params, bound, plan, static = setup(
+    params, bound, plan, static = prepare(
         "diagonal", steps=1, solver="sgd", clip_norm=None, clip_value=1e-3, learning_rate=1.0
     )
     start = plans.identity(plan, 1.0)
-    blocks = learning.learn(
-        static, start, refits.no_refit(len(plan)), params, bound, hyper(static.refit)
-    )[0]
+    blocks = run_refit(static, start, no_refit(len(plan)), params, bound, hyper(static.refit))[0]
     moves = np.concatenate([np.ravel(1 - b["spectrum"]) for b in blocks])
     assert np.abs(moves).max() == pytest.approx(1e-3)
 
 
 def test_an_optax_transformation_as_solver_is_used_as_it_is():
     solver = optax.sgd(1e-3, momentum=0.5, nesterov=True)
-    params, bound, plan, static = setup("diagonal", steps=4, solver=solver, learning_rate=123.0,
+    params, bound, plan, static = prepare("diagonal", steps=4, solver=solver, learning_rate=123.0,
                                         clip_norm=None)  # fmt: skip
     start = plans.identity(plan, 1.0)
-    blocks = learning.learn(
-        static, start, refits.no_refit(len(plan)), params, bound, hyper(static.refit)
-    )[0]
+    blocks = run_refit(static, start, no_refit(len(plan)), params, bound, hyper(static.refit))[0]
     g, c = dense_model(params, bound, "ngd", 0.0)
     d, state = jnp.ones(g.size), None
     for _ in range(4):
@@ -293,10 +293,10 @@ class TestGuards:
     """The old block stays, and is counted, where the new one is worse than none."""
 
     def learn(self, structure="diagonal", start=None, hyper_=None, **options):
-        params, bound, plan, static = setup(structure, **options)
+        params, bound, plan, static = prepare(structure, **options)
         old = plans.identity(plan, 1.0) if start is None else start(plan)
         hyper_ = hyper(static.refit) if hyper_ is None else hyper_
-        return old, *learning.learn(static, old, refits.no_refit(len(plan)), params, bound, hyper_)
+        return old, *run_refit(static, old, no_refit(len(plan)), params, bound, hyper_)
 
     def test_nothing_that_is_not_finite_is_installed(self):
         old, new, info = self.learn("kfac", learning_rate=1e200, clip_norm=None, steps=3)
@@ -332,23 +332,21 @@ class TestGuards:
         jax.tree.map(np.testing.assert_array_equal, old, new)
 
     def test_a_zero_gradient_installs_nothing_and_breaks_nothing(self):
-        params, _, plan, static = setup("e-kfac")
+        params, _, plan, static = prepare("e-kfac")
         flat = llqr.Objective(lambda p, b: 0.0 * forward(p, b), loss).bind(problem()[1].batch)
         old = plans.identity(plan, 1.0)
-        new, info = learning.learn(
-            static, old, refits.no_refit(len(plan)), params, flat, hyper(static.refit)
-        )
+        new, info = run_refit(static, old, no_refit(len(plan)), params, flat, hyper(static.refit))
         jax.tree.map(np.testing.assert_array_equal, old, new)
         assert int(info.count("inverted")) == 0
 
     def test_nan_in_the_batch_keeps_every_block(self):
-        params, bound, plan, static = setup("kfac")
+        params, bound, plan, static = prepare("kfac")
         batch = {**bound.batch, "x": bound.batch["x"].at[0, 0].set(jnp.nan)}
         old = plans.identity(plan, 1.0)
-        new, info = learning.learn(
+        new, info = run_refit(
             static,
             old,
-            refits.no_refit(len(plan)),
+            no_refit(len(plan)),
             params,
             OBJECTIVE.bind(batch),
             hyper(static.refit),

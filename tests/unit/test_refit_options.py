@@ -10,12 +10,23 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import llqr
-from llqr import learning, refits, solvers
+from llqr import solvers
 from llqr._tree import freeze, vdot
-from llqr.inner import Inner, Phi, directions
+from llqr.refit.directions import directions
+from llqr.refit.learn import Linearized, phi_at
+from llqr.refit.record import no_refit
+from llqr.refit.setup import WHOLE, Inputs, Numbers, Setup, numbers_at
 from llqr.structures import plan as plans
 from tests.oracle import flat
-from tests.unit.test_refit import OBJECTIVE, ROWS, dense_model, forward, loss, problem
+from tests.unit.test_refit import (
+    OBJECTIVE,
+    ROWS,
+    dense_model,
+    forward,
+    loss,
+    problem,
+    run_refit,
+)
 
 
 def make(structure: Any = "diagonal", metric: Any = "ngd", route: Any = None, **options: Any):
@@ -23,9 +34,9 @@ def make(structure: Any = "diagonal", metric: Any = "ngd", route: Any = None, **
     reduction = options.pop("reduction", "sum")
     base = options.pop("base", None)
     plan = plans.make_plan(problem()[0], plans.rule_table(structure), 10_000)
-    static = refits.Problem(
+    static = Setup(
         plan, freeze(llqr.metrics.resolve(metric)), reduction, 1.0, llqr.Refit(**options),
-        route or refits.WHOLE, base,
+        route or WHOLE, base,
     )  # fmt: skip
     static.check()
     return plan, static
@@ -34,10 +45,8 @@ def make(structure: Any = "diagonal", metric: Any = "ngd", route: Any = None, **
 def learn(plan, static, bound=None, blocks=None, damping=0.2, base_state=()):
     params, own = problem()
     blocks = plans.identity(plan, 1.0) if blocks is None else blocks
-    hyper = refits.hyper_at(static.refit, jnp.zeros((), jnp.int32), damping)
-    return learning.learn(
-        static, blocks, refits.no_refit(len(plan)), params, bound or own, hyper, base_state
-    )
+    hyper = numbers_at(static.refit, jnp.zeros((), jnp.int32), damping)
+    return run_refit(static, blocks, no_refit(len(plan)), params, bound or own, hyper, base_state)
 
 
 # --- solvers --------------------------------------------------------------------------------
@@ -93,7 +102,7 @@ class Quadratic:
     def __init__(self, a: np.ndarray, b: np.ndarray):
         self.a, self.b = jnp.asarray(a), jnp.asarray(b)
 
-    def gradient(self, x):
+    def value_and_gradient(self, x):
         return 0.5 * x @ self.a @ x - self.b @ x, self.a @ x - self.b
 
     def product(self, d):
@@ -101,7 +110,7 @@ class Quadratic:
 
     def along(self, x, d, t):
         y = x + t * d
-        return self.gradient(y)[0], d @ (self.a @ y - self.b), d @ self.a @ d
+        return self.value_and_gradient(y)[0], d @ (self.a @ y - self.b), d @ self.a @ d
 
 
 @pytest.mark.parametrize("name", ["cg", "cg_zoom_hz", "cg_back_pr+"])
@@ -112,7 +121,7 @@ def test_conjugate_gradients_end_in_as_many_steps_as_there_are_dimensions(name: 
     phi = Quadratic(q @ np.diag([1.0, 3.0, 10.0, 30.0, 100.0, 300.0]) @ q.T, rng.normal(size=6))
     solver = solvers.make(name, momentum=0.9, clip_norm=None, clip_value=None)
     x = jnp.zeros(6)
-    state = solver.init(x, phi.gradient(x))
+    state = solver.init(x, phi.value_and_gradient(x))
     for _ in range(6):
         x, state, _ = solver.step(phi, x, state, 1.0)
     np.testing.assert_allclose(x, np.linalg.solve(phi.a, phi.b), rtol=1e-7)
@@ -254,9 +263,9 @@ def test_probes_have_the_mean_that_they_should() -> None:
 
     def draws(probe: str) -> np.ndarray:
         _, static = make(probe=probe, probes=4000)
-        numbers = refits.Hyper(1.0, 0.0, 0.0)
-        inner = Inner((), numbers, jax.random.key(0), model, (params, bound, ()))
-        h, linear = jax.jit(lambda key: directions(static, model, bound, inner, key, 4000))(
+        numbers = Numbers(1.0, 0.0, 0.0, 1)
+        inputs = Inputs((), no_refit(0), params, bound, numbers)
+        h, linear = jax.jit(lambda key: directions(static, inputs, model, bound, key, 4000))(
             jax.random.key(0)
         )
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, -b), h, linear)
@@ -280,9 +289,9 @@ def test_probes_tend_to_the_inverse(probe: str) -> None:
         plan, static = make("dense", probe=probe, probes=16, steps=1500, clip_norm=None,
                             solver=optax.adam(schedule), allow_grad_inversion=True)  # fmt: skip
         params, own = problem()
-        hyper = refits.Hyper(1.0, 0.0, 1.0)
-        start = plans.identity(plan, 1.0), refits.no_refit(1)
-        run = jax.jit(lambda p: learning.learn(static, *start, p, own, hyper))
+        hyper = Numbers(1.0, 0.0, 1.0, 1)
+        start = plans.identity(plan, 1.0), no_refit(1)
+        run = jax.jit(lambda p: run_refit(static, *start, p, own, hyper))
         blocks, info = run(params)
     found, inverse = np.asarray(blocks[0]["left"]), np.linalg.inv(a)
     assert np.linalg.norm(found - inverse) < 0.15 * np.linalg.norm(inverse)
@@ -304,8 +313,9 @@ def test_probes_are_drawn_afresh_at_every_step_and_refit_from_the_seed() -> None
     assert not np.array_equal(run(0), run(1))
     _, static = make(probe="gaussian", probes=1)
     model = llqr.linearize(bound, params)
-    inner = Inner((), refits.Hyper(1.0, 0.0, 0.0), jax.random.key(0), model, (params, bound, ()))
-    first, second = (flat(Phi(static, inner, jnp.asarray(i))._direction) for i in (0, 1))
+    inputs = Inputs((), no_refit(0), params, bound, Numbers(1.0, 0.0, 0.0, 1))
+    fixed = Linearized((), jax.random.key(0), model, inputs)
+    first, second = (flat(phi_at(static, fixed, jnp.asarray(i)).directions.h) for i in (0, 1))
     assert not np.array_equal(first, second)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import llqr
 from llqr import lqr
-from llqr.route import Route
+from llqr.curvature.route import Route
 from tests import cases, oracle, staged
 from tests.cases import Case
 
@@ -36,8 +36,8 @@ def bound(case: Case) -> llqr.BoundObjective:
 
 @jax.jit
 def numbers(model: llqr.QuadraticModel, u: Any) -> Any:
-    value, slope = model.value_and_gradient(u)
-    return {"loss": model.loss, "J": value, "slope": slope, "inner": model.inner(u, u)}
+    value, slope = oracle.value_and_gradient(model, u)
+    return {"loss": model.loss, "J": value, "slope": slope, "inner": model.bilinear(u, u)}
 
 
 CHOSEN = [
@@ -85,11 +85,11 @@ def test_chunks_agree_outside_a_trace(name: str) -> None:
     build = partial(llqr.linearize, case.bound, case.params, name, damping=0.3)
     chunked = build(route=Route(chunk_size=4))
     model = jax.jit(lambda: build(route=None))()
-    value, slope = model.value_and_gradient(u)
-    found, other = chunked.value_and_gradient(u)
+    value, slope = oracle.value_and_gradient(model, u)
+    found, other = oracle.value_and_gradient(chunked, u)
     oracle.close(found, value)
     oracle.close(oracle.flat(other), oracle.flat(slope))
-    oracle.close(chunked.inner(u, case.control(4)), model.inner(u, case.control(4)))
+    oracle.close(chunked.bilinear(u, case.control(4)), model.bilinear(u, case.control(4)))
 
 
 def _half(outputs: str) -> llqr.Objective:
@@ -116,7 +116,7 @@ def test_chunks_of_half_precision(params: str, outputs: str, reduction: Any, tra
         model = llqr.linearize(
             objective, theta, metric, divergence_reduction=reduction, route=route
         )
-        return model.inner(u, u), model.product(u)
+        return model.bilinear(u, u), model.product(u)
 
     value, product = (jax.jit(inner) if traced else inner)(theta, u)
     count = 1 if reduction == "mean" else rows

@@ -37,16 +37,16 @@ SLOTS = {
     "kfac": ("left right", ""),
     "sym-kfac": ("left right", ""),
     "psd-sym-kfac": ("left right", ""),
-    "sds-sym-kfac": ("left left_scale right right_scale", ""),
-    "sds-sym-kfac_norm-d": ("left left_scale right right_scale", ""),
-    "h-kfac": ("left_vectors left_scale right_vectors right_scale", ""),
+    "sds-sym-kfac": ("left left_values right right_values", ""),
+    "sds-sym-kfac_norm-d": ("left left_values right right_values", ""),
+    "h-kfac": ("left_vectors left_values right_vectors right_values", ""),
     "e-kfac": ("left right spectrum", ""),
     "e-kfac-gpt": ("left right spectrum", ""),
     "psd-e-kfac": ("left right spectrum", ""),
-    "rms_norm-e-kfac": ("left right spectrum", "scale"),
-    "max_norm-e-kfac": ("left right spectrum", "scale"),
-    "scaled-rms_norm-e-kfac": ("left right spectrum spectrum_scale", ""),
-    "scaled-max_norm-e-kfac": ("left right spectrum spectrum_scale", ""),
+    "rms_norm-e-kfac": ("left right spectrum", "sigma"),
+    "max_norm-e-kfac": ("left right spectrum", "sigma"),
+    "scaled-rms_norm-e-kfac": ("left right spectrum spectrum_factor", ""),
+    "scaled-max_norm-e-kfac": ("left right spectrum spectrum_factor", ""),
     "sep-e-kfac": ("left right left_spectrum right_spectrum", ""),
     "psd-sep-e-kfac": ("left right left_spectrum right_spectrum", ""),
     "sym_swm_kfac": ("left_fresh_u right_fresh_u", "left right"),
@@ -177,7 +177,7 @@ def test_slots(name):
     assert set(structure.learned) == kept
     assert set(fresh(structure, arrays)) == learned
     assert structure.has_memory == (name in MEMORY)
-    assert structure.holds_scale == ("scale" not in fixed)
+    assert structure.holds_sigma == ("sigma" not in fixed)
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 3.0])
@@ -305,7 +305,7 @@ class TestProject:
         lower = "sym-kfac" in name
         changed = {"left", "right"} if lower else set()
         if name.endswith("norm-d"):
-            changed |= {"left_scale", "right_scale"}
+            changed |= {"left_values", "right_values"}
         if "_norm-e-kfac" in name:
             changed |= {"spectrum"}
         for slot in arrays:
@@ -314,7 +314,7 @@ class TestProject:
             for slot in ("left", "right"):
                 np.testing.assert_array_equal(out[slot], np.tril(arrays[slot]))
         if name.endswith("norm-d"):
-            assert max(np.abs(out["left_scale"])) == max(np.abs(out["right_scale"])) == 1
+            assert max(np.abs(out["left_values"])) == max(np.abs(out["right_values"])) == 1
         if "rms_norm" in name:
             close(np.mean(out["spectrum"] ** 2), 1.0)
         if "max_norm" in name:
@@ -340,7 +340,7 @@ class TestMemory:
         assert out.keys() == arrays.keys() == expected.keys()
         for slot, a in out.items():
             close(a, expected[slot])
-            assert np.array_equal(a, arrays[slot]) == (slot == "scale"), slot
+            assert np.array_equal(a, arrays[slot]) == (slot == "sigma"), slot
 
     @pytest.mark.parametrize("which", ["sym_swm_kfac", "asym_swm_kfac", "sym_swm_e-kfac"])
     def test_rank_one_is_the_inverse_after_an_update(self, which):

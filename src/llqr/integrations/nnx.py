@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from llqr.lqr import StagedModel, stages_from_functions
 from llqr.objective import BoundObjective, Objective
+from llqr.stages import StagedModel, stages_from_functions
 from llqr.transform import refresh as _refresh
 
 

@@ -4,7 +4,7 @@ from llqr._linalg import NonConvexError
 from llqr.lqr import layerwise as _layerwise  # registers the layerwise route  # noqa: F401
 from llqr.lqr.cost import cost, cost_and_gradient, gradient
 from llqr.lqr.linearization import linearize
-from llqr.lqr.problem import LQRProblem, Operator, Stage
+from llqr.lqr.problem import LQRProblem, Stage
 from llqr.lqr.riccati import (
     MAX_SIZE,
     Feedback,
@@ -13,14 +13,13 @@ from llqr.lqr.riccati import (
     solve,
     solve_cg,
 )
-from llqr.lqr.stages import Segment, StagedForward, StagedModel, stages_from_functions
+from llqr.stages import Segment, StagedForward, StagedModel, stages_from_functions
 
 __all__ = [
     "MAX_SIZE",
     "Feedback",
     "LQRProblem",
     "NonConvexError",
-    "Operator",
     "Segment",
     "Solution",
     "Stage",

@@ -52,6 +52,13 @@ def cost_and_gradient(problem: LQRProblem, controls: Control) -> tuple[Float[Arr
     return total, {name: gradient[name] for name in problem.params}
 
 
+def final_state(problem: LQRProblem, controls: Control) -> Tangent:
+    """Return delta_N, the perturbation of the outputs: J u of the whole network."""
+    final = _rollout(problem, problem.split(controls))[1][-1]
+    assert final is not None
+    return final
+
+
 def gradient(problem: LQRProblem) -> Control:
     """Return g, the gradient of the loss, by the adjoint sweep at u = 0."""
     zeros = jax.tree.map(jnp.zeros_like, problem.params)

@@ -1,23 +1,23 @@
 """The layerwise route of a refit: curvature products as rollouts of the regulator."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from llqr import quadratic
-from llqr._tree import vdot
-from llqr._types import Array, Float, Number, Params, PyTree
-from llqr.lqr.cost import cost_and_gradient, gradient
+from llqr._types import Number, Params, PyTree
+from llqr.curvature.model import QuadraticModel, layerwise_model
+from llqr.curvature.operators import LinearOperator, SymmetricOperator
+from llqr.curvature.route import Route
+from llqr.lqr.cost import cost_and_gradient, final_state, gradient
 from llqr.lqr.linearization import linearize
 from llqr.lqr.problem import LQRProblem
-from llqr.lqr.stages import StagedForward
 from llqr.objective import BoundObjective
-from llqr.quadratic import QuadraticModel
-from llqr.route import Route
+from llqr.stages import StagedForward
 
 
-@quadratic.layerwise_model.register
+@layerwise_model.register
 def _(
     forward: StagedForward, objective: BoundObjective, params: Params, metric: PyTree,
     damping: Number, reduction: str, route: Route,
@@ -44,35 +44,50 @@ def _(
     )
     outputs = objective.outputs(params)
     cotangent = jax.tree.unflatten(jax.tree.structure(outputs), problem.cotangent)
-    network = _Network(problem)
-    level = replace(problem, cotangent=jax.tree.map(jnp.zeros_like, problem.cotangent))
-    g = network.pull_back(cotangent)
-    return QuadraticModel(problem.loss, g, outputs, cotangent, network, _Curvature(level), damping)
+    jacobian = _Jacobian(problem, jax.tree.structure(outputs))
+    curvature = _Curvature(_without_cotangent(problem))
+    slope = jacobian.vjp(cotangent)
+    return QuadraticModel(problem.loss, slope, outputs, cotangent, jacobian, curvature, damping)
+
+
+def _without_cotangent(problem: LQRProblem) -> LQRProblem:
+    """The regulator without its linear term."""
+    return replace(problem, cotangent=jax.tree.map(jnp.zeros_like, problem.cotangent))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Network:
-    """J^T by the adjoint sweep."""
+class _Jacobian(LinearOperator):
+    """J by the rollout, J^T by the adjoint sweep."""
+
+    compiles: ClassVar[bool] = False
 
     problem: LQRProblem
+    outputs: Any = field(metadata={"static": True})  # their tree structure
 
-    def tangent(self, u: Params) -> PyTree:
-        raise NotImplementedError("the layerwise route takes products of C as a whole")
+    @property
+    def domain(self) -> Params:
+        return self.problem.params
 
-    def pull_back(self, w: PyTree) -> Params:
+    def jvp(self, u: Params) -> PyTree:
+        return jax.tree.unflatten(self.outputs, final_state(self.problem, u))
+
+    def vjp(self, w: PyTree) -> Params:
         return gradient(replace(self.problem, cotangent=tuple(jax.tree.leaves(w))))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Curvature:
+class _Curvature(SymmetricOperator):
     """C: rollout and adjoint sweep of the regulator without its linear term."""
+
+    compiles: ClassVar[bool] = False
 
     problem: LQRProblem
 
+    @property
+    def domain(self) -> Params:
+        return self.problem.params
+
     def product(self, u: Params) -> Params:
         return cost_and_gradient(self.problem, u)[1]
-
-    def inner(self, u: Params, w: Params) -> Float[Array, ""]:
-        return vdot(u, self.product(w))

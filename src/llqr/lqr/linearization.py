@@ -1,7 +1,7 @@
 """From a staged model, a batch and a metric to its LQR problem."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,10 @@ from llqr import metrics
 from llqr._errors import check_choice, check_range, unknown
 from llqr._tree import check_inexact
 from llqr._types import Array, Number, PyTree
+from llqr.curvature.route import Memory
 from llqr.lqr.problem import LQRProblem, Stage, Tangent
-from llqr.lqr.stages import Segment, StagedModel
 from llqr.metrics import Reduction
-
-Memory = Literal["cached", "curvature_recomputed", "recomputed"]
+from llqr.stages import Segment, StagedModel
 
 
 def linearize(

@@ -27,43 +27,14 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from llqr._types import Array, Number, PyTree
+from llqr.curvature.operators import FunctionOperator
 
 Tangent: TypeAlias = tuple[Array, ...]
 """Perturbation of a state: one array for each inexact leaf, in flattening order."""
 
 Control: TypeAlias = dict[str, PyTree]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Operator:
-    """A matrix-free linear map between pytrees.
-
-    Attributes:
-      apply: the map.
-      like: a point of its domain; shapes and dtypes are read from it.
-    """
-
-    apply: Callable[[PyTree], PyTree]
-    like: PyTree
-
-    def __call__(self, x: PyTree) -> PyTree:
-        """Return the image of x."""
-        return self.apply(x)
-
-    def transpose(self, y: PyTree) -> PyTree:
-        """Return the image of y under the transpose."""
-        return jax.linear_transpose(self.apply, self.like)(y)[0]
-
-    def as_matrix(self) -> Array:
-        """Return the dense matrix [out, in] on flattened trees."""
-        flat, unravel = ravel_pytree(self.like)
-        basis = jnp.eye(flat.size, dtype=flat.dtype)
-        columns = jax.vmap(lambda e: ravel_pytree(self.apply(unravel(e)))[0])
-        return columns(basis).T
 
 
 @jax.tree_util.register_dataclass
@@ -105,38 +76,38 @@ class Stage:
         return not self.control
 
     @property
-    def A(self) -> Operator:
+    def A(self) -> FunctionOperator:
         """The map delta_i -> delta_{i+1}; the first stage with a control has none."""
         self._needs_state("A")
-        return Operator(lambda d: self.dynamics(d, _zeros(self.control)), self.state)
+        return FunctionOperator(lambda d: self.dynamics(d, _zeros(self.control)), self.state)
 
     @property
-    def B(self) -> Operator:
+    def B(self) -> FunctionOperator:
         """The map u_i -> delta_{i+1}."""
-        return Operator(lambda u: self.dynamics(_zeros(self.state), u), self.control)
+        return FunctionOperator(lambda u: self.dynamics(_zeros(self.state), u), self.control)
 
     @property
-    def R(self) -> Operator:
+    def R(self) -> FunctionOperator:
         """The map u_i -> control, without damping."""
-        return Operator(lambda u: self._curved(_zeros(self.state), u)[1], self.control)
+        return FunctionOperator(lambda u: self._curved(_zeros(self.state), u)[1], self.control)
 
     @property
-    def Q(self) -> Operator:
+    def Q(self) -> FunctionOperator:
         """The map delta_i -> state cotangent, without the metric's W_i."""
         self._needs_state("Q")
-        return Operator(lambda d: self._curved(d, _zeros(self.control))[0], self.state)
+        return FunctionOperator(lambda d: self._curved(d, _zeros(self.control))[0], self.state)
 
     @property
-    def M(self) -> Operator:
+    def M(self) -> FunctionOperator:
         """The map delta_i -> control."""
         self._needs_state("M")
-        return Operator(lambda d: self._curved(d, _zeros(self.control))[1], self.state)
+        return FunctionOperator(lambda d: self._curved(d, _zeros(self.control))[1], self.state)
 
     @property
-    def W(self) -> Operator:
+    def W(self) -> FunctionOperator:
         """The map delta_{i+1} -> cotangent: the metric placed on this stage's output."""
         metric = self.metric
-        return Operator(_zeros if metric is None else metric, self.output)
+        return FunctionOperator(_zeros if metric is None else metric, self.output)
 
     def _curved(self, delta: Any, u: Control) -> tuple[Any, Control]:
         if self.curvature is None:

@@ -38,6 +38,9 @@ from llqr.structures.matrix import Structure
 
 DIAGONAL = Structure(name="diagonal", spectrum="full")
 
+VOCABULARY = ((r"(^|/)embedding$", "left"), (r"(^|/)lm_head/kernel$", "right"))
+"""Sides over the vocabulary, for `Structure.diagonal`."""
+
 _E_KFAC = Structure(name="e-kfac", left="dense", right="dense", spectrum="full")
 _SEP = Structure(name="sep-e-kfac", left="dense", right="dense", spectrum="separable")
 
@@ -62,7 +65,7 @@ STRUCTURES: dict[str, Structure] = {
         _both("sds-sym-kfac_norm-d", "congruent_max"),
         _both("h-kfac", "householder"),
         _E_KFAC,
-        replace(_E_KFAC, name="e-kfac-gpt"),
+        replace(_E_KFAC, name="e-kfac-gpt", diagonal=VOCABULARY),
         replace(_E_KFAC, name="psd-e-kfac", positive=True),
         replace(_E_KFAC, name="rms_norm-e-kfac", normalize="rms"),
         replace(_E_KFAC, name="max_norm-e-kfac", normalize="max"),

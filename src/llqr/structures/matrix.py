@@ -14,7 +14,8 @@ refit learns `learned(arrays)`: the arrays themselves or, for sides with a memor
 vectors; `install` turns what was learned into arrays again.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 import jax
@@ -53,6 +54,8 @@ class Structure:
       view: what forms a block: "leaf", one leaf in its matrix view; "vector", one leaf as a
         column; "module", all leaves of one parent in the tree, as one column.
       rank: of low-rank sides.
+      diagonal: pairs (regular expression, slot): in leaves whose path it finds, that side is
+        diagonal. For sides over a vocabulary, whose square nothing could hold.
 
     Raises:
       ValueError: an unknown word, or a combination that is no matrix family.
@@ -67,6 +70,7 @@ class Structure:
     scaled: bool = False
     view: View = "leaf"
     rank: int = 8
+    diagonal: tuple[tuple[str, Literal["left", "right"]], ...] = ()
 
     def __post_init__(self) -> None:
         for side in (self.left, self.right):
@@ -86,11 +90,16 @@ class Structure:
         elif self.normalize and self.spectrum != "full":
             why = "can normalise a full spectrum only"
         elif self.scaled and not self.normalize:
-            why = "has a scale of its own only with a normalised spectrum"
+            why = "has a factor of its own only with a normalised spectrum"
         elif self.rank < 1 or int(self.rank) != self.rank:
             why = f"needs a rank >= 1, not {self.rank}"
         if why:
             raise ValueError(f"structure {self.name!r} {why}.")
+
+    def for_leaf(self, path: str) -> "Structure":
+        """Return the structure of one leaf: with `diagonal` applied."""
+        sides = [slot for pattern, slot in self.diagonal if re.search(pattern, path)]
+        return replace(self, diagonal=(), **dict.fromkeys(sides, "diagonal"))
 
     @property
     def elementwise(self) -> bool:
@@ -113,7 +122,7 @@ class Structure:
     @property
     def learned(self) -> tuple[str, ...]:
         """Slots whose arrays a refit learns: all but memories and constants."""
-        fixed = {"scale"}
+        fixed = {"sigma"}
         for slot, side in self.sides.items():
             if side.fresh:
                 fixed |= {_slot(slot, local) for local in side.shapes(1, 1)}
@@ -145,8 +154,8 @@ class Structure:
         return all(side.definite for side in self.sides.values())
 
     @property
-    def holds_scale(self) -> bool:
-        """Whether sigma can sit in what is learned; else it is a constant of its own."""
+    def holds_sigma(self) -> bool:
+        """Whether sigma can sit in what is learned; else it is a slot of its own, a constant."""
         if self.spectrum != "none":
             return not self.normalize or self.scaled
         return any(side.scalable for side in self.sides.values())
@@ -168,25 +177,25 @@ def array_shapes(structure: Structure, shape: tuple[int, ...]) -> dict[str, tupl
     elif structure.spectrum != "none":
         shapes["spectrum"] = () if structure.spectrum == "scalar" else shape
     if structure.scaled:
-        shapes["spectrum_scale"] = ()
-    if not structure.holds_scale:
-        shapes["scale"] = ()
+        shapes["spectrum_factor"] = ()
+    if not structure.holds_sigma:
+        shapes["sigma"] = ()
     return shapes
 
 
-def init(structure: Structure, shape: tuple[int, ...], scale: float, dtype: jnp.dtype) -> Arrays:
-    """Return the arrays for which P = scale * identity.
+def init(structure: Structure, shape: tuple[int, ...], sigma: float, dtype: jnp.dtype) -> Arrays:
+    """Return the arrays for which P = sigma * identity.
 
     Args:
       structure: the structure.
       shape: [m, n], or any shape for an elementwise structure.
-      scale: sigma. Stored parameters scale with it, so it acts as a learning rate for the
+      sigma: stored parameters scale with it, so it acts as a learning rate for the
         refit; what is applied to gradients is P / sigma.
       dtype: of the arrays.
     """
     # Without a spectrum, all of sigma sits in the sides, shared evenly.
     bearers = sum(side.scalable for side in structure.sides.values())
-    share = scale ** (1 / bearers) if structure.spectrum == "none" and bearers else 1.0
+    share = sigma ** (1 / bearers) if structure.spectrum == "none" and bearers else 1.0
     arrays: Arrays = {}
     for slot, side in structure.sides.items():
         size = shape[0] if slot == "left" else shape[1]
@@ -194,11 +203,11 @@ def init(structure: Structure, shape: tuple[int, ...], scale: float, dtype: jnp.
         arrays |= {_slot(slot, local): array for local, array in made.items()}
     root = lambda v: max(v - POSITIVE, 0.0) ** 0.5 if structure.positive else v  # noqa: E731
     values = {
-        "spectrum": 1.0 if structure.normalize else root(scale),
-        "left_spectrum": root(scale),
+        "spectrum": 1.0 if structure.normalize else root(sigma),
+        "left_spectrum": root(sigma),
         "right_spectrum": root(1.0),
-        "spectrum_scale": scale,
-        "scale": scale,
+        "spectrum_factor": sigma,
+        "sigma": sigma,
     }
     for slot, size in array_shapes(structure, shape).items():
         if slot not in arrays:
@@ -247,14 +256,14 @@ def install(structure: Structure, arrays: Arrays, learned: Arrays) -> Arrays:
 def multiply(structure: Structure, arrays: Arrays, x: Float[Array, "*shape"]) -> Array:
     """Return P X, sigma included, in the shape of `x`."""
     if structure.elementwise:
-        y = _scale(structure, arrays, x)
+        y = _spectral(structure, arrays, x)
     elif structure.spectrum == "none":
         y = _right(structure, arrays, _left(structure, arrays, x, False), False)
     else:
         y = _right(structure, arrays, _left(structure, arrays, x, True), True)
-        y = _scale(structure, arrays, y)
+        y = _spectral(structure, arrays, y)
         y = _right(structure, arrays, _left(structure, arrays, y, False), False)
-    return y if structure.holds_scale else arrays["scale"] * y
+    return y if structure.holds_sigma else arrays["sigma"] * y
 
 
 def as_matrix(
@@ -263,7 +272,7 @@ def as_matrix(
     """Return P as a dense matrix on row-major flattened blocks: for tests and small problems."""
     dtype = next(iter(arrays.values())).dtype
     if structure.elementwise:
-        matrix = jnp.diag(_scale(structure, arrays, jnp.ones(shape, dtype)).ravel())
+        matrix = jnp.diag(_spectral(structure, arrays, jnp.ones(shape, dtype)).ravel())
     else:
         left, right = (
             SIDES[name].times(_local(arrays, slot), jnp.eye(size, dtype=dtype), False)
@@ -273,9 +282,9 @@ def as_matrix(
         )
         matrix = jnp.kron(left, right)
         if structure.spectrum != "none":
-            spectrum = _scale(structure, arrays, jnp.ones(shape, dtype)).ravel()
+            spectrum = _spectral(structure, arrays, jnp.ones(shape, dtype)).ravel()
             matrix = matrix @ (spectrum[:, None] * matrix.T)
-    return matrix if structure.holds_scale else arrays["scale"] * matrix
+    return matrix if structure.holds_sigma else arrays["sigma"] * matrix
 
 
 def project(structure: Structure, arrays: Arrays, *, allow_inversion: bool) -> Arrays:
@@ -346,7 +355,7 @@ def _root(structure: Structure, stored: Array) -> Array:
     return stored * stored + POSITIVE if structure.positive else stored
 
 
-def _scale(structure: Structure, arrays: Arrays, x: Array) -> Array:
+def _spectral(structure: Structure, arrays: Arrays, x: Array) -> Array:
     """D * x, in the shape of x."""
     if structure.spectrum == "separable":
         left, right = (_root(structure, arrays[f"{s}_spectrum"]) for s in ("left", "right"))
@@ -355,7 +364,7 @@ def _scale(structure: Structure, arrays: Arrays, x: Array) -> Array:
     if structure.normalize:
         spectrum = _normalize(structure, spectrum)
     if structure.scaled:
-        spectrum = arrays["spectrum_scale"] * spectrum
+        spectrum = arrays["spectrum_factor"] * spectrum
     return spectrum * x
 
 

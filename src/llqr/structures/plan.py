@@ -25,7 +25,6 @@ Match: TypeAlias = str | Callable[[str, tuple[int, ...]], bool]
 
 # Per-channel parameters, whatever their rank: attention biases are matrices.
 _VECTORS = re.compile(r"(^|[/_])(bias|scale|gamma|beta)$", re.IGNORECASE)
-_E_KFAC = catalogue.STRUCTURES["e-kfac-gpt"]
 # Projections d -> (heads, dim): the input is the first axis alone.
 _FAN_OUT = re.compile(r"(^|/)(query|key|value)(/|$)", re.IGNORECASE)
 
@@ -62,13 +61,6 @@ def matrix_like(path: str, shape: tuple[int, ...]) -> bool:
     return sum(side > 1 for side in shape) >= 2 and not _VECTORS.search(path)
 
 
-# Sides over the vocabulary are diagonal: a dense one would hold its square.
-_GPT = (
-    Rule(match=r"(^|/)embedding$", structure=replace(_E_KFAC, left="diagonal")),
-    Rule(match=r"(^|/)lm_head/kernel$", structure=replace(_E_KFAC, right="diagonal")),
-)
-
-
 def rule_table(rules: StructureLike) -> tuple[Rule, ...]:
     """Return a validated rule table.
 
@@ -84,7 +76,6 @@ def rule_table(rules: StructureLike) -> tuple[Rule, ...]:
         if chosen.view != "leaf" or chosen.elementwise:
             return (Rule(match="*", structure=chosen),)
         return (
-            *(_GPT if chosen.name == "e-kfac-gpt" else ()),
             Rule(match=matrix_like, structure=chosen),
             Rule(match="*", structure=catalogue.for_vectors(chosen)),
         )
@@ -123,9 +114,9 @@ class Block:
     structure: Structure
     shape: tuple[int, ...]
 
-    def init(self, scale: float) -> Arrays:
-        """Return the arrays for which P = scale * identity."""
-        return mx.init(self.structure, self.shape, scale, jnp.dtype(self.dtype))
+    def init(self, sigma: float) -> Arrays:
+        """Return the arrays for which P = sigma * identity."""
+        return mx.init(self.structure, self.shape, sigma, jnp.dtype(self.dtype))
 
     def start(self, arrays: Arrays, key: Array) -> Arrays:
         """Return what a refit learns, at its start."""
@@ -192,7 +183,7 @@ def _block(
     else:
         shape = matrix_view(names[0], shapes[0], rule.rows)
     if not chosen.elementwise:
-        chosen = _limit(chosen, shape, max_dim)
+        chosen = _limit(chosen.for_leaf(names[0]), shape, max_dim)
     dtype = at_least_float32(jnp.result_type(leaves[0]))
     return Block(tuple(members), tuple(names), shapes, dtype.name, chosen, shape)
 
@@ -231,9 +222,9 @@ def _limit(chosen: Structure, shape: tuple[int, ...], max_dim: int) -> Structure
     return replace(chosen, name=note, **dict.fromkeys(large, "diagonal"))
 
 
-def identity(plan: Plan, scale: float) -> tuple[Arrays, ...]:
-    """Return arrays for which every block is scale * identity."""
-    return tuple(block.init(scale) for block in plan)
+def identity(plan: Plan, sigma: float) -> tuple[Arrays, ...]:
+    """Return arrays for which every block is sigma * identity."""
+    return tuple(block.init(sigma) for block in plan)
 
 
 def start(plan: Plan, arrays: Sequence[Arrays], key: Array) -> tuple[Arrays, ...]:

@@ -11,9 +11,9 @@ r"""Families of square matrices that act on the rows (or columns) of a block.
   dense            main                                            main [d, d]
   symmetric        T + T^T - diag(T), T lower triangular           main [d, d]
   definite         T T^T                                           main [d, d]
-  congruent        T diag(s) T^T                                   main [d, d], scale [d]
-  congruent_max    the same with s / max|s|                        main [d, d], scale [d]
-  householder      Q diag(s) Q^T, Q a product of 4 reflections     vectors [4, d], scale [d]
+  congruent        T diag(s) T^T                                   main [d, d], values [d]
+  congruent_max    the same with s / max|s|                        main [d, d], values [d]
+  householder      Q diag(s) Q^T, Q a product of 4 reflections     vectors [4, d], values [d]
   rank_one         main, changed by one symmetric rank a refit     main [d, d]
   rank_one_pair    main, changed by one rank a refit               main [d, d]
   low_rank         (I + u_r u_r^T) ... (I + u_1 u_1^T)             main [r, d]
@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from llqr._types import Array
 
 SideArrays = Mapping[str, Array]
-"""Local name ("main", "scale", ...) -> array."""
+"""Local name ("main", "values", ...) -> array."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -113,7 +113,7 @@ def _definite_times(arrays: SideArrays, x: Array, transpose: bool) -> Array:
 
 def _congruent_times(arrays: SideArrays, x: Array, transpose: bool, *, unit: bool) -> Array:
     del transpose
-    t, s = jnp.tril(arrays["main"]), arrays["scale"]
+    t, s = jnp.tril(arrays["main"]), arrays["values"]
     s = _unit_max(s) if unit else s
     return t @ (s[:, None] * (t.T @ x))
 
@@ -126,19 +126,19 @@ def _unit_max(s: Array) -> Array:
 def _congruent_init(
     value: float, d: int, r: int, dtype: jnp.dtype, *, unit: bool
 ) -> dict[str, Array]:
-    # The scale of a normalised s would be lost: T carries it.
-    main, scale = (value**0.5, 1.0) if unit else (1.0, value)
-    return {**_eye(main, d, r, dtype), "scale": jnp.full((d,), scale, dtype)}
+    # The size of a normalised s would be lost: T carries it.
+    main, s = (value**0.5, 1.0) if unit else (1.0, value)
+    return {**_eye(main, d, r, dtype), "values": jnp.full((d,), s, dtype)}
 
 
 def _congruent_project(arrays: SideArrays, *, unit: bool) -> dict[str, Array]:
     out = _lower(arrays)
-    return {**out, "scale": _unit_max(out["scale"])} if unit else out
+    return {**out, "values": _unit_max(out["values"])} if unit else out
 
 
 def _congruent(unit: bool) -> Side:
     return Side(
-        shapes=lambda d, r: {"main": (d, d), "scale": (d,)},
+        shapes=lambda d, r: {"main": (d, d), "values": (d,)},
         init=partial(_congruent_init, unit=unit),
         times=partial(_congruent_times, unit=unit),
         cost=lambda d, r: 2 * d + 1,
@@ -152,7 +152,7 @@ def _householder_init(value: float, d: int, r: int, dtype: jnp.dtype) -> dict[st
     # Q (value I) Q^T = value I for every Q. From zero vectors, Q could never move.
     del r
     vectors = jax.random.normal(jax.random.key(42), (REFLECTIONS, d), dtype)
-    return {"vectors": vectors, "scale": jnp.full((d,), value, dtype)}
+    return {"vectors": vectors, "values": jnp.full((d,), value, dtype)}
 
 
 def _householder_times(arrays: SideArrays, x: Array, transpose: bool) -> Array:
@@ -160,7 +160,7 @@ def _householder_times(arrays: SideArrays, x: Array, transpose: bool) -> Array:
     units = [v / jnp.sqrt(jnp.maximum(jnp.sum(v * v), _TINY**2)) for v in arrays["vectors"]]
     for v in units:  # Q^T x
         x = _reflect(v, x)
-    x = arrays["scale"][:, None] * x
+    x = arrays["values"][:, None] * x
     for v in reversed(units):
         x = _reflect(v, x)
     return x
@@ -255,7 +255,7 @@ SIDES: dict[str, Side] = {
     "congruent": _congruent(unit=False),
     "congruent_max": _congruent(unit=True),
     "householder": Side(
-        shapes=lambda d, r: {"vectors": (REFLECTIONS, d), "scale": (d,)},
+        shapes=lambda d, r: {"vectors": (REFLECTIONS, d), "values": (d,)},
         init=_householder_init,
         times=_householder_times,
         cost=lambda d, r: 4 * REFLECTIONS + 1,

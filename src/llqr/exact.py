@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llqr import lqr, metrics, quadratic
+from llqr import lqr, metrics
 from llqr._errors import check_choice, check_range
 from llqr._linalg import solve
 from llqr._types import Array, Float, Int, Number, Params
+from llqr.curvature.model import linearize
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
 
@@ -95,7 +96,7 @@ def exact(
             step = lqr.solve(problem, gradient=updates, max_size=max_size)
             step = jax.tree.map(jnp.negative, step)
         else:
-            model = quadratic.linearize(
+            model = linearize(
                 objective,
                 params,
                 resolved,

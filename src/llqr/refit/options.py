@@ -1,33 +1,30 @@
-"""What a refit is asked for (`Refit`, `Problem`), and what it reports (`RefitInfo`)."""
+"""When and how a preconditioner is learned: the options of a refit."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from llqr import metrics, solvers
+from llqr import metrics
 from llqr._errors import check_choice, check_integer, check_range
-from llqr._tree import Frozen
-from llqr._types import Array, Bool, Float, Int, Number, PyTree, Schedule
+from llqr._types import Array, Bool, Int, PyTree, Schedule
+from llqr.curvature.route import Route
 from llqr.metrics import Reduction
-from llqr.route import Route
-from llqr.solvers import SOLVERS, SolverLike
-from llqr.structures.matrix import Arrays
-from llqr.structures.plan import Plan
 
 Probe: TypeAlias = Literal["gradient", "minibatch", "gaussian", "fisher"]
 
-Blocks: TypeAlias = tuple[Arrays, ...]
-"""The arrays of every block of a plan."""
+LINE_SEARCHES = ("cg_zoom_hz", "cg_back_pr+")
+"""Solvers with a line search of their own; see `llqr.refit.solvers`."""
 
-WHOLE = Route()
+DETERMINISTIC = ("cg", *LINE_SEARCHES)
+"""Solvers that compare steps: they need the same objective at every one."""
 
-STATUS = ("none", "updated", "kept", "nonfinite", "inverted", "rejected")
-"""What a refit did to a block, by the number in `RefitInfo.status`: not refitted yet; new arrays
-installed; nothing changed; or old arrays kept by a guard: new ones were not finite, turned
-the direction, or the objective did not decrease."""
+SOLVERS = ("momentum", "sgd", "adam", "relative", *DETERMINISTIC)
+"""The names of `llqr.refit.solvers`."""
+
+SolverLike: TypeAlias = str | optax.GradientTransformation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +127,9 @@ class Refit:
             why = f"normalize_gradient has no effect with probe={self.probe!r}"
         elif self.tolerance and (self.fresh_batches or self._random):
             why = "fresh batches and probes change the objective at every step: tolerance must be 0"
-        elif self.anneal and self.solver in solvers.DETERMINISTIC:
+        elif self.anneal and self.solver in DETERMINISTIC:
             why = f"solver={self.solver!r} finds its own lengths: anneal has no effect"
-        elif self.fresh_batches and self.solver in solvers.DETERMINISTIC:
+        elif self.fresh_batches and self.solver in DETERMINISTIC:
             why = f"solver={self.solver!r} needs one objective for all steps: no fresh_batches"
         elif self.until is not None and self.until < self.start:
             why = f"until={self.until} lies before start={self.start}"
@@ -141,7 +138,7 @@ class Refit:
 
     @property
     def _random(self) -> bool:
-        return self.probe != "gradient" and self.solver not in solvers.DETERMINISTIC
+        return self.probe != "gradient" and self.solver not in DETERMINISTIC
 
     @property
     def batched(self) -> bool:
@@ -156,112 +153,6 @@ class Refit:
         offset = count - self.start
         due = (offset >= 0) & (offset % every == 0)
         return due if self.until is None else due & (count < self.until)
-
-
-class RefitInfo(NamedTuple):
-    """What the last refit did; zeros and NaN before the first."""
-
-    refits: Int[Array, ""]  # how many so far
-    steps: Int[Array, ""]  # inner steps of the last one
-    objective_before: Float[Array, ""]  # Phi at the start of the refit
-    objective_after: Float[Array, ""]  # Phi of what the refit proposes to install
-    cosine: Float[Array, ""]  # of P h and h, for what was installed
-    status: Int[Array, " blocks"]  # what was done to each block: index into `STATUS`
-    cosines: Float[Array, " blocks"]  # of P h and h in each block; 0 where h or P h is zero
-
-    def count(self, *words: str) -> Int[Array, ""]:
-        """Return how many blocks have one of these words of `STATUS`."""
-        found = [jnp.sum(self.status == STATUS.index(w), dtype=jnp.int32) for w in words]
-        return sum(found, start=jnp.zeros((), jnp.int32))
-
-    @property
-    def guarded(self) -> Int[Array, ""]:
-        """Blocks that kept their old arrays in the last refit because of a guard."""
-        return self.count("nonfinite", "inverted", "rejected")
-
-
-def no_refit(blocks: int) -> RefitInfo:
-    """Return the record before the first refit, for a number of blocks."""
-    # An array of its own for each field: a state that repeats a buffer cannot be donated.
-    zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
-    nan = lambda *shape: jnp.full(shape, jnp.nan, jnp.float32)  # noqa: E731
-    status = jnp.zeros((blocks,), jnp.int32)
-    return RefitInfo(zero(), zero(), nan(), nan(), nan(), status, nan(blocks))
-
-
-class Hyper(NamedTuple):
-    """The numbers of one refit that may change between refits without a recompilation."""
-
-    learning_rate: Number
-    ema_decay: Number
-    damping: Number
-
-
-def hyper_at(refit: Refit, count: Int[Array, ""], damping: Number) -> Hyper:
-    """Return the numbers of a refit at `count`."""
-
-    def at(value: Any) -> Any:
-        return value(count) if callable(value) else value
-
-    return Hyper(at(refit.learning_rate), at(refit.ema_decay), damping)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What stays the same over all refits of a run: static and hashable.
-
-    Args:
-      plan: the blocks.
-      metric: a resolved metric, or a tree of them, flattened by `freeze`.
-      reduction: over rows.
-      scale: sigma at which blocks are initialised.
-      refit: the refit's options.
-      route: how curvature products are computed.
-      base: optimizer whose update P multiplies; None: P multiplies the gradient.
-    """
-
-    plan: Plan
-    metric: Frozen
-    reduction: Reduction
-    scale: float
-    refit: Refit
-    route: Route = WHOLE
-    base: optax.GradientTransformation | None = None
-
-    @property
-    def solver(self) -> solvers.Solver:
-        """The inner solver."""
-        refit = self.refit
-        return solvers.make(
-            refit.solver,
-            momentum=refit.momentum,
-            clip_norm=refit.clip_norm,
-            clip_value=refit.clip_value,
-        )
-
-    @property
-    def has_memory(self) -> bool:
-        """Whether a block has a memory."""
-        return any(block.structure.has_memory for block in self.plan)
-
-    @property
-    def compiled(self) -> bool:
-        """Whether a refit must be one compiled function on every device.
-
-        The pieces of the reference route cannot cross `jit`, and a line search has a loop
-        of its own, which chunks that are looped over in Python cannot be inside of.
-        """
-        searches = self.refit.solver in solvers.LINE_SEARCHES
-        return self.route.layerwise or (searches and self.route.chunk_size is not None)
-
-    def check(self) -> None:
-        """Raise ValueError if the options exclude each other."""
-        curved = [b.structure.name for b in self.plan if not b.structure.linear]
-        if self.refit.solver == "cg" and curved:
-            raise ValueError(
-                "solver='cg' needs structures that are linear in their arrays (scalar, "
-                f"diagonal, dense), but there is {curved[0]!r}; 'cg_zoom_hz' takes any."
-            )
 
 
 def check_options(refit: Refit, metric: PyTree, reduction: Reduction, route: Route) -> None:

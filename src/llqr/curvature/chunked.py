@@ -2,28 +2,22 @@
 
 Exact for every loss and mask: only the network is cut. A divergence is one number for each row, of
 that row alone, so its curvature goes by chunks too; what couples examples (a loss) is taken of the
-outputs of the whole batch. Symbols as in `llqr.quadratic`.
+outputs of the whole batch. Symbols as in `llqr.curvature.model`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from llqr import metrics
-from llqr._tree import Frozen, accurate_dtype, freeze, is_traced, vdot, widen
+from llqr import _loops, metrics
+from llqr._tree import Frozen, accurate_dtype, freeze, vdot, widen
 from llqr._types import Array, Float, Params, PyTree
-from llqr.curvature import (
-    Curvature,
-    GaussNewton,
-    Hessian,
-    Linearization,
-    OutputHessian,
-    Potential,
-)
+from llqr.curvature.operators import LinearOperator, SymmetricOperator
+from llqr.curvature.whole import GaussNewton, Hessian, Linearization, OutputHessian, Potential
 from llqr.objective import BoundObjective, Chunks
 
 
@@ -51,62 +45,57 @@ def chunked(
                 f"{chunks.examples} examples and an output of shape {leaf.shape}."
             )
     rows = tuple(leaf.shape[0] for leaf in jax.tree.leaves(shapes))
-    network = Chunked(chunks, params, rows)
-    outputs = network.outputs()
-    return Linearization(
-        outputs, network, _curvature(network, objective, outputs, metric, reduction)
-    )
+    jacobian = Chunked(chunks, params, rows)
+    outputs = jacobian.outputs()
+    curvature = _curvature(jacobian, objective, outputs, metric, reduction)
+    return Linearization(outputs, jacobian, curvature)
 
 
 def _curvature(
-    network: "Chunked", objective: BoundObjective, outputs: PyTree, metric: PyTree, reduction: str
-) -> Curvature:
+    jacobian: "Chunked", objective: BoundObjective, outputs: PyTree, metric: PyTree, reduction: str
+) -> SymmetricOperator:
     kept = None
     if not (metrics.uses_loss(metric) or metrics.is_full(metric)):
         kept = metrics.kept_rows(metric, outputs, objective.mask())
     if kept is not None:
         weights = metrics.row_weights(kept, reduction)
-        return _GaussNewton(network, kept, weights, freeze(metric))
+        return _GaussNewton(jacobian, kept, weights, freeze(metric))
     potential = Potential(objective, outputs, freeze(metric), reduction)
     output_hessian = OutputHessian(potential)
     if metrics.is_full(metric):
-        return Hessian(_Hessian(network, jax.grad(potential)(outputs), output_hessian))
-    return GaussNewton(network, output_hessian)
+        costate = jax.grad(potential)(outputs)
+        return Hessian(_Hessian(jacobian, costate, output_hessian), jacobian.domain)
+    return GaussNewton(jacobian, output_hessian)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Chunked:
-    """J, the activations of one chunk at a time.
+class Chunked(LinearOperator):
+    """J, the activations of one chunk at a time."""
 
-    A loop over chunks is a `lax.scan` inside a trace, and runs in Python over one compiled
-    chunk outside: on CPU, XLA runs convolution gradients inside a compiled loop 30 to 50
-    times slower.
-    """
+    compiles: ClassVar[bool] = False
 
     chunks: Chunks
-    params: Params
+    domain: Params
     rows: tuple[int, ...] = field(metadata={"static": True})
 
     def outputs(self) -> PyTree:
         """Return the outputs of the whole batch."""
-        return self._concatenate(self._map(_forward_chunk, ()))
+        return self._concatenate(self._stacked(_forward_chunk))
 
-    def tangent(self, u: Params) -> PyTree:
+    def jvp(self, u: Params) -> PyTree:
         """Return J u."""
-        return self._concatenate(self._map(_tangent_chunk, (u,)))
+        return self._concatenate(self._stacked(_jvp_chunk, u))
 
-    def pull_back(self, w: PyTree) -> Params:
+    def vjp(self, w: PyTree) -> Params:
         """Return J^T w."""
-        return self.sum(_pull_back_chunk, (), (w,), self.params)
+        return self.sum(_vjp_chunk, (), (w,), self.domain)
 
-    def _map(self, function: Any, shared: tuple[PyTree, ...]) -> PyTree:
+    def _stacked(self, function: Any, *shared: PyTree) -> PyTree:
         """Stack function(chunk, params, *shared) over the chunks."""
-        if is_traced((self.params, shared)):
-            one = lambda i: function(self.chunks[i], self.params, *shared)  # noqa: E731
-            return jax.lax.map(one, jnp.arange(len(self.chunks)))
-        found = [function(self.chunks[i], self.params, *shared) for i in range(len(self.chunks))]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+        one = lambda i: function(self.chunks[i], self.domain, *shared)  # noqa: E731
+        python = _loops.in_python(self.domain, shared)
+        return _loops.stacked(one, len(self.chunks), python=python)
 
     def sum(
         self, function: Any, shared: tuple[PyTree, ...], rows: tuple[PyTree, ...], like: PyTree
@@ -116,16 +105,10 @@ class Chunked:
 
         def one(i: Any) -> PyTree:
             own = [jax.tree.map(lambda x: x[i], tree) for tree in cut]
-            return function(self.chunks[i], self.params, *shared, *own)
+            return function(self.chunks[i], self.domain, *shared, *own)
 
-        if is_traced((self.params, shared, rows)):
-            zeros = jax.tree.map(jnp.zeros_like, like)
-            add = lambda total, i: (jax.tree.map(jnp.add, total, one(i)), None)  # noqa: E731
-            return jax.lax.scan(add, zeros, jnp.arange(len(self.chunks)))[0]
-        total = one(0)
-        for i in range(1, len(self.chunks)):
-            total = jax.tree.map(jnp.add, total, one(i))
-        return total
+        python = _loops.in_python(self.domain, shared, rows)
+        return _loops.total(one, len(self.chunks), like, python=python)
 
     def _concatenate(self, stacked: PyTree) -> PyTree:
         """[chunks, rows of a chunk, ...] -> [rows, ...], without the filling."""
@@ -152,43 +135,46 @@ def _forward_chunk(chunk: BoundObjective, params: Params) -> PyTree:
 
 
 @jax.jit
-def _tangent_chunk(chunk: BoundObjective, params: Params, u: Params) -> PyTree:
+def _jvp_chunk(chunk: BoundObjective, params: Params, u: Params) -> PyTree:
     return jax.jvp(chunk.outputs, (params,), (u,))[1]
 
 
 @jax.jit
-def _pull_back_chunk(chunk: BoundObjective, params: Params, w: PyTree) -> Params:
+def _vjp_chunk(chunk: BoundObjective, params: Params, w: PyTree) -> Params:
     return jax.vjp(chunk.outputs, params)[1](w)[0]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _GaussNewton:
+class _GaussNewton(SymmetricOperator):
     """C = J^T Q J with the Q of each chunk: a product holds the outputs of one chunk alone.
 
     Attributes:
-      network: J.
+      jacobian: J.
       kept: for each output, which of its rows count: [rows, ...]; None without a metric.
       weights: of the rows of each output.
       metric: a divergence of each row.
     """
 
-    network: Chunked
+    jacobian: Chunked
     kept: tuple[Array | None, ...]
     weights: tuple[Array | None, ...]
     metric: Frozen = field(metadata={"static": True})
 
+    @property
+    def domain(self) -> Params:
+        return self.jacobian.domain
+
     def product(self, u: Params) -> Params:
         function = partial(_gauss_newton_chunk, self.metric)
-        return self.network.sum(function, (self.weights, u), (self.kept,), self.network.params)
+        return self.jacobian.sum(function, (self.weights, u), (self.kept,), self.domain)
 
-    def inner(self, u: Params, w: Params) -> Float[Array, ""]:
+    def bilinear(self, u: Params, w: Params) -> Float[Array, ""]:
         pair = (u,) if u is w else (u, w)
-        function = partial(_inner_chunk, self.metric)
-        network = self.network
-        outputs = jax.eval_shape(_forward_chunk, network.chunks[0], network.params)
+        function = partial(_bilinear_chunk, self.metric)
+        outputs = jax.eval_shape(_forward_chunk, self.jacobian.chunks[0], self.domain)
         zero = jnp.zeros((), accurate_dtype(outputs))
-        return network.sum(function, (self.weights, pair), (self.kept,), zero)
+        return self.jacobian.sum(function, (self.weights, pair), (self.kept,), zero)
 
 
 def _q_chunk(
@@ -221,7 +207,7 @@ def _gauss_newton_chunk(
 
 
 @partial(jax.jit, static_argnums=0)
-def _inner_chunk(
+def _bilinear_chunk(
     metric: Frozen, chunk: BoundObjective, params: Params, weights: tuple[Array | None, ...],
     pair: tuple[Params, ...], kept: tuple[Array | None, ...],
 ) -> Float[Array, ""]:  # fmt: skip
@@ -238,7 +224,7 @@ def _hessian_chunk(
 ) -> Params:
     pull = lambda theta: jax.vjp(chunk.outputs, theta)[1](p)[0]  # noqa: E731
     _, second = jax.jvp(pull, (params,), (u,))
-    return jax.tree.map(jnp.add, second, _pull_back_chunk(chunk, params, q))
+    return jax.tree.map(jnp.add, second, _vjp_chunk(chunk, params, q))
 
 
 @jax.tree_util.register_dataclass
@@ -246,10 +232,10 @@ def _hessian_chunk(
 class _Hessian:
     """A full Hessian: J^T Q J + second derivatives of the network against p."""
 
-    network: Chunked
+    jacobian: Chunked
     costate: PyTree
     output_hessian: Callable[[PyTree], PyTree]
 
     def __call__(self, u: Params) -> Params:
-        q = self.output_hessian(self.network.tangent(u))
-        return self.network.sum(_hessian_chunk, (u,), (self.costate, q), self.network.params)
+        q = self.output_hessian(self.jacobian.jvp(u))
+        return self.jacobian.sum(_hessian_chunk, (u,), (self.costate, q), self.jacobian.domain)

@@ -27,15 +27,16 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from llqr import metrics
+from llqr import _loops, metrics
 from llqr._errors import check_choice, check_range
 from llqr._tree import check_inexact, norm, normal_like, vdot
 from llqr._types import Array, Float, Number, Params, PyTree
-from llqr.chunked import Chunked, chunked
-from llqr.curvature import Curvature, Linearization, Network, whole
+from llqr.curvature.chunked import chunked
+from llqr.curvature.operators import LinearOperator, SymmetricOperator
+from llqr.curvature.route import Route
+from llqr.curvature.whole import Linearization, whole
 from llqr.metrics import Reduction
 from llqr.objective import BoundObjective
-from llqr.route import Route
 
 POWER_STEPS = 8
 """Power iterations behind divergence_reduction="unit"."""
@@ -43,66 +44,60 @@ POWER_STEPS = 8
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class QuadraticModel:
-    """J(u) = g.u + 1/2 u.(C / scale + lambda I) u at one point, on one batch.
+class QuadraticModel(SymmetricOperator):
+    """J(u) = g.u + 1/2 u.(C / top + lambda I) u at one point, on one batch.
 
-    Made by `linearize`. A pytree: it crosses `jax.jit`, so a loop over controls can compile
-    its step once.
+    Made by `linearize`. As an operator, it is C / top + lambda I. A pytree: it crosses
+    `jax.jit`, so a loop over controls can compile its step once.
 
     Attributes:
       loss: the loss at the current parameters.
       gradient: g.
       outputs: of the forward function.
       cotangent: c.
-      network: J.
+      jacobian: J.
       curvature: C.
       damping: lambda.
-      scale: 1, or with divergence_reduction="unit" the largest eigenvalue of C.
+      top_eigenvalue: top, by which C is divided: 1, or with divergence_reduction="unit" the
+        largest eigenvalue of C.
     """
 
     loss: Float[Array, ""]
     gradient: Params
     outputs: PyTree
     cotangent: PyTree
-    network: Network
-    curvature: Curvature
+    jacobian: LinearOperator
+    curvature: SymmetricOperator
     damping: Number
-    scale: Number = 1.0
+    top_eigenvalue: Number = 1.0
+
+    @property
+    def domain(self) -> Params:
+        """The parameters' space."""
+        return self.gradient
 
     def value(self, u: Params) -> Float[Array, ""]:
         """Return J(u)."""
-        curved = self.inner(u, u)
+        curved = self.bilinear(u, u)
         return vdot(self.gradient, u).astype(curved.dtype) + 0.5 * curved
 
-    def value_and_gradient(self, u: Params) -> tuple[Float[Array, ""], Params]:
-        """Return J(u) and dJ/du = g + (C + lambda I) u."""
-        curved = self.product(u)
-        value = vdot(self.gradient, u) + 0.5 * vdot(u, curved)
-        return value, jax.tree.map(jnp.add, self.gradient, curved)
-
     def product(self, u: Params) -> Params:
-        """Return (C + lambda I) u."""
+        """Return (C / top + lambda I) u."""
         return jax.tree.map(
-            lambda c, x: (c / self.scale + self.damping * x).astype(c.dtype), self.curve(u), u
+            lambda c, x: (c / self.top_eigenvalue + self.damping * x).astype(c.dtype),
+            self.curvature.product(u),
+            u,
         )
 
-    def inner(self, u: Params, w: Params) -> Float[Array, ""]:
-        """Return u.(C + lambda I) w, from tangent sweeps alone where C = J^T Q J."""
-        curved = self.curvature.inner(u, w) / self.scale
+    def bilinear(self, u: Params, w: Params) -> Float[Array, ""]:
+        """Return u.(C / top + lambda I) w, from tangent sweeps alone where C = J^T Q J."""
+        curved = self.curvature.bilinear(u, w) / self.top_eigenvalue
         return curved + (self.damping * vdot(u, w)).astype(curved.dtype)
 
-    def curve(self, u: Params) -> Params:
-        """Return C u, neither scaled nor damped."""
-        return self.curvature.product(u)
-
     @property
-    def loops_in_python(self) -> bool:
-        """Whether its products, outside a trace, are loops over compiled chunks."""
-        return isinstance(self.network, Chunked)
-
-    def pull_back(self, w: PyTree) -> Params:
-        """Return J^T w for a cotangent of the outputs."""
-        return self.network.pull_back(w)
+    def compiles(self) -> bool:
+        """Whether a product may be one compiled piece of a loop in Python."""
+        return self.jacobian.compiles
 
 
 def linearize(
@@ -153,22 +148,17 @@ def linearize(
         model = _model(objective, chunked(objective, params, metric, rows, size), damping)
     else:
         model = _model(objective, whole(objective, params, metric, rows, route), damping)
-    if divergence_reduction == "unit":
-        v = power_start(model)
-        for _ in range(POWER_STEPS):
-            v = power_step(model, v)
-        model = with_unit_scale(model, v)
-    return model
+    return with_unit_top(model) if divergence_reduction == "unit" else model
 
 
 def _model(
     objective: BoundObjective, linearization: Linearization, damping: Number
 ) -> QuadraticModel:
     """Add what the fused routes take from the outputs: loss, cotangent and gradient."""
-    outputs, network, curvature = linearization
+    outputs, jacobian, curvature = linearization
     loss, cotangent = jax.value_and_grad(objective.loss)(outputs)
-    gradient = network.pull_back(cotangent)
-    return QuadraticModel(loss, gradient, outputs, cotangent, network, curvature, damping)
+    gradient = jacobian.vjp(cotangent)
+    return QuadraticModel(loss, gradient, outputs, cotangent, jacobian, curvature, damping)
 
 
 @singledispatch
@@ -184,27 +174,22 @@ def layerwise_model(
     )
 
 
-# --- the largest eigenvalue -------------------------------------------------------------------
+def with_unit_top(model: QuadraticModel) -> QuadraticModel:
+    """Return the model with C divided by an estimate of its largest absolute eigenvalue.
+
+    POWER_STEPS power iterations v <- C v / |v| from a fixed normal draw; |v| is the estimate.
+    C = 0 stays 0.
+    """
+    python = _loops.in_python(model.gradient)
+    run = _loops.compiled if python and model.compiles else _loops.direct
+    step = lambda v: run(_power_step, None, model.curvature, v)  # noqa: E731
+    start = normal_like(model.gradient, jax.random.key(0))
+    length = norm(_loops.repeat(step, start, POWER_STEPS, python=python))
+    usable = jnp.isfinite(length) & (length > 0)
+    return replace(model, top_eigenvalue=jnp.where(usable, length, 1.0))
 
 
-def power_start(model: QuadraticModel) -> Params:
-    """Return the first vector of the power iteration: a fixed normal draw."""
-    return normal_like(model.gradient, jax.random.key(0))
-
-
-def power_step(model: QuadraticModel, v: Params) -> Params:
-    """Return C v / |v|: its length tends to the largest absolute eigenvalue of C."""
-    return model.curve(_unit(v))
-
-
-def with_unit_scale(model: QuadraticModel, v: Params) -> QuadraticModel:
-    """Return the model with C divided by |v|, the estimate after power iterations."""
-    length = norm(v)
-    usable = jnp.isfinite(length) & (length > 0)  # C = 0 stays 0
-    return replace(model, scale=jnp.where(usable, length, 1.0))
-
-
-def _unit(v: Params) -> Params:
+def _power_step(_: None, curvature: SymmetricOperator, v: Params) -> Params:
     length = norm(v)
     length = jnp.where(length > 0, length, 1.0)
-    return jax.tree.map(lambda x: (x / length).astype(x.dtype), v)
+    return curvature.product(jax.tree.map(lambda x: (x / length).astype(x.dtype), v))

@@ -27,37 +27,29 @@ preconditioned SGD on matrix Lie groups (Li, arXiv 1512.04202).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from llqr._tree import vdot
+from llqr._tree import divide, vdot
 from llqr._types import Array, Bool, Float, Number, PyTree
+from llqr.refit.objective import Phi
+from llqr.refit.options import DETERMINISTIC, LINE_SEARCHES, SOLVERS, SolverLike
 
-SolverLike: TypeAlias = str | optax.GradientTransformation
+__all__ = [
+    "DETERMINISTIC",
+    "LINE_SEARCHES",
+    "SOLVERS",
+    "Solver",
+    "SolverLike",
+    "make",
+    "scale_by_relative",
+]
 
 LINE_SEARCH_STEPS = 20
 BETA_LIMIT = 1e3
-
-
-class Objective(Protocol):
-    """What a solver sees of Phi."""
-
-    def gradient(self, learned: PyTree) -> tuple[Float[Array, ""], PyTree]:
-        """Return Phi and its gradient."""
-        ...
-
-    def product(self, direction: PyTree) -> PyTree:
-        """Return the Hessian of Phi times a direction, if P is linear in what is learned."""
-        ...
-
-    def along(
-        self, learned: PyTree, direction: PyTree, t: Float[Array, ""]
-    ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-        """Return value, slope and curvature of Phi(learned + t direction)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -66,12 +58,12 @@ class Solver:
 
     Attributes:
       init: (learned, (Phi, its gradient) at the start, or None) -> state.
-      step: (objective, learned, state, rate) -> (learned, state, Phi where it started).
+      step: (Phi, learned, state, rate) -> (learned, state, Phi where it started).
       needs_first_gradient: whether `init` takes Phi and its gradient.
     """
 
     init: Callable[[PyTree, Any], Any]
-    step: Callable[[Objective, PyTree, Any, Number], tuple[PyTree, Any, Float[Array, ""]]]
+    step: Callable[[Phi, PyTree, Any, Number], tuple[PyTree, Any, Float[Array, ""]]]
     needs_first_gradient: bool = False
 
 
@@ -88,10 +80,10 @@ def make(
     """
     if solver == "cg":
         return Solver(_cg_init, _cg_step, needs_first_gradient=True)
-    if isinstance(solver, str) and solver in LINE_SEARCHES:
-        beta, search = LINE_SEARCHES[solver]
+    if isinstance(solver, str) and solver in _SEARCHES:
+        beta, search = _SEARCHES[solver]
 
-        def step(phi: Objective, learned: PyTree, state: Any, rate: Number) -> Any:
+        def step(phi: Phi, learned: PyTree, state: Any, rate: Number) -> Any:
             del rate
             return _nonlinear_step(phi, learned, state, beta, search)
 
@@ -112,8 +104,8 @@ def make(
         chain.append(solver)
     tx = optax.with_extra_args_support(optax.chain(*chain))
 
-    def first_order(phi: Objective, learned: PyTree, state: Any, rate: Number) -> Any:
-        value, gradient = phi.gradient(learned)
+    def first_order(phi: Phi, learned: PyTree, state: Any, rate: Number) -> Any:
+        value, gradient = phi.value_and_gradient(learned)
         updates, state = tx.update(gradient, state, learned)
         if named:
             updates = jax.tree.map(lambda u: -rate * u, updates)
@@ -147,10 +139,10 @@ def scale_by_relative() -> optax.GradientTransformation:
             step = s @ g
             step = jnp.where(jnp.sum(step * g) > 0, step, g)
             size, typical = jnp.sqrt(jnp.sum(step * step)), jnp.sqrt(jnp.sum(s * s) / s.shape[0])
-            return (_ratio(typical, size) * step).astype(g.dtype)
+            return (divide(typical, size) * step).astype(g.dtype)
         step = jnp.abs(s) * g
         size = jnp.max(jnp.abs(step), initial=0.0)
-        step = _ratio(jnp.sqrt(jnp.mean(s * s)), size) * step
+        step = divide(jnp.sqrt(jnp.mean(s * s)), size) * step
         return jnp.clip(step, -jnp.abs(s), jnp.abs(s)).astype(g.dtype)
 
     return optax.stateless(
@@ -186,19 +178,18 @@ def _cg_init(learned: PyTree, found: tuple[Array, PyTree]) -> _CGState:
 
 
 def _cg_step(
-    phi: Objective, learned: PyTree, state: _CGState, rate: Number
+    phi: Phi, learned: PyTree, state: _CGState, rate: Number
 ) -> tuple[PyTree, _CGState, Array]:
     """One step; it stays where it is once solved, or where Phi curves down."""
     del rate
     p = state.direction
     q = phi.product(p)
     curvature = vdot(p, q)
-    alpha = jnp.where(curvature > 0, state.squared / jnp.where(curvature > 0, curvature, 1.0), 0.0)
+    alpha = jnp.where(curvature > 0, divide(state.squared, curvature), 0.0)
     moved = jax.tree.map(lambda b, d: (b + alpha * d).astype(b.dtype), learned, p)
     residual = jax.tree.map(lambda r, x: (r - alpha * x).astype(r.dtype), state.residual, q)
     squared = vdot(residual, residual)
-    beta = jnp.where(state.squared > 0, squared / jnp.where(state.squared > 0, state.squared, 1), 0)
-    beta = jnp.where(alpha > 0, beta, 0.0)
+    beta = jnp.where(alpha > 0, divide(squared, state.squared), 0.0)
     direction = jax.tree.map(lambda r, d: (r + beta * d).astype(r.dtype), residual, p)
     value = state.value - alpha * state.squared / 2  # exact on a quadratic
     return moved, _CGState(residual, direction, squared, value), state.value
@@ -219,13 +210,13 @@ def _nonlinear_init(learned: PyTree, _: Any) -> _NonlinearState:
 
 
 def _nonlinear_step(
-    phi: Objective,
+    phi: Phi,
     learned: PyTree,
     state: _NonlinearState,
     beta: Callable[[PyTree, PyTree, PyTree], Array],
     search: Callable[[Callable[[Array], Array], Array, Array], Array],
 ) -> tuple[PyTree, _NonlinearState, Array]:
-    value, g = phi.gradient(learned)
+    value, g = phi.value_and_gradient(learned)
     change = jax.tree.map(jnp.subtract, g, state.gradient)
     b = jnp.where(state.started, beta(g, change, state.direction), 0.0)
     d = jax.tree.map(lambda x, last: (b * last - x).astype(x.dtype), g, state.direction)
@@ -234,7 +225,7 @@ def _nonlinear_step(
     zero = jnp.zeros_like(value)
     _, slope, curved = phi.along(learned, d, zero)
     # The Newton length along the line, so that the search starts near its end.
-    guess = jnp.where(curved > 0, -slope / jnp.where(curved > 0, curved, 1.0), 1.0)
+    guess = jnp.where(curved > 0, divide(-slope, curved), 1.0)
     line = jax.tree.map(lambda x: (guess * x).astype(x.dtype), d)
 
     # A custom rule: the slope is known from tangent sweeps, no transpose is needed.
@@ -256,18 +247,14 @@ def _nonlinear_step(
 def _polak_ribiere(g: PyTree, y: PyTree, d: PyTree) -> Array:
     del d
     last = jax.tree.map(jnp.subtract, g, y)
-    return jnp.maximum(_ratio(vdot(g, y), vdot(last, last)), 0.0)
+    return jnp.maximum(divide(vdot(g, y), vdot(last, last)), 0.0)
 
 
 def _hager_zhang(g: PyTree, y: PyTree, d: PyTree) -> Array:
     dy = vdot(d, y)
-    twice = 2 * _ratio(vdot(y, y), dy)
+    twice = 2 * divide(vdot(y, y), dy)
     direction = jax.tree.map(lambda y, d: y - twice * d, y, d)
-    return jnp.clip(_ratio(vdot(direction, g), dy), -BETA_LIMIT, BETA_LIMIT)
-
-
-def _ratio(a: Array, b: Array) -> Array:
-    return jnp.where(b != 0, a / jnp.where(b != 0, b, 1.0), 0.0)
+    return jnp.clip(divide(vdot(direction, g), dy), -BETA_LIMIT, BETA_LIMIT)
 
 
 def _zoom(function: Callable[[Array], Array], value: Array, slope: Array) -> Array:
@@ -290,13 +277,7 @@ def _search(search: Any, function: Any, value: Array, slope: Array) -> Array:
     return length
 
 
-LINE_SEARCHES = {
-    "cg_zoom_hz": (_hager_zhang, _zoom),
-    "cg_back_pr+": (_polak_ribiere, _backtracking),
-}
+_SEARCHES = dict(
+    zip(LINE_SEARCHES, ((_hager_zhang, _zoom), (_polak_ribiere, _backtracking)), strict=True)
+)
 """Nonlinear conjugate gradients: beta and line search by name."""
-
-DETERMINISTIC = ("cg", *LINE_SEARCHES)
-"""Solvers that compare steps: they need the same objective at every one."""
-
-SOLVERS = ("momentum", "sgd", "adam", "relative", *DETERMINISTIC)

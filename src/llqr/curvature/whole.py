@@ -1,52 +1,29 @@
-"""The Jacobian J of a network and the curvature C of a metric, as linear maps.
+"""The Jacobian J of a network and the curvature C of a metric, on the whole batch at once.
 
 C = J^T Q J, with Q the Hessian of the metric's potential in the outputs; or the full Hessian, for
-metrics such as newton. Symbols as in `llqr.quadratic`.
+metrics such as newton. Symbols as in `llqr.curvature.model`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 
 from llqr import metrics
 from llqr._tree import Frozen, freeze, vdot
 from llqr._types import Array, Float, Params, PyTree
+from llqr.curvature.operators import FunctionOperator, LinearOperator, SymmetricOperator
+from llqr.curvature.route import Route
 from llqr.objective import BoundObjective
-from llqr.route import Route
-
-
-class Network(Protocol):
-    """The linearised forward function J."""
-
-    def tangent(self, u: Params) -> PyTree:
-        """Return J u."""
-        ...
-
-    def pull_back(self, w: PyTree) -> Params:
-        """Return J^T w."""
-        ...
-
-
-class Curvature(Protocol):
-    """The curvature C, neither scaled nor damped."""
-
-    def product(self, u: Params) -> Params:
-        """Return C u."""
-        ...
-
-    def inner(self, u: Params, w: Params) -> Float[Array, ""]:
-        """Return u.C w."""
-        ...
 
 
 class Linearization(NamedTuple):
     """What a route makes at one point."""
 
     outputs: PyTree
-    network: Network
-    curvature: Curvature
+    jacobian: LinearOperator
+    curvature: SymmetricOperator
 
 
 def whole(
@@ -63,20 +40,20 @@ def whole(
     """
     full = metrics.is_full(metric)
     if route.memory == "recomputed":
-        outputs, network = objective.outputs(params), _Recomputed(objective, params, route)
+        outputs, jacobian = objective.outputs(params), _Recomputed(objective, params, route)
     else:
         outputs, tangent = jax.linearize(objective.outputs, params)
-        network = _Cached(tangent, params)
+        jacobian = FunctionOperator(tangent, params)
     potential = Potential(objective, outputs, freeze(metric), reduction)
     if full and route.memory == "cached":
-        curvature = Hessian(jax.linearize(jax.grad(potential.of_params), params)[1])
+        curvature = Hessian(jax.linearize(jax.grad(potential.of_params), params)[1], params)
     elif full:
-        curvature = Hessian(_HessianRecomputed(potential, params))
+        curvature = Hessian(_HessianRecomputed(potential, params), params)
     elif route.memory == "cached":
-        curvature = GaussNewton(network, jax.linearize(jax.grad(potential), outputs)[1])
+        curvature = GaussNewton(jacobian, jax.linearize(jax.grad(potential), outputs)[1])
     else:
-        curvature = GaussNewton(network, OutputHessian(potential))
-    return Linearization(outputs, network, curvature)
+        curvature = GaussNewton(jacobian, OutputHessian(potential))
+    return Linearization(outputs, jacobian, curvature)
 
 
 @jax.tree_util.register_dataclass
@@ -104,33 +81,18 @@ class Potential:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Cached:
-    """J from the residuals of one linearisation."""
-
-    apply: Callable[[Params], PyTree]
-    params: Params
-
-    def tangent(self, u: Params) -> PyTree:
-        return self.apply(u)
-
-    def pull_back(self, w: PyTree) -> Params:
-        return jax.linear_transpose(self.apply, self.params)(w)[0]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Recomputed:
+class _Recomputed(LinearOperator):
     """J linearised again at each use."""
 
     objective: BoundObjective
-    params: Params
+    domain: Params
     route: Route = field(metadata={"static": True})
 
-    def tangent(self, u: Params) -> PyTree:
-        return jax.jvp(self._forward(), (self.params,), (u,))[1]
+    def jvp(self, u: Params) -> PyTree:
+        return jax.jvp(self._forward(), (self.domain,), (u,))[1]
 
-    def pull_back(self, w: PyTree) -> Params:
-        return jax.vjp(self._forward(), self.params)[1](w)[0]
+    def vjp(self, w: PyTree) -> Params:
+        return jax.vjp(self._forward(), self.domain)[1](w)[0]
 
     def _forward(self) -> Callable[[Params], PyTree]:
         if self.route.checkpoint_policy == "none":
@@ -145,37 +107,39 @@ class _Recomputed:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class GaussNewton:
+class GaussNewton(SymmetricOperator):
     """C = J^T Q J, with Q on tangents of the outputs."""
 
-    network: Network
+    jacobian: LinearOperator
     output_hessian: Callable[[PyTree], PyTree]
+
+    @property
+    def domain(self) -> Params:
+        """The parameters."""
+        return self.jacobian.domain
 
     def product(self, u: Params) -> Params:
         """Return C u."""
-        return self.network.pull_back(self.output_hessian(self.network.tangent(u)))
+        return self.jacobian.vjp(self.output_hessian(self.jacobian.jvp(u)))
 
-    def inner(self, u: Params, w: Params) -> Float[Array, ""]:
-        """Return u.C w."""
-        v = self.network.tangent(w)
-        other = v if u is w else self.network.tangent(u)
+    def bilinear(self, u: Params, w: Params) -> Float[Array, ""]:
+        """Return u.C w, from tangent sweeps alone."""
+        v = self.jacobian.jvp(w)
+        other = v if u is w else self.jacobian.jvp(u)
         return vdot(other, self.output_hessian(v))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Hessian:
+class Hessian(SymmetricOperator):
     """C as one linear map."""
 
     apply: Callable[[Params], Params]
+    domain: Params
 
     def product(self, u: Params) -> Params:
         """Return C u."""
         return self.apply(u)
-
-    def inner(self, u: Params, w: Params) -> Float[Array, ""]:
-        """Return u.C w."""
-        return vdot(u, self.apply(w))
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,85 @@
+"""Linear operators between pytrees of arrays: one interface for all that is linear here.
+
+  operator            domain -> range                   methods
+  LinearOperator      any                               jvp, vjp, as_matrix
+  SymmetricOperator   params -> params                  product, bilinear, as_matrix
+
+A Jacobian is a `LinearOperator`; the curvature of a metric, the quadratic model's C + lambda I
+and the Hessian of a refit's objective are `SymmetricOperator`s. All are pytrees, so that they
+cross `jax.jit`, and none forms a matrix, except where a test asks for it (`as_matrix`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from llqr._tree import vdot
+from llqr._types import Array, Float, Params, PyTree
+
+
+class LinearOperator(ABC):
+    """A linear map L between two vector spaces of pytrees."""
+
+    compiles: ClassVar[bool] = True
+    """Whether a product may be one compiled piece of a loop in Python: not where it is itself
+    a loop over chunks, nor where its parts cannot cross `jit`."""
+
+    domain: PyTree
+    """A point of the domain; its structure, shapes and dtypes are what is meant."""
+
+    @abstractmethod
+    def jvp(self, u: PyTree) -> PyTree:
+        """Return L u."""
+
+    def vjp(self, w: PyTree) -> PyTree:
+        """Return L^T w."""
+        return jax.linear_transpose(self.jvp, self.domain)(w)[0]
+
+    def as_matrix(self) -> Float[Array, "range domain"]:
+        """Return the dense matrix on flattened trees: for tests and small problems."""
+        flat, unravel = ravel_pytree(self.domain)
+        basis = jnp.eye(flat.size, dtype=flat.dtype)
+        return jax.vmap(lambda e: ravel_pytree(self.jvp(unravel(e)))[0])(basis).T
+
+
+class SymmetricOperator(LinearOperator):
+    """A symmetric linear map C on one space."""
+
+    @abstractmethod
+    def product(self, u: Params) -> Params:
+        """Return C u."""
+
+    def bilinear(self, u: Params, w: Params) -> Float[Array, ""]:
+        """Return u.C w."""
+        return vdot(u, self.product(w))
+
+    def jvp(self, u: Params) -> Params:
+        """Return C u."""
+        return self.product(u)
+
+    def vjp(self, w: Params) -> Params:
+        """Return C^T w, which is C w."""
+        return self.product(w)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FunctionOperator(LinearOperator):
+    """A linear function as an operator.
+
+    Attributes:
+      apply: the map.
+      domain: a point of its domain.
+    """
+
+    apply: Callable[[PyTree], PyTree]
+    domain: PyTree
+
+    def jvp(self, u: PyTree) -> PyTree:
+        """Return the image of u."""
+        return self.apply(u)

@@ -1,0 +1,6 @@
+"""Learning P: what is asked for, the objective Phi, directions, solvers, guards, the loop."""
+
+from llqr.refit.options import Refit
+from llqr.refit.record import STATUS, RefitInfo
+
+__all__ = ["STATUS", "Refit", "RefitInfo"]

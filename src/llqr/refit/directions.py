@@ -1,0 +1,135 @@
+r"""Directions h on which P is learned, and the linear term l that belongs to each.
+
+  probe       h                                                       l
+  gradient    -g, -g / |g|, or the update that the base makes of g    g
+  minibatch   minus the gradient of a quarter of the rows             -h
+  gaussian    N(0, I)                                                 -h
+  fisher      the gradient for labels drawn from the model, whose     -h
+              covariance is C / top, and a tenth of the damping
+
+The published method (Layerwise LQR, arXiv 2605.04230) has one fixed direction; the others, the
+probes, are drawn afresh at every inner step.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llqr import _loops, metrics
+from llqr._tree import norm, normal_like
+from llqr._types import Array, Int, Params, PyTree
+from llqr.curvature.model import QuadraticModel
+from llqr.objective import BoundObjective
+from llqr.refit.setup import Inputs, Setup
+
+SUBSET = 0.25
+"""Share of the refit batch's rows in one minibatch probe."""
+FISHER_FLOOR = 0.1
+"""Share of the damping in the covariance of a fisher probe."""
+
+
+class Directions(NamedTuple):
+    """h and l, like the parameters; with a leading axis if there are several."""
+
+    h: Params
+    linear: Params
+
+
+def directions(
+    setup: Setup, inputs: Inputs, model: QuadraticModel, objective: BoundObjective,
+    key: Array, probes: int,
+) -> Directions:  # fmt: skip
+    """Return the directions of one step.
+
+    Args:
+      setup: of the refit.
+      inputs: of the refit.
+      model: the quadratic model of the step's batch, or a stack of those of its examples.
+      objective: on that batch.
+      key: of random directions.
+      probes: how many of them.
+    """
+    refit = setup.refit
+    if refit.probe == "gradient":
+        toward = partial(base_direction, setup, inputs)
+        if refit.per_example:
+            return Directions(jax.vmap(toward)(model.gradient), model.gradient)
+        return Directions(toward(model.gradient), model.gradient)
+    draw = partial(_draw, setup, model, objective)
+    h = over(model, draw, jax.random.split(key, probes))
+    return Directions(h, jax.tree.map(jnp.negative, h))
+
+
+def base_direction(setup: Setup, inputs: Inputs, gradient: Params) -> Params:
+    """Return -g, or the update that the base optimizer would make of g: both descend."""
+    if setup.base is None:
+        direction = jax.tree.map(jnp.negative, gradient)
+    else:
+        base = optax.with_extra_args_support(setup.base)
+        direction, _ = base.update(gradient, inputs.base_state, inputs.params)
+        direction = jax.tree.map(lambda h, g: h.astype(g.dtype), direction, gradient)
+    if setup.refit.normalize_gradient:
+        length = jnp.maximum(norm(direction), 1e-9)
+        direction = jax.tree.map(lambda h: h / length.astype(h.dtype), direction)
+    return direction
+
+
+def each(
+    model: QuadraticModel, batched: bool, function: Callable[..., Any], *arguments: Any
+) -> Any:
+    """Return function(model, *arguments), for each direction if there are several."""
+    if not batched:
+        return function(model, *arguments)
+    if has_axis(model):  # one model for each example
+        return jax.vmap(function)(model, *arguments)
+    return over(model, partial(function, model), *arguments)
+
+
+def over(model: QuadraticModel, function: Callable[..., Any], *stacked: Any) -> Any:
+    """Map over the leading axis; in Python where the model's own products loop there."""
+    python = not model.compiles and _loops.in_python(model.gradient, stacked)
+    return _loops.mapped(function, *stacked, python=python)
+
+
+def has_axis(model: QuadraticModel) -> bool:
+    """Whether it is a stack of models, one for each example."""
+    return jnp.ndim(model.loss) == 1
+
+
+def take(objective: BoundObjective, step: int | Int[Array, ""]) -> BoundObjective:
+    """Return the objective on the batch of one step, of those that are stacked."""
+    return jax.tree.map(lambda x: x[step], objective)
+
+
+def _draw(setup: Setup, model: QuadraticModel, objective: BoundObjective, key: Array) -> Params:
+    """One random direction."""
+    probe = setup.refit.probe
+    if probe == "gaussian":
+        return normal_like(model.gradient, key)
+    if probe == "minibatch":
+        return model.jacobian.vjp(_subset(model.cotangent, key))
+    reduction = metrics.over_rows(setup.reduction)
+    mask, (key, isotropic) = objective.mask(), jax.random.split(key)
+    cotangent = metrics.sample(setup.metric.tree, key, model.outputs, mask, reduction)
+    h = model.jacobian.vjp(cotangent)
+    top, floor = jnp.sqrt(model.top_eigenvalue), jnp.sqrt(FISHER_FLOOR * model.damping)
+    noise = normal_like(model.gradient, isotropic)
+    return jax.tree.map(lambda x, n: (x / top + floor * n).astype(x.dtype), h, noise)
+
+
+def _subset(cotangent: PyTree, key: Array) -> PyTree:
+    """Minus the loss's gradient in the outputs, of a random part of the rows."""
+    count = max(c.shape[0] if c.ndim else 1 for c in jax.tree.leaves(cotangent))
+    rows = jax.random.bernoulli(key, SUBSET, (count,))
+
+    def one(c: Array) -> Array:
+        if not c.ndim:  # no rows
+            return -c
+        kept = rows[: c.shape[0]].reshape(-1, *[1] * (c.ndim - 1))
+        return jnp.where(kept, -c / SUBSET, 0.0).astype(c.dtype)
+
+    return jax.tree.map(one, cotangent)

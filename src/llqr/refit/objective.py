@@ -1,0 +1,137 @@
+r"""The objective Phi of a refit: the quadratic model of the step that P gives, as a function of P.
+
+  symbol     meaning                                              shape
+  P          structured inverse preconditioner, sigma included    params x params
+  h          direction that P is learned on (`directions`)        like params
+  l          linear term of the objective                         like params
+  C          curvature of the metric                              params x params
+
+    Phi(P) = l.u + 1/2 u.(C + lambda I) u,   u = P h,   averaged over the directions
+
+The published method (Layerwise LQR, arXiv 2605.04230) has l = g and one fixed direction,
+h = -g or -g / |g|: Phi is then the quadratic model of the step itself. A probe has l = -h,
+with h drawn afresh at every inner step; from N(0, I), the minimiser over all matrices of the
+mean of Phi is (C + lambda I)^-1, and over a structure its best approximation seen from every
+direction.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llqr._tree import vdot
+from llqr._types import Array, Float, Params
+from llqr.curvature.model import QuadraticModel
+from llqr.refit.directions import Directions, each
+from llqr.refit.setup import Blocks
+from llqr.structures import plan as plans
+from llqr.structures.plan import Plan
+
+
+@dataclass(frozen=True)
+class Phi:
+    """Phi on given directions.
+
+    A refit moves what it *learns* (`plans.start`): the arrays of P themselves, or fresh vectors
+    that are folded into them. `value` takes arrays; all else takes what is learned.
+
+    Attributes:
+      plan: the blocks of P.
+      blocks: arrays into which what is learned is installed.
+      model: C + lambda I of the batch, or a stack of those of its examples.
+      directions: h and l.
+      batched: whether they have a leading axis.
+    """
+
+    plan: Plan
+    blocks: Blocks
+    model: QuadraticModel
+    directions: Directions
+    batched: bool
+
+    def value(self, blocks: Blocks) -> Float[Array, ""]:
+        """Return Phi of P with these arrays."""
+
+        def one(model: QuadraticModel, h: Params, linear: Params) -> Array:
+            u = plans.multiply(self.plan, blocks, h)
+            return _phi(linear, u, model.bilinear(u, u))
+
+        return jnp.mean(each(self.model, self.batched, one, *self.directions))
+
+    def value_and_gradient(self, learned: Blocks) -> tuple[Float[Array, ""], Blocks]:
+        """Return Phi and its gradient: one product with C."""
+
+        def one(model: QuadraticModel, u: Params, linear: Params) -> tuple[Array, Params]:
+            curved = model.product(u)
+            return _phi(linear, u, vdot(u, curved)), jax.tree.map(jnp.add, linear, curved)
+
+        controls, vjp = self._vjp(learned)
+        value, cotangent = self._each(one, controls)
+        return self._mean(value), _pull(vjp, self._share(cotangent))
+
+    def product(self, direction: Blocks) -> Blocks:
+        """Return the Hessian of Phi times a direction, where P is linear in what is learned."""
+        controls, vjp = self._vjp(direction)
+        curved = self._each(lambda model, u, _: model.product(u), controls)
+        return _pull(vjp, self._share(curved))
+
+    def along(
+        self, learned: Blocks, direction: Blocks, t: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+        """Return Phi, its slope and u'.(C + lambda) u' along a line: tangent sweeps alone."""
+
+        def controls(t: Array) -> Params:
+            moved = jax.tree.map(lambda b, d: b + t * d, learned, direction)
+            return _controls(self.plan, self.batched, self.blocks, moved, self.directions.h)
+
+        def one(model: QuadraticModel, pair: Any, linear: Params) -> tuple[Array, Array, Array]:
+            u, du = pair
+            value = _phi(linear, u, model.bilinear(u, u))
+            return value, vdot(linear, du) + model.bilinear(u, du), model.bilinear(du, du)
+
+        pair = jax.jvp(controls, (t,), (jnp.ones_like(t),))
+        value, slope, curved = self._each(one, pair)
+        return self._mean(value), self._mean(slope), self._mean(curved)
+
+    def _vjp(self, learned: Blocks) -> tuple[Params, Any]:
+        return _controls_vjp(self.plan, self.batched, self.blocks, learned, self.directions.h)
+
+    def _each(self, function: Callable[..., Any], controls: Any) -> Any:
+        return each(self.model, self.batched, function, controls, self.directions.linear)
+
+    def _mean(self, x: Array) -> Array:
+        return jnp.mean(x) if self.batched else x
+
+    def _share(self, cotangent: Params) -> Params:
+        """The part of each direction in the gradient of the mean."""
+        if not self.batched:
+            return cotangent
+        return jax.tree.map(lambda c: (c / c.shape[0]).astype(c.dtype), cotangent)
+
+
+def _phi(linear: Params, u: Params, curved: Float[Array, ""]) -> Float[Array, ""]:
+    """l.u + 1/2 u.(C + lambda I) u, of which the second is given."""
+    return vdot(linear, u) + 0.5 * curved
+
+
+def _controls(plan: Plan, batched: bool, blocks: Blocks, learned: Blocks, h: Params) -> Params:
+    arrays = plans.install(plan, blocks, learned)
+    multiply = partial(plans.multiply, plan, arrays)
+    return jax.vmap(multiply)(h) if batched else multiply(h)
+
+
+@partial(jax.jit, static_argnames=("plan", "batched"))
+def _controls_vjp(
+    plan: Plan, batched: bool, blocks: Blocks, learned: Blocks, h: Params
+) -> tuple[Params, Any]:
+    """Return u = P h, and its pull-back to what is learned, for `_pull`."""
+    return jax.vjp(lambda x: _controls(plan, batched, blocks, x, h), learned)
+
+
+@jax.jit
+def _pull(vjp: Any, cotangent: Params) -> Blocks:
+    return vjp(cotangent)[0]

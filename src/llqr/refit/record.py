@@ -1,0 +1,49 @@
+"""What a refit reports."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llqr._types import Array, Float, Int
+
+STATUS = ("none", "updated", "kept", "nonfinite", "inverted", "rejected")
+"""What a refit did to a block, by the number in `RefitInfo.status`: not refitted yet; new arrays
+installed; nothing changed; or old arrays kept by a guard: new ones were not finite, turned
+the direction, or the objective did not decrease."""
+
+
+class RefitInfo(NamedTuple):
+    """What the last refit did; zeros and NaN before the first."""
+
+    refits: Int[Array, ""]  # how many so far
+    steps: Int[Array, ""]  # inner steps of the last one
+    objective_before: Float[Array, ""]  # Phi at the start of the refit
+    objective_after: Float[Array, ""]  # Phi of what the refit proposes to install
+    cosine: Float[Array, ""]  # of P h and h, for what was installed
+    status: Int[Array, " blocks"]  # what was done to each block: index into `STATUS`
+    cosines: Float[Array, " blocks"]  # of P h and h in each block; 0 where h or P h is zero
+
+    def count(self, *words: str) -> Int[Array, ""]:
+        """Return how many blocks have one of these words of `STATUS`."""
+        found = [jnp.sum(self.status == STATUS.index(w), dtype=jnp.int32) for w in words]
+        return sum(found, start=jnp.zeros((), jnp.int32))
+
+    @property
+    def guarded(self) -> Int[Array, ""]:
+        """Blocks that kept their old arrays in the last refit because of a guard."""
+        return self.count("nonfinite", "inverted", "rejected")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What was done to each block, in words of `STATUS`; waits for the device."""
+        return tuple(STATUS[int(number)] for number in jax.device_get(self.status))
+
+
+def no_refit(blocks: int) -> RefitInfo:
+    """Return the record before the first refit, for a number of blocks."""
+    # An array of its own for each field: a state that repeats a buffer cannot be donated.
+    zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
+    nan = lambda *shape: jnp.full(shape, jnp.nan, jnp.float32)  # noqa: E731
+    status = jnp.zeros((blocks,), jnp.int32)
+    return RefitInfo(zero(), zero(), nan(), nan(), nan(), status, nan(blocks))
