@@ -9,13 +9,14 @@ from llqr import diagnostics as diagnostics
 from llqr import lqr as lqr
 from llqr import metrics as metrics
 from llqr import stages as stages
+from llqr.access import blocks, install, precondition, refresh
 from llqr.accumulation import microbatched
 from llqr.curvature import QuadraticModel, Route, linearize
 from llqr.diagnostics import Description, Quality, Report, describe, inspect, quality
 from llqr.exact import exact
 from llqr.metrics import Metric
 from llqr.objective import BoundObjective, Objective
-from llqr.refit import STATUS, Refit, RefitInfo
+from llqr.refit import STATUS, Refit, RefitInfo, Streaming, StreamState
 from llqr.refit import solvers as solvers
 from llqr.sharpness import (
     Sharpness,
@@ -28,17 +29,10 @@ from llqr.sharpness import (
     past_friendly_sam,
     sam,
 )
+from llqr.state import LLQRState, find
 from llqr.structures import STRUCTURES, Rule, Structure
-from llqr.transform import (
-    LLQRState,
-    blocks,
-    find,
-    install,
-    llqr,
-    precondition,
-    refresh,
-    scale_by_llqr,
-)
+from llqr.transform import llqr, scale_by_llqr
+from llqr.transform import streaming_llqr as streaming
 
 __all__ = [
     "STATUS",
@@ -59,6 +53,8 @@ __all__ = [
     "SharpnessInfo",
     "SharpnessOracle",
     "SharpnessState",
+    "StreamState",
+    "Streaming",
     "Structure",
     "asam",
     "blocks",
@@ -83,4 +79,5 @@ __all__ = [
     "scale_by_llqr",
     "solvers",
     "stages",
+    "streaming",
 ]

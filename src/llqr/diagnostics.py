@@ -21,10 +21,10 @@ from llqr.refit.learn import learn
 from llqr.refit.options import Refit, check_options
 from llqr.refit.record import STATUS, no_refit
 from llqr.refit.setup import WHOLE, Blocks, Inputs, Setup, numbers_at
+from llqr.state import find, plans_of
 from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
 from llqr.structures.plan import StructureLike
-from llqr.transform import find, plans_of
 
 MAX_STEPS = 5000
 """Of conjugate gradients in `quality`."""

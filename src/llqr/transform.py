@@ -1,9 +1,6 @@
 """The optax transformation: apply P at every step, refit it when due."""
 
 import enum
-from collections.abc import Mapping
-from contextvars import ContextVar
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -11,16 +8,20 @@ import jax.numpy as jnp
 import optax
 
 from llqr import _loops, metrics
-from llqr._errors import check_choice, check_integer, check_range, unknown
-from llqr._tree import check_inexact, divide, freeze, norm
-from llqr._types import Array, Int, Number, Params, PyTree
+from llqr._errors import check_choice, check_integer, check_range
+from llqr._tree import check_inexact, freeze
+from llqr._types import Array, Int, Number, Params
 from llqr.curvature.route import Route
+from llqr.graft import Graft, grafted
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
-from llqr.refit.learn import learn
+from llqr.refit import methods
 from llqr.refit.options import Refit, check_options
 from llqr.refit.record import RefitInfo, no_refit
-from llqr.refit.setup import Blocks, Inputs, Setup, numbers_at
+from llqr.refit.setup import Blocks
+from llqr.refit.streaming import DAMPING, Streaming, kind_of
+from llqr.state import LLQRState, Visited, product, recorder
+from llqr.structures import catalogue
 from llqr.structures import plan as plans
 from llqr.structures.plan import StructureLike
 
@@ -31,32 +32,23 @@ class _Only(enum.Enum):
     REFIT = enum.auto()
 
 
+ONLY_REFIT = _Only.REFIT
+
 Refresh: TypeAlias = bool | Array | _Only | None
-Graft: TypeAlias = Literal["none", "global", "block"]
 Precondition: TypeAlias = Literal["gradient", "update"]
-
-
-class LLQRState(NamedTuple):
-    """State of `scale_by_llqr`: arrays only."""
-
-    count: Int[Array, ""]  # update calls so far
-    # slot -> tree shaped like params: an array of the slot's own shape, or None; a block
-    # over several leaves keeps its arrays at its first leaf
-    blocks: dict[str, PyTree]
-    refit: RefitInfo  # what the last refit did
 
 
 def scale_by_llqr(
     *,
     structure: StructureLike = "diagonal",
     metric: MetricLike = "ngd",
-    damping: Number = 0.0,
-    divergence_reduction: Reduction = "sum",
+    damping: Number | None = None,
+    divergence_reduction: Reduction | None = None,
     identity_scaling: float = 1.0,
     max_dim: int = 10_000,
-    graft: Graft = "none",
+    graft: Graft | None = None,
     route: Route | None = None,
-    refit: Refit | None = None,
+    refit: Refit | Streaming | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply updates by a learned inverse preconditioner P.
 
@@ -69,16 +61,21 @@ def scale_by_llqr(
         `Structure`, or a rule table: pairs (match, structure) or `Rule`s, ending with the
         catch-all ("*", structure).
       metric: in what the step is measured; see `llqr.metrics`.
-      damping: lambda >= 0, added to the curvature.
+      damping: lambda >= 0, added to the curvature. None: 0, and 1e-4 with streaming refits,
+        where it must be positive.
       divergence_reduction: "sum" or "mean" of the divergence over rows; "unit" divides C by
         its largest eigenvalue, so that damping and the refit's learning rate carry over
-        between batch sizes, metrics and models.
+        between batch sizes, metrics and models. None: "sum", and "unit" with streaming refits.
       identity_scaling: sigma > 0; P is stored as sigma P. It changes how far a refit moves.
       max_dim: a dense side longer than this becomes diagonal.
       graft: "global" gives P g the length of g, "block" each block of P g that of its block
-        of g, so that learning rates keep their meaning; "none" leaves P g as it is.
+        of g, so that learning rates keep their meaning; "rms" gives each leaf of P g a root
+        mean square of 0.2 (of 0.05, where the leaf is no matrix), so that those of Adam carry
+        over; "none" leaves P g as it is. None: "none", and "rms" with streaming refits.
       route: how curvature products are computed (memory, chunks); never changes a value.
-      refit: when and how P is learned.
+      refit: when and how P is learned: `llqr.Refit`, the published method, in refits for which
+        training stops; or `llqr.Streaming`, a little at every step. With the latter, updates
+        must be the gradients themselves, and what comes out is P m, m their momentum.
 
     Returns:
       A transformation whose `update` takes three more keywords. `objective`: a
@@ -97,27 +94,32 @@ def scale_by_llqr(
     """
     refit = Refit() if refit is None else refit
     route = Route() if route is None else route
-    _check_options(damping, divergence_reduction, identity_scaling, max_dim, graft, refit)
-    table = plans.rule_table(structure)
-    resolved = metrics.resolve(metric)
-    check_options(refit, resolved, divergence_reduction, route)
-    frozen_metric = freeze(resolved)
+    streams = isinstance(refit, Streaming)
+    damping = (DAMPING if streams else 0.0) if damping is None else damping
+    reduction = divergence_reduction or ("unit" if streams else "sum")
+    graft = graft or ("rms" if streams else "none")
+    _check_options(damping, reduction, identity_scaling, max_dim, graft, refit)
+    table, resolved = plans.rule_table(structure), metrics.resolve(metric)
     slots = plans.slots(table)
-
-    def setup_of(plan: plans.Plan, base: optax.GradientTransformation | None) -> Setup:
-        return Setup(
-            plan, frozen_metric, divergence_reduction, identity_scaling, refit, route, base
+    if isinstance(refit, Streaming):
+        two_sided = any(kind_of(catalogue.get(rule.structure)) == "sides" for rule in table)
+        method = methods.streamed(freeze(resolved), damping, reduction, two_sided, route, refit)
+    else:
+        check_options(refit, resolved, reduction, route)
+        method = methods.learned(
+            freeze(resolved), damping, reduction, identity_scaling, route, refit
         )
 
     def init(params: Params) -> Any:
         check_inexact(params)
         plan = plans.make_plan(params, table, max_dim)
-        setup_of(plan, None).check()
-        if (recorder := _recorder.get()) is not None:
-            recorder.append(Visited(plan, identity_scaling))
+        method.check(plan)
+        if (found := recorder.get()) is not None:
+            found.append(Visited(plan, identity_scaling, streams))
         blocks = plans.identity(plan, identity_scaling)
         packed = plans.pack(plan, blocks, params, slots)
-        return LLQRState(jnp.zeros((), jnp.int32), packed, no_refit(len(plan)))
+        stream = method.init(plan, params, slots)
+        return LLQRState(jnp.zeros((), jnp.int32), packed, no_refit(len(plan)), stream)
 
     def update(
         updates: Params,
@@ -132,26 +134,27 @@ def scale_by_llqr(
     ) -> tuple[Params, Any]:
         del extra
         plan = plans.make_plan(updates, table, max_dim)
-        blocks, info = plans.unpack(plan, state.blocks, updates), state.refit
+        blocks, info, stream = plans.unpack(plan, state.blocks, updates), state.refit, state.stream
+        vector = updates
+        if refresh is not ONLY_REFIT:
+            stream, vector = method.observe(plan, stream, updates)
         if refresh is not False:
             bound = _check_refit_inputs(objective, params, refresh)
-            optimizer, base_state = (None, ()) if base is None else base
-            setup = setup_of(plan, optimizer)
 
-            def run(blocks: Blocks, info: RefitInfo) -> tuple[Blocks, RefitInfo]:
-                numbers = numbers_at(refit, state.count, damping)
-                return learn(setup, Inputs(blocks, info, params, bound, numbers, base_state))
+            def run(*held: Any) -> tuple[Blocks, RefitInfo, Any]:
+                return method.refit(plan, held, params, bound, state.count, base)
 
             due = refit.is_due(state.count) if refresh is None else refresh
-            due = True if due is _Only.REFIT else due
-            blocks, info = _loops.when(due, run, blocks, info)
+            due = True if due is ONLY_REFIT else due
+            blocks, info, stream = _loops.when(due, run, blocks, info, stream)
         packed = plans.pack(plan, blocks, updates, slots)
-        if refresh is _Only.REFIT:
-            return updates, LLQRState(state.count, packed, info)
+        if refresh is ONLY_REFIT:
+            return updates, LLQRState(state.count, packed, info, stream)
         if apply:
-            scaled = _product(plan, blocks, identity_scaling, updates)
-            updates = _grafted(plan, graft, scaled, updates)
-        return updates, LLQRState(_increment(state.count), packed, info)
+            scaled = product(plan, blocks, identity_scaling, vector)
+            scaled = grafted(plan, graft, scaled, vector)
+            updates = jax.tree.map(lambda u, g: u.astype(g.dtype), scaled, updates)
+        return updates, LLQRState(_increment(state.count), packed, info, stream)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -168,14 +171,14 @@ def llqr(
     *,
     structure: StructureLike = "diagonal",
     metric: MetricLike = "ngd",
-    damping: Number = 0.0,
-    divergence_reduction: Reduction = "sum",
+    damping: Number | None = None,
+    divergence_reduction: Reduction | None = None,
     identity_scaling: float = 1.0,
     max_dim: int = 10_000,
-    graft: Graft = "none",
+    graft: Graft | None = None,
     precondition: Precondition = "gradient",
     route: Route | None = None,
-    refit: Refit | None = None,
+    refit: Refit | Streaming | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optax optimizer: it sees P g in place of the gradient g.
 
@@ -190,13 +193,18 @@ def llqr(
       divergence_reduction: "sum", "mean" or "unit".
       identity_scaling: sigma.
       max_dim: a dense side longer than this becomes diagonal.
-      graft: length of P g.
+      graft: length of P g; not "rms" with precondition="update", which would swallow the
+        learning rate inside `base`.
       precondition: "gradient": `base` sees P g; "update": P multiplies the update of `base`
         instead, the way to combine P with Adam. With Refit(probe="gradient") it is then learned
         on the update that `base` would make of the refit's gradient; random probes do not
         depend on `base`.
       route: how curvature products are computed.
-      refit: when and how P is learned.
+      refit: when and how P is learned. With `llqr.Streaming`, whose P m takes the place of the
+        gradient, `base` is what comes after it: `optax.sgd(rate)`, or decoupled weight decay
+        and rate, `optax.chain(optax.add_decayed_weights(w), optax.scale_by_learning_rate(rate))`
+        (`llqr.streaming` is that chain). A base with a momentum or second moments of its own is
+        refused, and so is precondition="update".
 
     Returns:
       A transformation like `base` whose `update` also takes `objective`, `refresh` and
@@ -233,10 +241,20 @@ def llqr(
         refit=refit,
     )
     check_choice("precondition", precondition, get_args(Precondition))
-    base = optax.with_extra_args_support(base)
+    base, streams = optax.with_extra_args_support(base), isinstance(refit, Streaming)
+    if precondition == "update" and (streams or graft == "rms"):
+        raise ValueError(
+            "precondition='update' lets P act behind the learning rate: "
+            + ("streaming refits" if streams else "graft='rms'")
+            + " would swallow it, and any schedule or weight decay with it. Use "
+            "precondition='gradient', where P comes first."
+        )
 
     def init(params: Params) -> Any:
-        return ChainState(preconditioner.init(params), base.init(params))
+        base_state = base.init(params)
+        if streams:
+            _check_plain(base_state, refit)
+        return ChainState(preconditioner.init(params), base_state)
 
     def update(
         updates: Params,
@@ -251,11 +269,11 @@ def llqr(
         ours = {"objective": objective, "refresh": refresh, "apply": apply}
         if precondition == "gradient":
             updates, learned = preconditioner.update(updates, state.preconditioner, params, **ours)
-            if refresh is _Only.REFIT:
+            if refresh is ONLY_REFIT:
                 return updates, ChainState(learned, state.base)
             updates, base_state = base.update(updates, state.base, params, **extra)
             return updates, ChainState(learned, base_state)
-        if refresh is not _Only.REFIT:
+        if refresh is not ONLY_REFIT:
             updates, base_state = base.update(updates, state.base, params, **extra)
         else:
             base_state = state.base
@@ -267,212 +285,81 @@ def llqr(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def refresh(
-    tx: optax.GradientTransformation, state: Any, params: Params, objective: BoundObjective
-) -> Any:
-    """Refit P now, from outside the training step.
-
-    The way to refit on CPU, and wherever the refit's data differs from the training batch:
-    call the training step with refresh=False and this function when a refit is due. The
-    count and the state of every other transformation stay as they are.
-
-    Args:
-      tx: an optimizer with `llqr` or `scale_by_llqr` in it, however it is composed.
-      state: its state.
-      params: the current parameters.
-      objective: the curvature objective on the refit batch.
-
-    Returns:
-      The state with new blocks.
-
-    Raises:
-      ValueError: there is no LLQR state in `state`.
-    """
-    tx = optax.with_extra_args_support(tx)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    find(state)
-    _, new = tx.update(zeros, state, params, objective=objective, refresh=_Only.REFIT)
-
-    return jax.tree.map(
-        lambda old, new: new if _is_ours(old) else old, state, new, is_leaf=_is_ours
-    )
-
-
-def find(state: Any) -> LLQRState:
-    """Return the (first) LLQR state inside an optimizer's state.
-
-    Raises:
-      ValueError: there is none.
-    """
-    found = [x for x in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(x)]
-    if not found:
+def _check_plain(base_state: Any, refit: Any) -> None:
+    """Raise ValueError if the base behind a streaming P averages gradients itself."""
+    averages = (optax.ScaleByAdamState, optax.ScaleByRmsState, optax.TraceState)
+    is_one = lambda x: isinstance(x, averages)  # noqa: E731
+    for found in filter(is_one, jax.tree.leaves(base_state, is_leaf=is_one)):
+        if isinstance(found, optax.TraceState) and refit.momentum == 0:
+            continue
         raise ValueError(
-            "no LLQR state found: the optimizer must contain llqr.llqr or llqr.scale_by_llqr."
+            f"the base optimizer keeps a {type(found).__name__}, but with streaming refits P "
+            "multiplies the momentum and gives each leaf its length: what follows is the "
+            "learning rate and weight decay alone. Use llqr.streaming(rate, weight_decay=w), "
+            "optax.sgd(rate), or optax.chain(optax.add_decayed_weights(w), "
+            "optax.scale_by_learning_rate(rate))."
         )
-    return found[0]
 
 
-def _is_ours(x: Any) -> bool:
-    return isinstance(x, LLQRState)
+def streaming_llqr(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    structure: StructureLike = "e-kfac",
+    metric: MetricLike = "ngd",
+    damping: Number = DAMPING,
+    max_dim: int = 10_000,
+    graft: Graft = "rms",
+    route: Route | None = None,
+    refit: Streaming | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Return the whole optimizer with streaming refits: `llqr.streaming`.
 
-
-def precondition(tx: optax.GradientTransformation, state: Any, vector: Params) -> Params:
-    """Return P v for the (first) preconditioner inside an optimizer, without a graft.
-
-    `functools.partial(llqr.precondition, tx, state)` is the product that `llqr.sam` takes as
-    `precondition=`.
-
-    Args:
-      tx: an optimizer with `llqr` or `scale_by_llqr` in it, however it is composed.
-      state: its state.
-      vector: v, a tree like the parameters.
-
-    Raises:
-      ValueError: there is no LLQR transformation in `tx`.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, llqr
-      >>> tx = llqr.llqr(optax.sgd(0.1), structure="kfac")
-      >>> params = {"w": jnp.ones((3, 2))}
-      >>> llqr.precondition(tx, tx.init(params), params)["w"].tolist()  # P is I before a refit
-      [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
-    """
-    found = find(state)
-    _check_unmasked(found.blocks)
-    plan, scaling = _visited(tx, vector)[0]
-    blocks = plans.unpack(plan, found.blocks, vector)
-    return _product(plan, blocks, scaling, vector)
-
-
-def blocks(
-    tx: optax.GradientTransformation, state: Any, params: Params
-) -> dict[str, dict[str, Array]]:
-    """Return the arrays of the (first) preconditioner inside an optimizer, to read or save them.
+    momentum -> P -> graft -> decoupled weight decay -> learning rate. Learning rates and weight
+    decays of AdamW are a good start.
 
     Args:
-      tx: an optimizer with `llqr` or `scale_by_llqr` in it, however it is composed.
-      state: its state.
-      params: the parameters, or their shapes.
+      learning_rate: a number or a schedule.
+      weight_decay: decoupled, as in AdamW: multiplied by the learning rate.
+      mask: of the parameters that decay, as in `optax.add_decayed_weights`.
+      structure: see `scale_by_llqr`, as for all that follow.
+      metric: from which labels can be drawn.
+      damping: lambda > 0, in units of the largest eigenvalue of C.
+      max_dim: a dense side longer than this becomes diagonal: a fixed identity.
+      graft: length of P m.
+      route: how the network is linearised.
+      refit: when P follows.
 
     Returns:
-      Path of a block's first leaf -> slot ("left", "right", "spectrum", ...) -> array; what the
-      arrays stand for is in `llqr.structures.catalogue`. P is stored as sigma P.
-
-    Raises:
-      ValueError: there is no LLQR transformation in `tx`.
+      A transformation as from `llqr.llqr`: `update` takes `objective` where a refit can happen,
+      and `refresh`.
 
     Example:
-      >>> import jax.numpy as jnp, optax, llqr
-      >>> tx = llqr.llqr(optax.sgd(0.1), structure="kfac")
-      >>> params = {"w": jnp.ones((3, 2))}
-      >>> {slot: a.shape for slot, a in llqr.blocks(tx, tx.init(params), params)["w"].items()}
-      {'left': (3, 3), 'right': (2, 2)}
+      >>> import jax, jax.numpy as jnp, llqr
+      >>> objective = llqr.Objective(
+      ...     forward=lambda w, x: jnp.tanh(x @ w), loss=lambda z, x: jnp.mean((z - 0.5) ** 2))
+      >>> w, x = jnp.zeros((3, 2)), jnp.eye(3)
+      >>> tx = llqr.streaming(0.1, metric="gaussian")
+      >>> state = tx.init(w)
+      >>> for step in range(100):
+      ...     loss, grads = jax.value_and_grad(objective)(w, x)
+      ...     updates, state = tx.update(grads, state, w, objective=objective.bind(x))
+      ...     w = jax.tree.map(jnp.add, w, updates)
+      >>> bool(loss < 1e-3)
+      True
     """
-    plan, found = _visited(tx, params)[0].plan, find(state)
-    arrays = plans.unpack(plan, found.blocks, params)
-    return {block.names[0]: dict(own) for block, own in zip(plan, arrays, strict=True)}
-
-
-def install(
-    tx: optax.GradientTransformation,
-    state: Any,
-    params: Params,
-    blocks: Mapping[str, Mapping[str, Array]],
-) -> Any:
-    """Return the state with other arrays in its (first) preconditioner; the rest stays.
-
-    Args:
-      tx: an optimizer with `llqr` or `scale_by_llqr` in it, however it is composed.
-      state: its state.
-      params: the parameters, or their shapes.
-      blocks: as `llqr.blocks` gives them; blocks and slots that are left out stay.
-
-    Raises:
-      ValueError: there is no LLQR transformation in `tx`; or an array for a block or slot that
-        does not exist, of another shape, or not finite.
-    """
-    plan, found = _visited(tx, params)[0].plan, find(state)
-    known = {block.names[0]: i for i, block in enumerate(plan)}
-    arrays = list(plans.unpack(plan, found.blocks, params))
-    for name, slots in blocks.items():
-        if name not in known:
-            raise ValueError(unknown("block (path of its first leaf)", name, known))
-        own = arrays[known[name]]
-        for slot, array in slots.items():
-            if slot not in own:
-                raise ValueError(f"block {name!r}: {unknown('slot', slot, own)}")
-            if jnp.shape(array) != own[slot].shape:
-                raise ValueError(
-                    f"block {name!r}, slot {slot!r}: the array must have the shape "
-                    f"{own[slot].shape}, not {jnp.shape(array)}."
-                )
-            if not _loops.is_traced(array) and not jnp.all(jnp.isfinite(array)):
-                raise ValueError(f"block {name!r}, slot {slot!r}: the array is not finite.")
-        cast = {slot: jnp.asarray(array, own[slot].dtype) for slot, array in slots.items()}
-        arrays[known[name]] = own | cast
-    packed = plans.pack(plan, arrays, params, tuple(found.blocks))
-    new = found._replace(blocks=packed)
-    return jax.tree.map(lambda x: new if x is found else x, state, is_leaf=_is_ours)
-
-
-class Visited(NamedTuple):
-    """What a composed transformation does not show of an LLQR transformation inside."""
-
-    plan: plans.Plan
-    identity_scaling: float
-
-
-_recorder: ContextVar[list[Visited] | None] = ContextVar("recorder", default=None)
-
-
-def plans_of(tx: optax.GradientTransformation, params: Params) -> tuple[plans.Plan, ...]:
-    """Return the plan of every LLQR transformation inside `tx`, however it is composed.
-
-    A composed optax transformation does not show its parts; its `init` visits them all.
-    """
-    return tuple(visited.plan for visited in _visited(tx, params))
-
-
-def _visited(tx: optax.GradientTransformation, params: Params) -> tuple[Visited, ...]:
-    leaves, treedef = jax.tree.flatten(params)
-    shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
-    return _visit(tx, treedef, shapes)
-
-
-@lru_cache(maxsize=64)
-def _visit(tx: Any, treedef: Any, shapes: tuple[Any, ...]) -> tuple[Visited, ...]:
-    found: list[Visited] = []
-    token = _recorder.set(found)
-    try:
-        # A new function each time: eval_shape does not trace one that it knows again.
-        jax.eval_shape(lambda p: tx.init(p), treedef.unflatten(shapes))
-    finally:
-        _recorder.reset(token)
-    return tuple(found)
-
-
-def _product(plan: plans.Plan, blocks: Blocks, identity_scaling: float, vector: Params) -> Params:
-    """P v, where sigma P is stored."""
-    product = plans.multiply(plan, blocks, vector)
-    if identity_scaling == 1:
-        return product
-    return jax.tree.map(lambda u: (u / identity_scaling).astype(u.dtype), product)
-
-
-def _grafted(plan: plans.Plan, graft: Graft, scaled: Params, updates: Params) -> Params:
-    """Give P g the length of g, as a whole or block by block; zero stays zero."""
-    if graft == "none":
-        return scaled
-    ps, gs = jax.tree.leaves(scaled), jax.tree.leaves(updates)
-    groups = [block.leaves for block in plan] if graft == "block" else [range(len(ps))]
-    out = list(ps)
-    for group in groups:
-        p, g = [ps[i] for i in group], [gs[i] for i in group]
-        have, want = norm(p), norm(g)
-        ratio = divide(want, have, 1.0)
-        for i, x in zip(group, p, strict=True):
-            out[i] = (ratio * x).astype(x.dtype)
-    return jax.tree.unflatten(jax.tree.structure(scaled), out)
+    decay = [optax.add_decayed_weights(weight_decay, mask)] if weight_decay else []
+    return llqr(
+        optax.chain(*decay, optax.scale_by_learning_rate(learning_rate)),
+        structure=structure,
+        metric=metric,
+        damping=damping,
+        max_dim=max_dim,
+        graft=graft,
+        route=route,
+        refit=Streaming() if refit is None else refit,
+    )
 
 
 def _check_options(
@@ -483,8 +370,15 @@ def _check_options(
     graft: Any,
     refit: Any,
 ) -> None:
-    if not isinstance(refit, Refit):
-        raise TypeError(f"refit must be an llqr.Refit, got {refit!r}.")
+    if not isinstance(refit, Refit | Streaming):
+        raise TypeError(f"refit must be an llqr.Refit or an llqr.Streaming, got {refit!r}.")
+    if isinstance(refit, Streaming):
+        check_range("damping (with streaming refits)", damping, low=0, open_low=True)
+        if identity_scaling != 1:
+            raise ValueError(
+                "identity_scaling belongs to refits that learn by steps (llqr.Refit): leave it at "
+                f"1 with streaming refits, not {identity_scaling!r}."
+            )
     if callable(damping):
         raise TypeError(
             "damping must be a number or an array, not a function; for a schedule wrap the "
@@ -518,11 +412,12 @@ def _check_refit_inputs(objective: Any, params: Any, refresh: Any) -> BoundObjec
         )
     if params is None:
         raise ValueError("update() needs params where a refit can happen.")
-    _check_unmasked(params)
+    check_unmasked(params)
     return objective
 
 
-def _check_unmasked(tree: Any) -> None:
+def check_unmasked(tree: Any) -> None:
+    """Raise ValueError if a wrapper hides leaves of a tree."""
     is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
     if any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked))):
         raise ValueError(

@@ -15,11 +15,11 @@ from llqr import schedules
 from llqr._tree import leaf_names
 from llqr._types import Schedule
 from llqr.curvature.route import CheckpointPolicy, Memory
+from llqr.graft import Graft
 from llqr.metrics import Reduction
 from llqr.refit.options import Probe
 from llqr.sharpness import Sign
 from llqr.structures import catalogue
-from llqr.transform import Graft
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.spec import OPERATOR_MODES, Config
 

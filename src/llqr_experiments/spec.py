@@ -11,8 +11,8 @@ from typing import Any, TypeVar, get_args
 
 import llqr
 from llqr._errors import unknown
+from llqr.graft import Graft
 from llqr.refit.options import Probe
-from llqr.transform import Graft
 from llqr_experiments.errors import ConfigError
 
 T = TypeVar("T")

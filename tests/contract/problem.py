@@ -81,9 +81,18 @@ PROBE = {
     "refit": llqr.Refit(every=4, steps=3, probe="fisher", probes=2, solver="relative"),
 }
 
+STREAMING = {
+    "divergence_reduction": "unit",
+    "graft": "none",
+    "refit": llqr.Streaming(every=3, warmup=0, momentum=0.0),
+}
+"""P = I and no momentum before the first refit, as for the others."""
+
 NAMES = (
     *(f"scale_by_llqr({s})" for s in KINDS),
     "scale_by_llqr(probe)",
+    "scale_by_llqr(streaming)",
+    "scale_by_llqr(streaming-sides)",
     *(f"llqr({b})" for b in BASES),
     "llqr(update)",
 )
@@ -97,6 +106,9 @@ def optimizer(name: str) -> optax.GradientTransformationExtraArgs:
     kind, inside = name.rstrip(")").split("(")
     if inside == "probe":
         return llqr.scale_by_llqr(**options(**PROBE))
+    if inside.startswith("streaming"):
+        structure = "kfac" if inside == "streaming-sides" else "e-kfac"
+        return llqr.scale_by_llqr(**options(**STREAMING, structure=structure))
     if inside == "update":
         return llqr.llqr(BASES["momentum"], **options(precondition="update"))
     if kind == "scale_by_llqr":

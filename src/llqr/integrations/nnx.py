@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from llqr.access import refresh as _refresh
 from llqr.objective import BoundObjective, Objective
 from llqr.stages import StagedModel, stages_from_functions
-from llqr.transform import refresh as _refresh
 
 
 def objective(

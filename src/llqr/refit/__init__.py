@@ -2,5 +2,6 @@
 
 from llqr.refit.options import Refit
 from llqr.refit.record import STATUS, RefitInfo
+from llqr.refit.streaming import Streaming, StreamState
 
-__all__ = ["STATUS", "Refit", "RefitInfo"]
+__all__ = ["STATUS", "Refit", "RefitInfo", "StreamState", "Streaming"]

@@ -70,7 +70,7 @@ class Structure:
     scaled: bool = False
     view: View = "leaf"
     rank: int = 8
-    diagonal: tuple[tuple[str, Literal["left", "right"]], ...] = ()
+    diagonal: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for side in (self.left, self.right):

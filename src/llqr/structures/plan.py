@@ -135,6 +135,11 @@ class Block:
             out = [part.reshape(shape) for part, shape in zip(out, self.shapes, strict=True)]
         return [shard_like(y.astype(x.dtype), x) for y, x in zip(out, xs, strict=True)]
 
+    def matrix(self, x: Array) -> Array:
+        """Return the view of the block's one leaf on which P acts, in the block's dtype."""
+        x = x.astype(jnp.dtype(self.dtype))
+        return x if self.structure.elementwise else replicate(x).reshape(self.shape)
+
     def as_matrix(self, arrays: Arrays) -> Array:
         """Return P as a dense matrix on the concatenated, flattened leaves."""
         shape = self.shape
@@ -264,10 +269,15 @@ def pack(
     return {slot: treedef.unflatten(leaves) for slot, leaves in trees.items()}
 
 
-def unpack(plan: Plan, trees: dict[str, PyTree], like: PyTree) -> tuple[Arrays, ...]:
-    """Return the arrays of each block: the inverse of `pack`."""
+def unpack(
+    plan: Plan,
+    trees: dict[str, PyTree],
+    like: PyTree,
+    slots_of: Callable[[Block], Sequence[str]] = lambda block: block.structure.slots,
+) -> tuple[Arrays, ...]:
+    """Return the arrays of each block, those of its structure by default: the inverse of `pack`."""
     treedef = jax.tree.structure(like)
     columns = {slot: treedef.flatten_up_to(tree) for slot, tree in trees.items()}
     return tuple(
-        {slot: columns[slot][block.leaves[0]] for slot in block.structure.slots} for block in plan
+        {slot: columns[slot][block.leaves[0]] for slot in slots_of(block)} for block in plan
     )

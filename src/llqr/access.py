@@ -1,0 +1,144 @@
+"""From outside an optimizer: refit P now, multiply by it, read and install its arrays."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llqr import _loops
+from llqr._errors import unknown
+from llqr._types import Array, Params
+from llqr.objective import BoundObjective
+from llqr.state import find, is_ours, product, visited
+from llqr.structures import plan as plans
+from llqr.transform import ONLY_REFIT, check_unmasked
+
+
+def refresh(
+    tx: optax.GradientTransformation, state: Any, params: Params, objective: BoundObjective
+) -> Any:
+    """Refit P now, from outside the training step.
+
+    The way to refit on CPU, and wherever the refit's data differs from the training batch:
+    call the training step with refresh=False and this function when a refit is due. The
+    count and the state of every other transformation stay as they are.
+
+    Args:
+      tx: an optimizer with `llqr` or `scale_by_llqr` in it, however it is composed.
+      state: its state.
+      params: the current parameters.
+      objective: the curvature objective on the refit batch.
+
+    Returns:
+      The state with new blocks.
+
+    Raises:
+      ValueError: there is no LLQR state in `state`.
+    """
+    tx = optax.with_extra_args_support(tx)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    find(state)
+    _, new = tx.update(zeros, state, params, objective=objective, refresh=ONLY_REFIT)
+
+    return jax.tree.map(lambda old, new: new if is_ours(old) else old, state, new, is_leaf=is_ours)
+
+
+def precondition(tx: optax.GradientTransformation, state: Any, vector: Params) -> Params:
+    """Return P v for the (first) preconditioner inside an optimizer, without a graft.
+
+    `functools.partial(llqr.precondition, tx, state)` is the product that `llqr.sam` takes as
+    `precondition=`.
+
+    Args:
+      tx: an optimizer with `llqr` or `scale_by_llqr` in it, however it is composed.
+      state: its state.
+      vector: v, a tree like the parameters.
+
+    Raises:
+      ValueError: there is no LLQR transformation in `tx`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, llqr
+      >>> tx = llqr.llqr(optax.sgd(0.1), structure="kfac")
+      >>> params = {"w": jnp.ones((3, 2))}
+      >>> llqr.precondition(tx, tx.init(params), params)["w"].tolist()  # P is I before a refit
+      [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    """
+    found = find(state)
+    check_unmasked(found.blocks)
+    plan, scaling, _ = visited(tx, vector)[0]
+    blocks = plans.unpack(plan, found.blocks, vector)
+    return product(plan, blocks, scaling, vector)
+
+
+def blocks(
+    tx: optax.GradientTransformation, state: Any, params: Params
+) -> dict[str, dict[str, Array]]:
+    """Return the arrays of the (first) preconditioner inside an optimizer, to read or save them.
+
+    Args:
+      tx: an optimizer with `llqr` or `scale_by_llqr` in it, however it is composed.
+      state: its state.
+      params: the parameters, or their shapes.
+
+    Returns:
+      Path of a block's first leaf -> slot ("left", "right", "spectrum", ...) -> array; what the
+      arrays stand for is in `llqr.structures.catalogue`. P is stored as sigma P.
+
+    Raises:
+      ValueError: there is no LLQR transformation in `tx`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, llqr
+      >>> tx = llqr.llqr(optax.sgd(0.1), structure="kfac")
+      >>> params = {"w": jnp.ones((3, 2))}
+      >>> {slot: a.shape for slot, a in llqr.blocks(tx, tx.init(params), params)["w"].items()}
+      {'left': (3, 3), 'right': (2, 2)}
+    """
+    plan, found = visited(tx, params)[0].plan, find(state)
+    arrays = plans.unpack(plan, found.blocks, params)
+    return {block.names[0]: dict(own) for block, own in zip(plan, arrays, strict=True)}
+
+
+def install(
+    tx: optax.GradientTransformation,
+    state: Any,
+    params: Params,
+    blocks: Mapping[str, Mapping[str, Array]],
+) -> Any:
+    """Return the state with other arrays in its (first) preconditioner; the rest stays.
+
+    Args:
+      tx: an optimizer with `llqr` or `scale_by_llqr` in it, however it is composed.
+      state: its state.
+      params: the parameters, or their shapes.
+      blocks: as `llqr.blocks` gives them; blocks and slots that are left out stay.
+
+    Raises:
+      ValueError: there is no LLQR transformation in `tx`; or an array for a block or slot that
+        does not exist, of another shape, or not finite.
+    """
+    plan, found = visited(tx, params)[0].plan, find(state)
+    known = {block.names[0]: i for i, block in enumerate(plan)}
+    arrays = list(plans.unpack(plan, found.blocks, params))
+    for name, slots in blocks.items():
+        if name not in known:
+            raise ValueError(unknown("block (path of its first leaf)", name, known))
+        own = arrays[known[name]]
+        for slot, array in slots.items():
+            if slot not in own:
+                raise ValueError(f"block {name!r}: {unknown('slot', slot, own)}")
+            if jnp.shape(array) != own[slot].shape:
+                raise ValueError(
+                    f"block {name!r}, slot {slot!r}: the array must have the shape "
+                    f"{own[slot].shape}, not {jnp.shape(array)}."
+                )
+            if not _loops.is_traced(array) and not jnp.all(jnp.isfinite(array)):
+                raise ValueError(f"block {name!r}, slot {slot!r}: the array is not finite.")
+        cast = {slot: jnp.asarray(array, own[slot].dtype) for slot, array in slots.items()}
+        arrays[known[name]] = own | cast
+    packed = plans.pack(plan, arrays, params, tuple(found.blocks))
+    new = found._replace(blocks=packed)
+    return jax.tree.map(lambda x: new if x is found else x, state, is_leaf=is_ours)

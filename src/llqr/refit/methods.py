@@ -1,0 +1,85 @@
+"""The two ways to learn P, published refits and streaming ones, behind one interface."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optax
+
+from llqr._tree import Frozen
+from llqr._types import Array, Number, Params
+from llqr.curvature.route import Route
+from llqr.metrics import Reduction
+from llqr.objective import BoundObjective
+from llqr.refit import streaming
+from llqr.refit.learn import learn
+from llqr.refit.options import Refit
+from llqr.refit.record import RefitInfo
+from llqr.refit.setup import Blocks, Inputs, Setup, numbers_at
+from llqr.refit.streaming import Streaming, StreamSetup
+from llqr.structures import plan as plans
+
+
+class Method(NamedTuple):
+    """How P is learned: all that differs between published and streaming refits."""
+
+    check: Callable[[plans.Plan], None]  # raises where a block cannot be learned so
+    init: Callable[[plans.Plan, Params, tuple[str, ...]], Any]  # -> what it remembers besides P
+    observe: Callable[[plans.Plan, Any, Params], tuple[Any, Params]]  # -> that, and what P sees
+    # (plan, (blocks, info, stream), params, objective, count, base) -> blocks, info, stream
+    refit: Callable[..., tuple[Blocks, RefitInfo, Any]]
+
+
+def learned(
+    metric: Frozen, damping: Number, reduction: Reduction, sigma: float, route: Route, refit: Refit
+) -> Method:
+    """Return the published way: refits that minimise Phi, for which training stops."""
+
+    def setup_of(plan: plans.Plan, base: optax.GradientTransformation | None = None) -> Setup:
+        return Setup(plan, metric, reduction, sigma, refit, route, base)
+
+    def run(
+        plan: plans.Plan, held: Any, params: Params, objective: BoundObjective, count: Array,
+        base: tuple[optax.GradientTransformation, Any] | None,
+    ) -> tuple[Blocks, RefitInfo, Any]:  # fmt: skip
+        blocks, info, stream = held
+        optimizer, base_state = (None, ()) if base is None else base
+        numbers = numbers_at(refit, count, damping)
+        inputs = Inputs(blocks, info, params, objective, numbers, base_state)
+        return *learn(setup_of(plan, optimizer), inputs), stream
+
+    return Method(
+        check=lambda plan: setup_of(plan).check(),
+        init=lambda plan, params, slots: (),
+        observe=lambda plan, stream, updates: (stream, updates),
+        refit=run,
+    )
+
+
+def streamed(
+    metric: Frozen, damping: Number, reduction: Reduction, two_sided: bool, route: Route,
+    options: Streaming,
+) -> Method:  # fmt: skip
+    """Return the streaming way: statistics at every step, a probe now and then."""
+
+    def setup_of(plan: plans.Plan) -> StreamSetup:
+        return StreamSetup(plan, metric, reduction, options, two_sided, route)
+
+    def observe(plan: plans.Plan, stream: Any, updates: Params) -> tuple[Any, Params]:
+        stream = streaming.observe(setup_of(plan), stream, updates)
+        return stream, stream.momentum
+
+    def run(
+        plan: plans.Plan, held: Any, params: Params, objective: BoundObjective, count: Array,
+        base: Any,
+    ) -> tuple[Blocks, RefitInfo, Any]:  # fmt: skip
+        del count, base
+        blocks, info, stream = held
+        setup = setup_of(plan)
+        return streaming.refit(setup, blocks, info, stream, params, objective, damping)
+
+    return Method(
+        check=lambda plan: setup_of(plan).check(),
+        init=lambda plan, params, slots: streaming.init(setup_of(plan), params, slots),
+        observe=observe,
+        refit=run,
+    )

@@ -1,0 +1,522 @@
+"""Streaming refits against a numpy loop, closed forms and the dense inverse."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import llqr
+from llqr import metrics
+from llqr.refit.streaming import Streaming
+from llqr.structures import plan as plans
+from tests import cases
+from tests.cases import Case
+from tests.oracle import flat
+
+ROWS, LAMBDA = 6, 0.05
+
+
+def forward(params: Any, batch: Any) -> Any:
+    x = jnp.tanh(batch["x"] @ params["first"]["kernel"] + params["first"]["bias"])
+    return x @ params["second"]["kernel"]
+
+
+def loss(z: Any, batch: Any) -> Any:
+    target = jax.nn.one_hot(batch["y"], z.shape[-1], dtype=z.dtype)
+    return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(z), axis=-1))
+
+
+OBJECTIVE = llqr.Objective(forward, loss)
+
+
+def parameters(dtype: Any = np.float64) -> Any:
+    rng = np.random.default_rng(0)
+    tree = {
+        "first": {"kernel": rng.normal(size=(5, 4)), "bias": rng.normal(size=4)},
+        "second": {"kernel": rng.normal(size=(4, 3))},
+    }
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+
+
+def batch(seed: int, dtype: Any = np.float64) -> Any:
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(ROWS, 5)), dtype)
+    return {"x": x, "y": jnp.asarray(rng.integers(0, 3, ROWS), jnp.int32)}
+
+
+def probe(params: Any, bound: Any, options: Streaming, number: int) -> list[Any]:
+    """The library's draws of labels, pulled back by a dense Jacobian."""
+    key = jax.random.fold_in(jax.random.key(options.seed), number)
+    key = jax.random.split(key)[0]
+    outputs = bound.outputs(params)
+    jacobian = jax.jacobian(bound.outputs)(params)
+    found = []
+    for one in jax.random.split(key, options.probes):
+        w = metrics.sample(metrics.resolve("ngd"), one, outputs, bound.mask(), "mean")
+        found.append(jax.tree.map(lambda j, w=w: np.tensordot(w, j, axes=2), jacobian))
+    return found
+
+
+def numpy_loop(options: Streaming, structure: str, steps: int, rate: float) -> Any:
+    """The whole method for e-kfac and diagonal, written as in the issue's formulas."""
+    params = jax.tree.map(np.asarray, parameters())
+    names = [("first", "bias"), ("first", "kernel"), ("second", "kernel")]
+    m = dict.fromkeys(names, 0.0)
+    state = {}
+    for n in names:
+        shape = params[n[0]][n[1]].shape
+        matrix = len(shape) == 2 and structure == "e-kfac"
+        rows, cols = shape if matrix else (0, 0)
+        state[n] = {
+            "matrix": matrix, "sl": np.zeros((rows, rows)), "sr": np.zeros((cols, cols)),
+            "vl": np.eye(rows), "vr": np.eye(cols), "c": np.zeros(shape), "d": np.ones(shape),
+        }  # fmt: skip
+    number = 0
+    for step in range(steps):
+        bound = OBJECTIVE.bind(batch(step))
+        gradient = jax.tree.map(np.asarray, jax.grad(bound)(params))
+        for n in names:
+            g, s = gradient[n[0]][n[1]], state[n]
+            m[n] = options.momentum * m[n] + g
+            if s["matrix"]:
+                b = options.basis_decay
+                s["sl"] = b * s["sl"] + (1 - b) * g @ g.T
+                s["sr"] = b * s["sr"] + (1 - b) * g.T @ g
+        if step < options.warmup or step % options.every == 0:
+            draws = probe(params, bound, options, number)
+            number += 1
+            a = min(options.spectrum_decay, 1 - 1 / number)
+            for n in names:
+                s, squares = state[n], []
+                if s["matrix"]:
+                    s["vl"] = np.linalg.qr(s["sl"] @ s["vl"])[0]
+                    s["vr"] = np.linalg.qr(s["sr"] @ s["vr"])[0]
+                for h in draws:
+                    x = h[n[0]][n[1]]
+                    squares.append((s["vl"].T @ x @ s["vr"] if s["matrix"] else x) ** 2)
+                s["c"] = a * s["c"] + (1 - a) * np.mean(squares, axis=0)
+            top = max(s["c"].max() for s in state.values())
+            for s in state.values():
+                s["d"] = 1 / (s["c"] / top + LAMBDA)
+        for n in names:
+            s = state[n]
+            u = s["d"] * (s["vl"].T @ m[n] @ s["vr"] if s["matrix"] else m[n])
+            u = s["vl"] @ u @ s["vr"].T if s["matrix"] else u
+            target = 0.05 if n[1] == "bias" else 0.2
+            u = target * u / np.sqrt(np.mean(u**2))
+            params[n[0]][n[1]] = params[n[0]][n[1]] - rate * u
+    return params
+
+
+def library_loop(options: Streaming, structure: str, steps: int, rate: float, mode: str) -> Any:
+    tx = llqr.llqr(
+        optax.sgd(rate), structure=structure, metric="ngd", damping=LAMBDA, refit=options
+    )
+    params, state = parameters(), tx.init(parameters())
+
+    def step(params: Any, state: Any, batch: Any, due: Any) -> Any:
+        grads = jax.grad(OBJECTIVE)(params, batch)
+        bound = None if due is False else OBJECTIVE.bind(batch)
+        updates, state = tx.update(grads, state, params, objective=bound, refresh=due)
+        return optax.apply_updates(params, updates), state
+
+    if mode != "eager":
+        step = jax.jit(step, static_argnums=3)
+    for i in range(steps):
+        due = None if mode == "cond" else bool(options.is_due(i))
+        params, state = step(params, state, batch(i), due)
+    return params, state
+
+
+@pytest.mark.parametrize("mode", ["static", "cond", "eager"])
+@pytest.mark.parametrize(
+    ("structure", "changes"),
+    [("e-kfac", {}), ("e-kfac", {"probes": 2, "momentum": 0.0}), ("diagonal", {})],
+)
+def test_the_library_is_the_numpy_loop(structure: str, changes: Any, mode: str) -> None:
+    options = Streaming(**{"every": 3, "warmup": 2, "spectrum_decay": 0.7, **changes})
+    expected = numpy_loop(options, structure, 9, 0.1)
+    found, state = library_loop(options, structure, 9, 0.1, mode)
+    np.testing.assert_allclose(flat(found), flat(expected), rtol=0, atol=1e-12)
+    assert int(llqr.find(state).refit.refits) == 4  # at 0, 1, 3, 6
+    assert llqr.find(state).refit.words == ("updated",) * 3
+
+
+# --- closed forms ---------------------------------------------------------------------------
+
+
+def _signs(key: Any, z: Any) -> Any:
+    """Draws whose squares are exactly 1, so that one probe shows a diagonal C."""
+    return jax.random.rademacher(key, z.shape, z.dtype)
+
+
+SIGNS = llqr.Metric(lambda z, r: 0.5 * jnp.sum((z - r) ** 2, axis=-1), sample=_signs)
+
+
+@pytest.mark.parametrize("decay", [0.9, 1.0])
+def test_the_spectrum_converges_to_the_inverse_curvature_in_fixed_bases(decay: float) -> None:
+    """z = S_a U^T W V S_b: C is diagonal in the bases U and V, which the gradient shows too."""
+    rng = np.random.default_rng(3)
+    u, v = (np.linalg.qr(rng.normal(size=(k, k)))[0] for k in (4, 3))
+    a, b = np.array([3.0, 2.0, 1.0, 0.5]), np.array([2.0, 1.0, 0.3])
+    ahead, behind = jnp.asarray(a[:, None] * u.T), jnp.asarray(v * b)
+    objective = llqr.Objective(
+        lambda w, _: ahead @ w["kernel"] @ behind, lambda z, _: jnp.sum(z**2)
+    ).bind(jnp.zeros(()))
+    gradient = {"kernel": jnp.asarray(u[:, :3] @ np.diag([3.0, 2.0, 1.0]) @ v.T)}
+    params = {"kernel": jnp.ones((4, 3))}
+    tx = llqr.scale_by_llqr(
+        structure="e-kfac", metric=SIGNS, damping=0.1, divergence_reduction="sum", graft="none",
+        refit=Streaming(spectrum_decay=decay, momentum=0.0),
+    )  # fmt: skip
+    state = tx.init(params)
+    step = jax.jit(partial(tx.update, refresh=True))
+    for _ in range(150):
+        updates, state = step(gradient, state, params, objective=objective)
+    c = np.outer(a**2, b**2)
+    spectrum = np.asarray(state.blocks["spectrum"]["kernel"])
+    np.testing.assert_allclose(
+        np.sort(spectrum.ravel()), np.sort((1 / (c + 0.1)).ravel()), rtol=1e-9
+    )
+    plan = plans.make_plan(params, plans.rule_table("e-kfac"), 10)
+    found = plan[0].as_matrix(plans.unpack(plan, state.blocks, params)[0])
+    model = llqr.linearize(objective, params, SIGNS, damping=0.1)
+    np.testing.assert_allclose(found, np.linalg.inv(model.as_matrix()), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+        flat(updates), np.linalg.solve(model.as_matrix(), flat(gradient)), atol=1e-9
+    )
+
+
+def _sampled(case: Case) -> list[Any]:
+    return [m for m in case.metrics if metrics.can_sample(metrics.resolve(cases.metric(m)))]
+
+
+@pytest.mark.parametrize(
+    ("case", "metric"),
+    [(case, m) for case in cases.CASES for m in _sampled(case)[:2]],
+    ids=cases.label,
+)
+def test_probes_show_the_curvature_of_every_case(case: Case, metric: Any) -> None:
+    """c tends to the diagonal of C: masks, shared weights, several outputs, convolutions."""
+    params, bound = case.params, case.bound
+    tx = llqr.scale_by_llqr(
+        structure="diagonal", metric=cases.metric(metric), damping=0.1, graft="none",
+        divergence_reduction="mean", refit=Streaming(spectrum_decay=1.0, momentum=0.0),
+    )  # fmt: skip
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    @jax.jit
+    def refits(state: Any) -> Any:
+        def one(state: Any, _: Any) -> Any:
+            return tx.update(zeros, state, params, objective=bound, refresh=True)[1], None
+
+        return jax.lax.scan(one, state, length=600)[0]
+
+    state = refits(tx.init(params))
+    found = flat(state.stream.statistics["spectrum"])
+    model = llqr.linearize(bound, params, cases.metric(metric), divergence_reduction="mean")
+    expected = np.diagonal(model.as_matrix())
+    np.testing.assert_allclose(found, expected, rtol=0.35, atol=0.05 * expected.max())
+    np.testing.assert_allclose(found.sum(), expected.sum(), rtol=0.08)
+
+
+# --- two sides ------------------------------------------------------------------------------
+
+
+def test_kfac_converges_to_the_inverse_of_a_kronecker_product() -> None:
+    """C = A^T A x B B^T, with lambda near 0: P = Q^T Q must become its inverse."""
+    rng = np.random.default_rng(5)
+    a, b = (jnp.asarray(rng.normal(size=(k, k)) + 2 * np.eye(k)) for k in (4, 3))
+    objective = llqr.Objective(lambda w, _: a @ w["kernel"] @ b, lambda z, _: jnp.sum(z**2)).bind(
+        jnp.zeros(())
+    )
+    params = {"kernel": jnp.ones((4, 3))}
+    tx = llqr.scale_by_llqr(
+        structure="kfac", metric="gaussian", damping=1e-6, divergence_reduction="unit",
+        graft="none", refit=Streaming(rate=0.05, momentum=0.0),
+    )  # fmt: skip
+
+    @jax.jit
+    def refits(state: Any) -> Any:
+        def one(state: Any, _: Any) -> Any:
+            return tx.update(params, state, params, objective=objective, refresh=True)[1], None
+
+        return jax.lax.scan(one, state, length=3000)[0]
+
+    state = refits(tx.init(params))
+    plan = plans.make_plan(params, plans.rule_table("kfac"), 10)
+    found = np.asarray(plan[0].as_matrix(plans.unpack(plan, state.blocks, params)[0]))
+    c = np.asarray(llqr.linearize(objective, params, "gaussian").as_matrix())
+    c = c / np.linalg.eigvalsh(c).max()
+    product = np.linalg.cholesky(c).T @ found @ np.linalg.cholesky(c)
+    assert np.linalg.cond(c) > 50
+    assert np.abs(np.linalg.eigvalsh(product) - 1).max() < 0.5
+    assert np.linalg.eigvalsh(found).min() > 0
+    np.testing.assert_allclose(
+        state.stream.top,
+        np.linalg.eigvalsh(
+            np.asarray(llqr.linearize(objective, params, "gaussian").as_matrix())
+        ).max(),
+        rtol=1e-3,
+    )
+
+
+def test_one_relative_step_is_that_of_numpy() -> None:
+    params, bound = parameters(), OBJECTIVE.bind(batch(0))
+    options = Streaming(every=1, momentum=0.0)
+    tx = llqr.scale_by_llqr(
+        structure="kfac", damping=LAMBDA, divergence_reduction="mean", graft="none", refit=options
+    )
+    state = tx.init(params)
+    a, b = np.eye(5), np.eye(4)
+    for number in range(3):
+        key = jax.random.fold_in(jax.random.key(0), number)
+        key, noise = jax.random.split(key)
+        h = probe(params, bound, options, number)[0]
+        isotropic = llqr._tree.normal_like(params, noise)
+        h = jax.tree.map(lambda x, n: x + np.sqrt(0.1 * LAMBDA) * n, h, isotropic)
+        model = llqr.linearize(bound, params, damping=LAMBDA, divergence_reduction="mean")
+        u = llqr.precondition(tx, state, h)
+        r = jax.tree.map(jnp.subtract, model.product(u), h)
+        x, y = (np.asarray(t["first"]["kernel"]) for t in (h, r))
+        w, q = a @ x @ b.T, a @ y @ b.T
+        new = []
+        for side, e in ((a, q @ w.T), (b, q.T @ w)):
+            e = (e + e.T) / 2
+            v = e[np.argmax((e * e).sum(axis=1))]
+            for _ in range(4):
+                v = e @ (v / np.linalg.norm(v))
+            assert np.linalg.norm(v) > 0.8 * np.linalg.norm(e, 2)  # what it estimates
+            size = max(np.linalg.norm(v), (w * w).sum() / len(e))
+            new.append(side - 0.3 * e / size @ side)
+        a, b = new
+        _, state = tx.update(params, state, params, objective=bound, refresh=True)
+        found = {s: np.asarray(state.blocks[s]["first"]["kernel"]) for s in ("left", "right")}
+        np.testing.assert_allclose(found["left"], a.T @ a, rtol=1e-10)
+        np.testing.assert_allclose(found["right"], b.T @ b, rtol=1e-10)
+    info = state.refit
+    assert float(info.objective_after) < float(info.objective_before)
+
+
+# --- what a user can rely on ----------------------------------------------------------------
+
+
+def test_the_learning_rate_is_not_swallowed_and_leaves_have_their_length() -> None:
+    params, bound = parameters(), OBJECTIVE.bind(batch(0))
+    grads = jax.grad(bound)(params)
+    found = {}
+    for rate in (0.1, 0.3):
+        tx = llqr.streaming(rate, weight_decay=0.01, damping=LAMBDA)
+        updates, _ = tx.update(grads, tx.init(params), params, objective=bound, refresh=True)
+        found[rate] = jax.tree.map(lambda u, p, r=rate: u + r * 0.01 * p, updates, params)
+        rms = jax.tree.map(lambda u, r=rate: float(jnp.sqrt(jnp.mean(u**2))) / r, found[rate])
+        np.testing.assert_allclose(flat(rms), [0.05, 0.2, 0.2], rtol=1e-12)
+    np.testing.assert_allclose(flat(found[0.3]), 3 * flat(found[0.1]), rtol=1e-12)
+
+
+def test_a_zero_gradient_gives_a_zero_update() -> None:
+    params, bound = parameters(), OBJECTIVE.bind(batch(0))
+    tx = llqr.streaming(0.1, damping=LAMBDA)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, state = tx.update(zeros, tx.init(params), params, objective=bound, refresh=True)
+    assert not flat(updates).any()
+    assert np.isfinite(flat(llqr.find(state).blocks)).all()
+
+
+@pytest.mark.parametrize("structure", ["e-kfac", "kfac"])
+def test_what_is_not_finite_is_not_installed(structure: str) -> None:
+    params = parameters()
+    tx = llqr.scale_by_llqr(structure=structure, damping=LAMBDA, refit=Streaming())
+    update = jax.jit(partial(tx.update, refresh=True))
+    grads = jax.grad(OBJECTIVE)(params, batch(0))
+    _, state = update(grads, tx.init(params), params, objective=OBJECTIVE.bind(batch(0)))
+    bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), grads)
+    broken = batch(1) | {"x": batch(1)["x"].at[0, 0].set(jnp.inf)}
+    _, after = update(bad, state, params, objective=OBJECTIVE.bind(broken))
+    assert np.isfinite(flat(after.blocks)).all()
+    assert np.isfinite(flat(after.stream.statistics)).all()
+    assert "nonfinite" in after.refit.words
+    assert int(after.refit.guarded) > 0
+
+
+def test_refusals_name_the_way_out() -> None:
+    params = parameters()
+    for structure in ("psd-e-kfac", "dense", "scalar", "rms_norm-e-kfac", "sep-e-kfac", "h-kfac"):
+        tx = llqr.scale_by_llqr(structure=structure, refit=Streaming())
+        with pytest.raises(ValueError, match="cannot be streamed"):
+            tx.init(params)
+    for metric in ("newton", "gauss_newton"):
+        with pytest.raises(ValueError, match="labels can be drawn"):
+            llqr.scale_by_llqr(metric=metric, refit=Streaming()).init(params)
+    for base in (optax.adam(1e-3), optax.adamw(1e-3), optax.sgd(0.1, momentum=0.9)):
+        with pytest.raises(ValueError, match="the base optimizer keeps a"):
+            llqr.llqr(base, structure="e-kfac", refit=Streaming()).init(params)
+    llqr.llqr(optax.sgd(0.1, momentum=0.9), refit=Streaming(momentum=0.0)).init(params)
+    for changes in ({"refit": Streaming()}, {"graft": "rms"}):
+        with pytest.raises(ValueError, match="would swallow it"):
+            llqr.llqr(optax.sgd(0.1), precondition="update", **changes)
+    with pytest.raises(ValueError, match="damping"):
+        llqr.scale_by_llqr(damping=0.0, refit=Streaming())
+    with pytest.raises(ValueError, match="identity_scaling"):
+        llqr.scale_by_llqr(identity_scaling=2.0, refit=Streaming())
+    for bad in ({"every": 0}, {"momentum": 1.0}, {"rate": 1.0}, {"basis_decay": -0.1},
+                {"until": 3, "start": 5}):  # fmt: skip
+        with pytest.raises(ValueError, match="Streaming"):
+            Streaming(**bad)
+
+
+def test_a_step_without_a_refit_needs_no_objective_and_one_with_it_does() -> None:
+    params = parameters()
+    tx = llqr.streaming(0.1)
+    grads = jax.grad(OBJECTIVE)(params, batch(0))
+    _, state = tx.update(grads, tx.init(params), params, refresh=False)
+    assert int(llqr.find(state).refit.refits) == 0
+    with pytest.raises(ValueError, match="needs objective="):
+        tx.update(grads, state, params)
+
+
+def test_due_steps() -> None:
+    options = Streaming(every=10, warmup=3, start=5, until=40)
+    assert [i for i in range(60) if options.is_due(i)] == [5, 6, 7, 15, 25, 35]
+    assert isinstance(options.is_due(3), bool)
+
+
+def _flops(function: Any, *args: Any) -> float:
+    analysis = jax.jit(function).lower(*args).compile().cost_analysis()
+    assert analysis is not None
+    return float(analysis["flops"])
+
+
+def test_a_step_with_a_refit_costs_one_more_pull_back() -> None:
+    """The forward pass is shared: 3 sweeps of the network become 5, never 6."""
+    widths, rows = (64, 64, 64, 10), 2048
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(rng.normal(size=s)) for s in zip(widths[:-1], widths[1:], strict=True)]
+    data = {"x": jnp.asarray(rng.normal(size=(rows, 64))), "y": jnp.zeros(rows, jnp.int32)}
+
+    def deep(params: Any, batch: Any) -> Any:
+        x = batch["x"]
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return x
+
+    objective = llqr.Objective(deep, loss)
+    tx = llqr.streaming(0.1)
+    state = tx.init(params)
+
+    def step(params: Any, state: Any, data: Any, due: bool) -> Any:
+        grads = jax.grad(objective)(params, data)
+        return tx.update(grads, state, params, objective=objective.bind(data), refresh=due)
+
+    plain = _flops(lambda p, d: jax.grad(objective)(p, d), params, data)
+    without = _flops(partial(step, due=False), params, state, data)
+    with_refit = _flops(partial(step, due=True), params, state, data)
+    assert with_refit - without < 0.8 * plain
+    assert with_refit < 2 * plain
+
+
+def test_two_kinds_of_step_compile_once_each_and_never_wait() -> None:
+    tx, options = llqr.streaming(0.1), Streaming()
+    params = parameters()
+    state = tx.init(params)
+    traces = []
+
+    @partial(jax.jit, static_argnames="due")
+    def step(params: Any, state: Any, batch: Any, due: bool) -> Any:
+        traces.append(due)
+        grads = jax.grad(OBJECTIVE)(params, batch)
+        bound = OBJECTIVE.bind(batch)
+        updates, state = tx.update(grads, state, params, objective=bound, refresh=due)
+        return optax.apply_updates(params, updates), state
+
+    batches = [batch(i) for i in range(30)]
+    for i in (0, 25):
+        step(params, state, batches[i], due=options.is_due(i))
+    with jax.transfer_guard_device_to_host("disallow"):
+        for i, data in enumerate(batches):
+            params, state = step(params, state, data, due=options.is_due(i))
+    assert sorted(traces) == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_parameters_have_float32_statistics(dtype: Any) -> None:
+    params = parameters(dtype)
+    tx = llqr.scale_by_llqr(structure="e-kfac", refit=Streaming())
+    state = tx.init(params)
+    for i in range(3):
+        data = batch(i, dtype)
+        grads = jax.grad(OBJECTIVE)(params, data)
+        updates, state = tx.update(
+            grads, state, params, objective=OBJECTIVE.bind(data), refresh=True
+        )
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+    held = (state.stream.momentum, state.stream.statistics, state.blocks)
+    assert {x.dtype for x in jax.tree.leaves(held)} == {jnp.dtype(jnp.float32)}
+    assert np.isfinite(flat(updates)).all()
+    assert state.refit.words == ("updated",) * 3
+
+
+@pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_sharded_batch_gives_the_numbers_of_one_device(axis: Any) -> None:
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(axis,))
+    params, data = parameters(), batch(0)
+    tx = llqr.scale_by_llqr(structure="e-kfac", metric=SIGNS, refit=Streaming())
+
+    @jax.jit
+    def step(params: Any, state: Any, data: Any) -> Any:
+        grads = jax.grad(OBJECTIVE)(params, data)
+        bound = OBJECTIVE.bind(data)
+        return tx.update(grads, state, params, objective=bound, refresh=True)
+
+    expected, _ = jax.block_until_ready(step(params, tx.init(params), data))
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        spread = jax.tree.map(lambda x: jax.device_put(x, rows), data)
+        everywhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        found, _ = jax.block_until_ready(step(everywhere, tx.init(everywhere), spread))
+    np.testing.assert_allclose(flat(found), flat(expected), rtol=0, atol=1e-12)
+
+
+def test_long_sides_stay_the_identity() -> None:
+    """A vocabulary by rule, any long side by max_dim: no statistics of its square."""
+    params = {"embedding": jnp.ones((50, 4)), "kernel": jnp.ones((4, 30))}
+    tx = llqr.scale_by_llqr(structure="e-kfac-gpt", max_dim=20, refit=Streaming())
+    state = tx.init(params)
+    assert state.stream.statistics["left"]["embedding"] is None
+    assert state.stream.statistics["right"]["embedding"].shape == (4, 4)
+    assert state.stream.statistics["right"]["kernel"] is None
+    stored = sum(x.size for x in jax.tree.leaves(state.stream.statistics))
+    assert stored == 50 * 4 + 4 * 4 + 4 * 30 + 4 * 4
+    objective = llqr.Objective(
+        lambda p, x: p["embedding"][x] @ p["kernel"], lambda z, x: -jnp.mean(z[:, 0])
+    ).bind(jnp.arange(6))
+    grads = jax.grad(objective)(params)
+    updates, state = tx.update(grads, state, params, objective=objective, refresh=True)
+    np.testing.assert_array_equal(state.blocks["left"]["embedding"], np.ones(50))
+    assert math.isclose(float(jnp.sqrt(jnp.mean(updates["kernel"] ** 2))), 0.2, rel_tol=1e-9)
+
+
+def test_refresh_from_outside_and_sam_see_the_same_p() -> None:
+    params, bound = parameters(), OBJECTIVE.bind(batch(0))
+    tx = llqr.streaming(0.1, damping=LAMBDA)
+    grads = jax.grad(bound)(params)
+    _, state = tx.update(grads, tx.init(params), params, refresh=False)
+    inside, outside = (
+        tx.update(grads, tx.init(params), params, objective=bound, refresh=True)[1],
+        llqr.refresh(tx, state, params, bound),
+    )
+    np.testing.assert_allclose(
+        flat(llqr.find(inside).blocks), flat(llqr.find(outside).blocks), atol=1e-13
+    )
+    found = llqr.precondition(tx, inside, grads)
+    arrays = llqr.blocks(tx, inside, params)["first/kernel"]
+    g = np.asarray(grads["first"]["kernel"])
+    left, right = (np.asarray(arrays[s]) for s in ("left", "right"))
+    u = left @ (np.asarray(arrays["spectrum"]) * (left.T @ g @ right)) @ right.T
+    np.testing.assert_allclose(found["first"]["kernel"], u, atol=1e-12)
