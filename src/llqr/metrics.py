@@ -42,7 +42,7 @@ import jax
 import jax.numpy as jnp
 
 from llqr._errors import unknown
-from llqr._tree import spread
+from llqr._tree import shard_like, spread
 from llqr._types import Array, Bool, Float, PyTree
 
 Divergence: TypeAlias = Callable[[Array, Array], Array]
@@ -318,7 +318,8 @@ def sample(
         if k is not None:
             c = jnp.where(k.reshape(k.shape + (1,) * (c.ndim - k.ndim)), c, 0.0)
             rows = jnp.maximum(jnp.sum(k), 1).astype(c.dtype)
-        drawn.append(c / jnp.sqrt(rows).astype(c.dtype) if reduction == "mean" else c)
+        c = c / jnp.sqrt(rows).astype(c.dtype) if reduction == "mean" else c
+        drawn.append(shard_like(c, z))  # draws do not follow explicit mesh axes
     return treedef.unflatten(drawn)
 
 

@@ -41,7 +41,7 @@ import jax.numpy as jnp
 
 from llqr import _loops, metrics
 from llqr._errors import check_integer, check_range
-from llqr._tree import Frozen, all_finite, cosine, divide, norm, normal_like, vdot
+from llqr._tree import Frozen, accurate_dtype, all_finite, cosine, divide, norm, normal_like, vdot
 from llqr._types import Array, Bool, Float, Int, Number, Params
 from llqr.curvature import model as quadratic
 from llqr.curvature.model import QuadraticModel
@@ -255,18 +255,10 @@ def _observed(options: Streaming, block: Block, statistics: Arrays, gradient: Ar
     return new
 
 
-class Refitted(NamedTuple):
-    """What a refit gives."""
-
-    blocks: Blocks
-    info: RefitInfo
-    stream: StreamState
-
-
 def refit(
     setup: StreamSetup, blocks: Blocks, info: RefitInfo, stream: StreamState, params: Params,
     objective: BoundObjective, damping: Number,
-) -> Refitted:  # fmt: skip
+) -> tuple[Blocks, RefitInfo, StreamState]:  # fmt: skip
     """Return P after one refit: new bases, one more probe, the spectrum that follows.
 
     Args:
@@ -286,7 +278,7 @@ def refit(
 def _refit(
     setup: StreamSetup, blocks: Blocks, info: RefitInfo, stream: StreamState, params: Params,
     objective: BoundObjective, damping: Number,
-) -> Refitted:  # fmt: skip
+) -> tuple[Blocks, RefitInfo, StreamState]:  # fmt: skip
     options, plan = setup.options, setup.plan
     sides = setup.two_sided
     model = _linearize(setup, params, objective, damping, widen=sides)
@@ -298,7 +290,7 @@ def _refit(
     probes = [jax.tree.leaves(_probe(setup, model, objective, k)) for k in keys]
     statistics = list(_unpack(plan, stream.statistics, params))
     new, keep = list(blocks), [all_finite([h[b.leaves[0]] for h in probes]) for b in plan]
-    number = (info.refits + 1).astype(jnp.float32)
+    number = info.refits + 1
     for i, block in enumerate(plan):
         if kind_of(block.structure) == "spectrum":
             new[i], statistics[i] = _follow(
@@ -338,7 +330,7 @@ def _refit(
         top=jnp.asarray(top, jnp.float32),
     )  # fmt: skip
     record = _record(plan, tuple(new), info, stream.momentum, keep, before, after)
-    return Refitted(tuple(new), record, stream)
+    return tuple(new), record, stream
 
 
 def _linearize(
@@ -367,7 +359,7 @@ def _probe(
 
 def _follow(
     options: Streaming, block: Block, arrays: Arrays, statistics: Arrays, probes: list[Array],
-    number: Float[Array, ""], keep: Bool[Array, ""],
+    number: Int[Array, ""], keep: Bool[Array, ""],
 ) -> tuple[Arrays, Arrays]:  # fmt: skip
     """Turn the bases towards the second moments, and average the probe's squares in them."""
     bases = {slot: jnp.linalg.qr(statistics[slot] @ arrays[slot])[0] for slot in _dense(block)}
@@ -380,19 +372,21 @@ def _follow(
         return x * x
 
     fresh = jnp.mean(jnp.stack([squared(h) for h in probes]), axis=0)
-    a = jnp.minimum(options.spectrum_decay, 1 - 1 / number).astype(fresh.dtype)
+    a = jnp.minimum(options.spectrum_decay, 1 - 1 / number.astype(fresh.dtype))
     c = jnp.where(keep, a * statistics["spectrum"] + (1 - a) * fresh, statistics["spectrum"])
     return arrays | bases, statistics | {"spectrum": c}
 
 
 def _largest(plan: Plan, statistics: list[Arrays]) -> Float[Array, ""]:
     """The largest curvature of all blocks; 1 where there is none."""
-    found = [
-        jnp.max(own["spectrum"], initial=0.0).astype(jnp.float32)
+    spectra = [
+        own["spectrum"]
         for block, own in zip(plan, statistics, strict=True)
         if kind_of(block.structure) == "spectrum"
     ]
-    top = jnp.max(jnp.stack(found)) if found else jnp.ones((), jnp.float32)
+    widest = accurate_dtype(spectra)
+    found = [jnp.max(c, initial=0.0).astype(widest) for c in spectra]
+    top = jnp.max(jnp.stack(found)) if found else jnp.ones((), widest)
     return jnp.where(top > 0, top, 1.0)
 
 
