@@ -162,8 +162,7 @@ def _signs(key: Any, z: Any) -> Any:
 SIGNS = llqr.Metric(lambda z, r: 0.5 * jnp.sum((z - r) ** 2, axis=-1), sample=_signs)
 
 
-@pytest.mark.parametrize("decay", [0.9, 1.0])
-def test_the_spectrum_converges_to_the_inverse_curvature_in_fixed_bases(decay: float) -> None:
+def test_the_spectrum_converges_to_the_inverse_curvature_in_fixed_bases() -> None:
     """z = S_a U^T W V S_b: C is diagonal in the bases U and V, which the gradient shows too."""
     rng = np.random.default_rng(3)
     u, v = (np.linalg.qr(rng.normal(size=(k, k)))[0] for k in (4, 3))
@@ -176,11 +175,11 @@ def test_the_spectrum_converges_to_the_inverse_curvature_in_fixed_bases(decay: f
     params = {"kernel": jnp.ones((4, 3))}
     tx = llqr.scale_by_llqr(
         structure="e-kfac", metric=SIGNS, damping=0.1, divergence_reduction="sum", graft="none",
-        refit=Streaming(spectrum_decay=decay, momentum=0.0),
+        refit=Streaming(spectrum_decay=0.9, momentum=0.0),
     )  # fmt: skip
     state = tx.init(params)
     step = jax.jit(partial(tx.update, refresh=True))
-    for _ in range(150):
+    for _ in range(300):
         updates, state = step(gradient, state, params, objective=objective)
     c = np.outer(a**2, b**2)
     spectrum = np.asarray(state.blocks["spectrum"]["kernel"])
@@ -255,19 +254,15 @@ def test_kfac_converges_to_the_inverse_of_a_kronecker_product() -> None:
     state = refits(tx.init(params))
     plan = plans.make_plan(params, plans.rule_table("kfac"), 10)
     found = np.asarray(plan[0].as_matrix(plans.unpack(plan, state.blocks, params)[0]))
-    c = np.asarray(llqr.linearize(objective, params, "gaussian").as_matrix())
-    c = c / np.linalg.eigvalsh(c).max()
+    model = llqr.linearize(objective, params, "gaussian", divergence_reduction="mean")
+    c = np.asarray(model.as_matrix())
+    top = np.linalg.eigvalsh(c).max()
+    c = c / top
     product = np.linalg.cholesky(c).T @ found @ np.linalg.cholesky(c)
     assert np.linalg.cond(c) > 50
     assert np.abs(np.linalg.eigvalsh(product) - 1).max() < 0.5
     assert np.linalg.eigvalsh(found).min() > 0
-    np.testing.assert_allclose(
-        state.stream.top,
-        np.linalg.eigvalsh(
-            np.asarray(llqr.linearize(objective, params, "gaussian").as_matrix())
-        ).max(),
-        rtol=1e-3,
-    )
+    np.testing.assert_allclose(state.stream.top, top, rtol=1e-3)
 
 
 def test_one_relative_step_is_that_of_numpy() -> None:
