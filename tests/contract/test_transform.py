@@ -197,9 +197,10 @@ def test_jit_equals_eager_and_refresh_equals_refresh_true(name: str) -> None:
     tx, params, grads, bound = pb.optimizer(name), pb.params(), pb.gradient(), pb.bound()
     start = tx.init(params)
     eager = tx.update(grads, start, params, objective=bound, refresh=True)
-    learned = llqr.refresh(tx, start, params, bound)
-    pb.assert_bitwise(blocks(learned), blocks(eager[1]))
-    pb.assert_bitwise(tx.update(grads, learned, params, refresh=False), eager)
+    if "streaming" not in name:  # there, a step's own gradient is part of what P follows
+        learned = llqr.refresh(tx, start, params, bound)
+        pb.assert_bitwise(blocks(learned), blocks(eager[1]))
+        pb.assert_bitwise(tx.update(grads, learned, params, refresh=False), eager)
     jitted = compiled(name, "array")(grads, start, params, bound, jnp.array(True))
     pb.assert_close(jitted[0], eager[0])
     pb.assert_close(blocks(jitted[1]), blocks(eager[1]))

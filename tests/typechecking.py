@@ -1,0 +1,5 @@
+"""The type checker of `make typecheck`: beartype, where an int is a float as PEP 484 says."""
+
+from beartype import BeartypeConf, beartype
+
+check = beartype(conf=BeartypeConf(is_pep484_tower=True))
