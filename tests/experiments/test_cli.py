@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llqr_experiments import build, cli
+from llqr_experiments.command import cli
+from llqr_experiments.config import build
 from llqr_experiments.errors import ConfigError
 from tests.experiments import support
 

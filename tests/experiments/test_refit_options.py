@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import llqr
-from llqr_experiments import build
+from llqr_experiments.config import build
 from llqr_experiments.errors import ConfigError
 from tests.experiments.support import config, run
 

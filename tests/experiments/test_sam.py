@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import llqr
-from llqr_experiments import build
+from llqr_experiments.config import build
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.train import train_step
+from llqr_experiments.run.train import train_step
 from tests.experiments.support import config, run
 
 SHORT = (

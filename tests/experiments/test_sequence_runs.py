@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import llqr
-from llqr_experiments import checkpoint, phases, translate
-from llqr_experiments.checkpoint import BEST
 from llqr_experiments.data import translation
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.preemption import Interrupted
+from llqr_experiments.run import checkpoint, phases, translate
+from llqr_experiments.run.checkpoint import BEST
+from llqr_experiments.run.preemption import Interrupted
 from tests.experiments import sequence_files, support
 from tests.experiments.sequence_files import TEXT, TRANSLATION
 from tests.experiments.support import assert_same_end, interrupt

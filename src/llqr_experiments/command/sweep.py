@@ -15,8 +15,8 @@ from omegaconf import DictConfig, read_write
 from rich.console import Console
 from rich.table import Table
 
-from llqr_experiments import measures
 from llqr_experiments.files import write
+from llqr_experiments.record import measures
 
 LAST = ("best", "seconds", "status")
 """Columns at the end."""

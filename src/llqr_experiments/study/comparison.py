@@ -18,9 +18,13 @@ from rich.progress import track
 from rich.table import Table
 
 from llqr._types import Array, Params
-from llqr_experiments import build, landscape, potholes, records, step, tasks, train
-from llqr_experiments.clock import Clock
-from llqr_experiments.spec import Config
+from llqr_experiments.config import build
+from llqr_experiments.config.options import Config
+from llqr_experiments.record import run_folder
+from llqr_experiments.record.clock import Clock
+from llqr_experiments.run import step, train
+from llqr_experiments.study import landscape, potholes
+from llqr_experiments.task import tasks
 
 COLORS = {"plain": "#8aa6c1", "SAM": "#2f6fb0", "LLQR": "#e3a43b", "LLQR+SAM": "#c8452c"}
 MOST_EXAMPLES = 2048
@@ -71,9 +75,9 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, list[Endi
         clock = stack.enter_context(Clock())
         console = Console(highlight=False)
         # Runs of training that an interruption left go on; those that are done are not repeated.
-        records.enter(config, out_dir, command, comparison=config.comparison.name)
+        run_folder.enter(config, out_dir, command, comparison=config.comparison.name)
         say = partial(console.print, soft_wrap=True)
-        trackers = records.open_trackers(config, _title(config), out_dir, say)
+        trackers = run_folder.open_trackers(config, _title(config), out_dir, say)
         stack.callback(trackers.close)
         compare = _potholes if config.comparison.name == "potholes" else _training
         endings = compare(config, out_dir, console)
@@ -86,7 +90,7 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, list[Endi
     console.print(_table(endings))
     say(
         f"\nmedian, and smallest - largest, of {len(next(iter(endings.values())))} runs\n"
-        f"[bold]in[/] {records.shorten(out_dir)}: "
+        f"[bold]in[/] {run_folder.shorten(out_dir)}: "
         + ", ".join(sorted(path.name for path in out_dir.iterdir()))
     )
     return endings

@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 import jax
 
 from llqr._types import Array, Params
-from llqr_experiments import build, insight, phases, plots, records, tasks
-from llqr_experiments.clock import Clock
-from llqr_experiments.console import Display, counts, shown
-from llqr_experiments.job import Run, batches, prepare, title
-from llqr_experiments.preemption import Interrupts
-from llqr_experiments.session import Desk, Session, begin, checkpoint, checkpoints_of
-from llqr_experiments.spec import Config
-from llqr_experiments.step import Recipe, TrainState, advance
+from llqr_experiments.config import build
+from llqr_experiments.config.options import Config
+from llqr_experiments.record import insight, plots, run_folder
+from llqr_experiments.record.clock import Clock
+from llqr_experiments.record.console import Display, counts, shown
+from llqr_experiments.run import phases
+from llqr_experiments.run.job import Run, batches, prepare, title
+from llqr_experiments.run.preemption import Interrupts
+from llqr_experiments.run.session import Desk, Session, begin, checkpoint, checkpoints_of
+from llqr_experiments.run.step import Recipe, TrainState, advance
+from llqr_experiments.task import tasks
 
 
 class Result(NamedTuple):
@@ -52,12 +55,12 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
         with clock.phase("setup"):
             job = prepare(config)
             facts = {"steps": job.last, "refits": len(job.refit_steps)}
-            entered = records.enter(config, out_dir, command, **facts)
+            entered = run_folder.enter(config, out_dir, command, **facts)
             display = Display(job.last, config.report_freq, quiet=quiet)
             checkpoints = checkpoints_of(job, out_dir, display.say)
             session, meta = begin(job, entered, out_dir, checkpoints, display)
             clock.add(meta.get("seconds", {}))
-            trackers = records.open_trackers(
+            trackers = run_folder.open_trackers(
                 config, job.task.name, out_dir, display.say, meta.get("trackers")
             )
             stack.callback(session.stream.close)
@@ -76,12 +79,12 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
             insight.draw(quality, title(config), out_dir / "quality.png")
         checkpoints.wait()
     try:
-        records.finish(out_dir, results=final, best=session.best, time=dict(clock.seconds))
+        run_folder.finish(out_dir, results=final, best=session.best, time=dict(clock.seconds))
         kind = job.task.material.kind
         plots.curves(out_dir / "metrics.jsonl", title(config), out_dir / "curves.png", kind)
     except (OSError, ValueError) as error:
         display.say(f"[yellow]warning:[/] the closing files are not written: {error}")
-    display.closing(_results(job, session, final), clock, records.shorten(out_dir))
+    display.closing(_results(job, session, final), clock, run_folder.shorten(out_dir))
     return Result(final, job.task, session.state.params, session.state.statistics)
 
 

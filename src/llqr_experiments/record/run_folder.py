@@ -14,10 +14,10 @@ from typing import Any
 import jax
 from omegaconf import OmegaConf
 
+from llqr_experiments.config.options import Config
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.files import write
-from llqr_experiments.spec import Config
-from llqr_experiments.tracking import Aim, Jsonl, TensorBoard, Trackers
+from llqr_experiments.record.trackers import Aim, Jsonl, TensorBoard, Trackers
 
 INCIDENTAL = (
     "logging", "report_freq", "checkpoint_freq", "checkpoint_keep", "data_threads", "resume",

@@ -11,10 +11,10 @@ import llqr
 from llqr._tree import cosine
 from llqr._types import Array, Float, Params
 from llqr.metrics import Reduction
-from llqr_experiments import build
-from llqr_experiments.console import REASONS
+from llqr_experiments.config import build
+from llqr_experiments.config.options import Config
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.spec import Config
+from llqr_experiments.record.console import REASONS
 
 BARS = ("#8aa6c1", "#c8452c", "#5b8c5a")
 

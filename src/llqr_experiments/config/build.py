@@ -20,8 +20,8 @@ from llqr.route import CheckpointPolicy, Memory
 from llqr.sharpness import Sign
 from llqr.structures import catalogue
 from llqr.transform import Graft
+from llqr_experiments.config.options import OPERATOR_MODES, Config
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.spec import OPERATOR_MODES, Config
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import llqr
 from llqr._errors import unknown
-from llqr_experiments import build, data, tasks
-from llqr_experiments.checkpoint import find
+from llqr_experiments import data
+from llqr_experiments.config import build
+from llqr_experiments.config.options import Config
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.material import Material
-from llqr_experiments.spec import Config
-from llqr_experiments.step import Recipe
+from llqr_experiments.run.checkpoint import find
+from llqr_experiments.run.step import Recipe
+from llqr_experiments.task import tasks
+from llqr_experiments.task.material import Material
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,14 @@ from rich.table import Table
 
 import llqr
 from llqr._types import PyTree
-from llqr_experiments import build, comparison, memory, tasks
-from llqr_experiments.console import counts
-from llqr_experiments.job import Run, batches, prepare
-from llqr_experiments.spec import Config
-from llqr_experiments.step import TrainState, init
+from llqr_experiments.command import memory
+from llqr_experiments.config import build
+from llqr_experiments.config.options import Config
+from llqr_experiments.record.console import counts
+from llqr_experiments.run.job import Run, batches, prepare
+from llqr_experiments.run.step import TrainState, init
+from llqr_experiments.study import comparison
+from llqr_experiments.task import tasks
 
 INNER_STEP = 1.0
 """Cost of one inner step of a refit, in gradients on its batch: one tangent and one transpose

@@ -11,16 +11,17 @@ from typing import Any
 import jax
 
 from llqr._tree import leaf_names
-from llqr_experiments import records, translate
-from llqr_experiments.checkpoint import BEST, Checkpoints, find, load_fields
-from llqr_experiments.clock import Clock
-from llqr_experiments.console import Display
 from llqr_experiments.errors import ConfigError, TrainingError
 from llqr_experiments.files import write
-from llqr_experiments.job import Run, job_id
-from llqr_experiments.preemption import Interrupted, Interrupts
-from llqr_experiments.step import TrainState, init
-from llqr_experiments.tracking import Trackers
+from llqr_experiments.record import run_folder
+from llqr_experiments.record.clock import Clock
+from llqr_experiments.record.console import Display
+from llqr_experiments.record.trackers import Trackers
+from llqr_experiments.run import translate
+from llqr_experiments.run.checkpoint import BEST, Checkpoints, find, load_fields
+from llqr_experiments.run.job import Run, job_id
+from llqr_experiments.run.preemption import Interrupted, Interrupts
+from llqr_experiments.run.step import TrainState, init
 
 
 @dataclass
@@ -86,11 +87,11 @@ def begin(
     streams = job.task.material.streams
     state = init(job.recipe, job.task.params, job.task.statistics)
     session = Session(state, 0, streams.training(config), streams.refits(config))
-    say, found, own, options = display.say, None, True, records.options(config)
+    say, found, own, options = display.say, None, True, run_folder.options(config)
     if entered or config.preempt_handling:
         found = checkpoints.restore(session.state)
         if found is not None:  # in $SCRATCH, the folder does not tell whose it is
-            records.check_same(found.meta["options"], options, checkpoints.folder)
+            run_folder.check_same(found.meta["options"], options, checkpoints.folder)
     if found is None and config.resume:
         found = Checkpoints(find(Path(config.resume)), 1, say).restore(session.state, own=False)
         own = False
@@ -188,7 +189,7 @@ def keep_best(job: Run, session: Session, found: dict[str, float], desk: Desk) -
 
 def _meta(job: Run, session: Session, desk: Desk) -> dict[str, Any]:
     return {
-        "options": records.options(job.config),
+        "options": run_folder.options(job.config),
         "best": session.best,
         "reached": session.reached,
         "stream": session.stream.get_state(),

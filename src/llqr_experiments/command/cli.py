@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from llqr._errors import unknown
+from llqr_experiments.config.options import SCHEDULERS, Config, default, options
 from llqr_experiments.errors import ConfigError, RunError
-from llqr_experiments.preemption import Interrupted
-from llqr_experiments.spec import SCHEDULERS, Config, default, options
+from llqr_experiments.run.preemption import Interrupted
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 GROUPS = ("experiment", "method", "dataset", "architecture", "logging", *SCHEDULERS)
 
 FLAGS_WITH_VALUE = (
@@ -105,10 +105,13 @@ def execute(config: DictConfig, out_dir: Path) -> None:
     try:
         settings: Any = OmegaConf.to_object(config)
         # Late: --help and bad options need no models.
-        from llqr_experiments import comparison, plan, smoke, toys, train
+        from llqr_experiments.command import plan
+        from llqr_experiments.run import train
+        from llqr_experiments.study import comparison, toys
+        from llqr_experiments.task.small import shrink
 
         if settings.smoke:
-            settings = smoke.shrink(settings)
+            settings = shrink(settings)
         if settings.dry_run:
             plan.show(settings)
             _remove_if_empty(out_dir)

@@ -10,11 +10,12 @@ import optax
 
 import llqr
 from llqr._types import Array, Bool, Float, Params, PyTree
-from llqr_experiments import material, models
+from llqr_experiments import models
+from llqr_experiments.config.options import Architecture, Config
 from llqr_experiments.data import IGNORE
-from llqr_experiments.decoding import Decoder
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.spec import Architecture, Config
+from llqr_experiments.models.decoding import Decoder
+from llqr_experiments.task import material
 
 STATISTICS = "statistics"
 """The key of a bound batch under which the model's running statistics travel."""

@@ -11,13 +11,15 @@ from rich.markup import escape
 
 import llqr
 from llqr._types import Array, Params, PyTree
-from llqr_experiments import insight, measures, tasks, translate
-from llqr_experiments.checkpoint import BEST, find, load_fields, steps
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.evaluate import Histograms, evaluate
-from llqr_experiments.job import Run
-from llqr_experiments.session import HISTOGRAMS, Desk, Session, check_health, keep_best
-from llqr_experiments.step import TrainState
+from llqr_experiments.record import insight, measures
+from llqr_experiments.run import translate
+from llqr_experiments.run.checkpoint import BEST, find, load_fields, steps
+from llqr_experiments.run.evaluate import Histograms, evaluate
+from llqr_experiments.run.job import Run
+from llqr_experiments.run.session import HISTOGRAMS, Desk, Session, check_health, keep_best
+from llqr_experiments.run.step import TrainState
+from llqr_experiments.task import tasks
 
 
 def refit(job: Run, session: Session, training: dict[str, Any], desk: Desk) -> None:

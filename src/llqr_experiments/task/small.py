@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+from llqr_experiments.config.options import Architecture, Config, Dataset
 from llqr_experiments.models import MODELS
-from llqr_experiments.spec import Architecture, Config, Dataset
 
 DATA: dict[str, dict[str, Any]] = {
     "images": {"name": "digits32", "truncate": 200},

@@ -1,19 +1,15 @@
 """The picture of a toy problem: paths over the function's contours, and f over iterations."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from llqr_experiments.toy_functions import Toy
-
-if TYPE_CHECKING:
-    from llqr_experiments.toys import Course
+from llqr_experiments.study.courses import Course
+from llqr_experiments.study.toy_functions import Toy
 
 # The exact methods take the same steps: a broad line under a dashed one shows both.
 STYLES: tuple[dict[str, Any], ...] = (

@@ -10,9 +10,9 @@ import numpy as np
 
 from llqr._errors import unknown
 from llqr_experiments import data
+from llqr_experiments.config.options import Config, Dataset
 from llqr_experiments.data import translation
 from llqr_experiments.errors import ConfigError, DataError
-from llqr_experiments.spec import Config, Dataset
 
 Totals = Mapping[str, float]
 """Sums over the rows of a split: loss, correct, rows."""

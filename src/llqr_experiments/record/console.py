@@ -17,7 +17,7 @@ from rich.progress import (
 from rich.table import Table
 
 import llqr
-from llqr_experiments.clock import Clock
+from llqr_experiments.record.clock import Clock
 
 T = TypeVar("T")
 

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from llqr._types import Params
+from llqr_experiments.config.options import TranslationEval
 from llqr_experiments.data import translation
-from llqr_experiments.decoding import Decoder, Rules, beam_search
-from llqr_experiments.spec import TranslationEval
+from llqr_experiments.models.decoding import Decoder, Rules, beam_search
 
 WIDTHS = 2
 """Percentiles of the lengths at which batches get another width: a search compiles for each."""

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from llqr_experiments.spec import Config
+from llqr_experiments.config.options import Config
 
 
 class Tracker(Protocol):

@@ -12,8 +12,8 @@ import optax
 import llqr
 from llqr._tree import norm, normal_like
 from llqr._types import Array, Int, Params
-from llqr_experiments import build
-from llqr_experiments.tasks import Carry
+from llqr_experiments.config import build
+from llqr_experiments.task.tasks import Carry
 
 
 class Health(NamedTuple):

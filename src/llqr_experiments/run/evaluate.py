@@ -13,7 +13,7 @@ import numpy as np
 import llqr
 from llqr._types import Array, Params
 from llqr_experiments import data
-from llqr_experiments.tasks import STATISTICS, SUMS, examples, keep, measure
+from llqr_experiments.task.tasks import STATISTICS, SUMS, examples, keep, measure
 
 BINS, RESERVOIR = 50, 200_000
 

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from llqr_experiments import measures
 from llqr_experiments.files import replacing
-from llqr_experiments.measures import ACCURACY, BLEU, LOSS, PERPLEXITY, SAMPLED, Quantity
+from llqr_experiments.record import measures
+from llqr_experiments.record.measures import ACCURACY, BLEU, LOSS, PERPLEXITY, SAMPLED, Quantity
 
 Rows = Sequence[dict[str, Any]]
 
