@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from llqr._errors import unknown
-from llqr_experiments.config.options import SCHEDULERS, Config, default, options
+from llqr_experiments.config.option import default, options
+from llqr_experiments.config.options import SCHEDULERS, Config
 from llqr_experiments.errors import ConfigError, RunError
 from llqr_experiments.run.preemption import Interrupted
 

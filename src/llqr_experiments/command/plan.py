@@ -11,7 +11,7 @@ from rich.table import Table
 import llqr
 from llqr._types import PyTree
 from llqr_experiments.command import memory
-from llqr_experiments.config import build
+from llqr_experiments.config import advice, build
 from llqr_experiments.config.options import Config
 from llqr_experiments.record.console import counts
 from llqr_experiments.run.job import Run, batches, prepare
@@ -63,7 +63,7 @@ def _show_run(config: Config, console: Console) -> None:
         with console.status("asking the compiler what a refit holds in memory"):
             table.add_row("refit memory", _refit_memory(job, state))
     console.print(table)
-    for text in build.warnings(config, job.horizon):
+    for text in advice.warnings(config, job.horizon):
         console.print(f"[yellow]warning:[/] {text}", soft_wrap=True)
     if job.blocks is not None:
         console.print(f"\n{job.blocks}", soft_wrap=True)

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from llqr_experiments.command.cli import GROUPS, presets
-from llqr_experiments.config.options import SCHEDULERS, Config, default, legal, options
+from llqr_experiments.config.option import default, legal, options
+from llqr_experiments.config.options import SCHEDULERS, Config
 
 HEAD = """\
 # Options

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 from matplotlib.figure import Figure
@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 import llqr
 from llqr._tree import cosine
 from llqr._types import Array, Float, Params
-from llqr.metrics import Reduction
 from llqr_experiments.config import build
+from llqr_experiments.config.option import accepted, become
 from llqr_experiments.config.options import Config
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.record.console import REASONS
@@ -102,11 +102,8 @@ def measure(config: Config, objective: llqr.BoundObjective, params: Params) -> l
             params,
             structures=config.quality,
             metric=build.metric(config),
-            damping=config.damping,
-            divergence_reduction=cast(Reduction, config.divergence_reduction),
-            identity_scaling=config.precond_identity_scaling,
             refit=build.refit_options(config, build.Horizon(1.0, config.total_epochs)),
-            max_dim=config.precond_max_dim,
+            **accepted(llqr.quality, become(config, "llqr")),
         )
     except ValueError as error:  # no minimum, or too ill-conditioned
         raise ConfigError(f"quality: {error}") from error

@@ -8,6 +8,7 @@ import llqr
 from llqr._errors import unknown
 from llqr_experiments import data
 from llqr_experiments.config import build
+from llqr_experiments.config.option import become
 from llqr_experiments.config.options import Config
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.run.checkpoint import find
@@ -67,11 +68,8 @@ def prepare(config: Config) -> Run:
     recipe = Recipe(
         build.optimizer(config, horizon),
         build.ascent(config, horizon),
-        config.rng_seed,
-        config.grad_acc_steps,
-        config.normalize_conv_params,
-        config.on_nonfinite == "skip",
-        tasks.valid,
+        weight=tasks.valid,
+        **become(config, "recipe"),
     )
     refits = build.refit_steps(config, horizon)
     blocks = llqr.describe(recipe.tx, task.params) if config.use_preconditioner else None

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from llqr._types import Array, Params
-from llqr_experiments.config import build
+from llqr_experiments.config import advice, build
 from llqr_experiments.config.options import Config
 from llqr_experiments.record import insight, plots, run_folder
 from llqr_experiments.record.clock import Clock
@@ -155,7 +155,7 @@ def _announce(job: Run, display: Display) -> None:
     )
     if job.recipe.ascent:
         display.say(_describe_ascent(config, job.recipe.ascent))
-    for text in build.warnings(config, job.horizon):
+    for text in advice.warnings(config, job.horizon):
         display.say(f"[yellow]warning:[/] {text}\n")
     if config.use_preconditioner:
         display.say(

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from llqr._types import Params
+from llqr_experiments.config.option import become
 from llqr_experiments.config.options import TranslationEval
 from llqr_experiments.data import translation
 from llqr_experiments.models.decoding import Decoder, Rules, beam_search
@@ -75,7 +76,7 @@ def translate(
       follow: shows progress.
     """
     pairs = _spread(getattr(data, split), most)
-    rules = Rules(beam=options.beam_size, ratio=options.max_len_a, extra=options.max_len_b)
+    rules = Rules(**become(options, "rules"))
     bucketing = replace(data.bucketing, percentiles=WIDTHS)
     total = len(translation.Buckets(pairs, bucketing, rows=batch_size).in_order())
     found: dict[int, np.ndarray] = {}
