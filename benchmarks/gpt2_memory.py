@@ -25,8 +25,8 @@ from rich.progress import track
 import llqr
 from llqr_experiments import models
 from llqr_experiments.command import memory
+from llqr_experiments.data.material import Material
 from llqr_experiments.task import tasks
-from llqr_experiments.task.material import Material
 
 SMALL = {"width": 128, "heads": 4, "depth": 4}
 STEPS = 2

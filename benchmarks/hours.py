@@ -36,8 +36,8 @@ from llqr_experiments import data, models
 from llqr_experiments.command import cli
 from llqr_experiments.config import build
 from llqr_experiments.config.options import Config
+from llqr_experiments.data.material import Material
 from llqr_experiments.task import tasks
-from llqr_experiments.task.material import Material
 
 TFLOPS = 10.0
 OVERHEAD = 2e-3

@@ -114,7 +114,7 @@ def test_the_file_is_a_picture_and_nothing_else_is_left(tmp_path: Path) -> None:
 
 
 def test_names_of_the_record() -> None:
-    from llqr_experiments.task import material
+    from llqr_experiments.data import material
 
     totals = {"loss": 2.0, "correct": 1.0, "rows": 2.0}
     for rates in (material.rates, material.text_rates, material.translation_rates):

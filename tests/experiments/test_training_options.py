@@ -16,10 +16,10 @@ import llqr
 from llqr_experiments.command import cli, memory, plan, reference, sweep
 from llqr_experiments.config import options
 from llqr_experiments.errors import ConfigError, DataError
-from llqr_experiments.record.console import Display
 from llqr_experiments.run import train
 from llqr_experiments.run.checkpoint import Checkpoints
 from llqr_experiments.run.job import prepare
+from llqr_experiments.run.origin import origin
 from llqr_experiments.run.session import begin
 from llqr_experiments.run.step import Recipe, advance, init
 from llqr_experiments.task import tasks
@@ -140,7 +140,8 @@ def test_overlapping_batches_share_examples(tmp_path):
     config = support.config("experiment=quick-local-test", "batch_overlap_fraction=0.5")
     job = train.prepare(config)
     assert job.last == 2246, "the number of steps is that of whole batches"
-    session = begin(job, False, tmp_path, Checkpoints(tmp_path, 1, print), Display(1, 1))[0]
+    start = origin(job, False, tmp_path, Checkpoints(tmp_path, 1, print), print)
+    session = begin(job, start, tmp_path, print)
     first, second = next(session.stream), next(session.stream)
     np.testing.assert_array_equal(first["image"][64:], second["image"][:64])
     with pytest.raises(ConfigError, match="batch_overlap_fraction"):

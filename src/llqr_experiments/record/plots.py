@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from llqr_experiments.data.kinds import KINDS
 from llqr_experiments.files import replacing
 from llqr_experiments.record import measures
 from llqr_experiments.record.measures import ACCURACY, BLEU, LOSS, PERPLEXITY, SAMPLED, Quantity
@@ -19,7 +20,7 @@ COLORS = {"train": "#8aa6c1", "train_eval": "#3f6a94", "valid": "#d9962b", "test
 REFIT, MILESTONES = "#7a7a7a", ("#5b8c5a", "#2f5d2e")
 FEW = 40
 """Most evaluations that are marked one by one."""
-LONG = ("operations",)
+LONG = tuple(kind.name for kind in KINDS.values() if kind.long)
 """Kinds of data whose runs are told by orders of magnitude: steps on a logarithmic axis."""
 
 
@@ -30,7 +31,7 @@ def curves(metrics: Path, title: str, out: Path, kind: str = "images") -> None:
       metrics: the file of a run.
       title: above the picture.
       out: PNG to write.
-      kind: of the run's data, see `material.Material`.
+      kind: of the run's data, see `data.kinds.KINDS`.
     """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     with replacing(out) as file:

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import llqr
-from llqr._errors import unknown
 from llqr_experiments import data
 from llqr_experiments.config import build
 from llqr_experiments.config.option import become
 from llqr_experiments.config.options import Config
+from llqr_experiments.data.kinds import KINDS
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.run.checkpoint import find
+from llqr_experiments.run.goal import Goal, goal
 from llqr_experiments.run.step import Recipe
 from llqr_experiments.task import tasks
-from llqr_experiments.task.material import Material
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Run:
       horizon: how long it is.
       refit_steps: steps before which P is refitted.
       blocks: of the preconditioner; None without one.
-      best: metric of the best checkpoint, and whether more of it is better.
+      goal: what the best checkpoint is best in.
     """
 
     config: Config
@@ -37,7 +37,7 @@ class Run:
     horizon: build.Horizon
     refit_steps: frozenset[int]
     blocks: llqr.Description | None
-    best: tuple[str, bool]
+    goal: Goal
 
     @property
     def last(self) -> int:
@@ -73,28 +73,7 @@ def prepare(config: Config) -> Run:
     )
     refits = build.refit_steps(config, horizon)
     blocks = llqr.describe(recipe.tx, task.params) if config.use_preconditioner else None
-    return Run(config, task, recipe, horizon, refits, blocks, _best(config, task.material))
-
-
-def _best(config: Config, made: Material) -> tuple[str, bool]:
-    """Metric of the best checkpoint, and whether more of it is better."""
-    name, maximize = made.best
-    options = config.translation_eval
-    if options.enabled and made.pairs is None:
-        raise ConfigError(f"translation_eval.enabled=true: {made.name} is no translation.")
-    if options.enabled and options.checkpoint_metric == "bleu":
-        name, maximize = "valid bleu", options.maximize_checkpoint_metric
-    if config.checkpoint_metric is not None:
-        name = config.checkpoint_metric
-        splits = [*made.evaluated, *(["train_eval"] if config.add_train_eval else [])]
-        totals: dict[str, float] = dict.fromkeys(tasks.SUMS, 1.0)
-        known = [metric for split in splits for metric in made.rates(split, totals)]
-        if name not in known:
-            hint = " (it needs add_train_eval=true)" if name.startswith("train_eval") else ""
-            raise ConfigError(unknown("checkpoint_metric", name, known) + hint)
-        maximize = "accuracy" in name
-    wanted = config.maximize_checkpoint_metric
-    return name, maximize if wanted is None else wanted
+    return Run(config, task, recipe, horizon, refits, blocks, goal(config, task.material))
 
 
 def _check_sources(config: Config) -> None:
@@ -117,11 +96,7 @@ def job_id(config: Config) -> str:
 
 def batches(job: Run) -> str:
     """Return in words what a training batch holds."""
-    config, parts = job.config, job.config.grad_acc_steps
-    if job.task.material.pairs is not None:
-        return f"at most {config.dataset.max_tokens:,} words"
-    examples = f"{config.batch_size * parts} examples"
-    return f"{examples} in {parts} micro-batches" if parts > 1 else examples
+    return KINDS[job.task.material.kind].batch(job.config)
 
 
 def title(config: Config) -> str:

@@ -113,7 +113,7 @@ def translations(job: Run, session: Session, desk: Desk) -> dict[str, float]:
     found = _translate(job, session.state.params, "valid", most, step, desk)
     values = translate.record("valid", name, found)
     keep_best(job, session, values, desk)
-    if full and job.best[0] == "valid bleu":
+    if full and job.goal.metric == "valid bleu":
         values["best valid bleu"] = session.best["value"]
         values["best valid bleu step"] = session.best["step"]
     desk.log(step, values)

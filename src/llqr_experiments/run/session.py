@@ -1,7 +1,6 @@
-"""What changes during a run: begun, restored, saved; and where a run reports to."""
+"""What changes during a run: begun, checked, saved; and where a run reports to."""
 
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,17 +10,18 @@ from typing import Any
 import jax
 
 from llqr._tree import leaf_names
-from llqr_experiments.errors import ConfigError, TrainingError
+from llqr_experiments.errors import TrainingError
 from llqr_experiments.files import write
 from llqr_experiments.record import run_folder
 from llqr_experiments.record.clock import Clock
 from llqr_experiments.record.console import Display
 from llqr_experiments.record.trackers import Trackers
 from llqr_experiments.run import translate
-from llqr_experiments.run.checkpoint import BEST, Checkpoints, find, load_fields
+from llqr_experiments.run.checkpoint import BEST, Checkpoints
 from llqr_experiments.run.job import Run, job_id
+from llqr_experiments.run.origin import Origin
 from llqr_experiments.run.preemption import Interrupted, Interrupts
-from llqr_experiments.run.step import TrainState, init
+from llqr_experiments.run.step import TrainState
 
 
 @dataclass
@@ -79,57 +79,31 @@ def checkpoints_of(job: Run, out_dir: Path, say: Callable[[str], None]) -> Check
     return Checkpoints(folder, config.checkpoint_keep, say)
 
 
-def begin(
-    job: Run, entered: bool, out_dir: Path, checkpoints: Checkpoints, display: Display
-) -> tuple[Session, dict[str, Any]]:
-    """Return the session, new or restored, and the facts of the checkpoint it comes from."""
-    config = job.config
-    streams = job.task.material.streams
-    state = init(job.recipe, job.task.params, job.task.statistics)
-    session = Session(state, 0, streams.training(config), streams.refits(config))
-    say, found, own, options = display.say, None, True, run_folder.options(config)
-    if entered or config.preempt_handling:
-        found = checkpoints.restore(session.state)
-        if found is not None:  # in $SCRATCH, the folder does not tell whose it is
-            run_folder.check_same(found.meta["options"], options, checkpoints.folder)
-    if found is None and config.resume:
-        found = Checkpoints(find(Path(config.resume)), 1, say).restore(session.state, own=False)
-        own = False
-        if found is None:
-            raise ConfigError(f"resume={config.resume}: no checkpoint there can be read.")
-    if found is None:
-        if entered and "finished" in json.loads((out_dir / "meta.json").read_text()):
-            raise ConfigError(
-                f"{out_dir} already holds a finished run, without a checkpoint that can be read; "
-                "give another folder (hydra.run.dir=...)."
-            )
-        if config.init_from:
-            model = {"params": state.params, "statistics": state.statistics}
-            found_model, step = load_fields(find(Path(config.init_from)), model, say)
-            say(f"parameters of step {step} of {config.init_from}\n")
-            session.state = state._replace(**found_model)
-        return session, {}
-    if found.step > job.last:
-        raise ConfigError(
-            f"the checkpoint is of step {found.step}, and this run ends at {job.last}."
-        )
-    meta, fresh = found.meta, session.state
-    session.state, session.step = found.state, found.step
+def begin(job: Run, origin: Origin, out_dir: Path, say: Callable[[str], None]) -> Session:
+    """Return the session of a run that begins somewhere.
+
+    Args:
+      job: what stays the same.
+      origin: where it begins.
+      out_dir: the run's folder; what the run will record again is dropped there.
+      say: prints a line for the user.
+    """
+    config, meta, streams = job.config, origin.meta, job.task.material.streams
+    training, refits = streams.training(config), streams.refits(config)
+    session = Session(origin.state, origin.step, training, refits)
+    if not meta:
+        return session
     session.best, session.reached = meta["best"], meta["reached"]
-    if not job.recipe.skip:  # what an earlier run skipped is no reason to stop
-        session.state = session.state._replace(health=fresh.health)
-    where = "" if own else f" of {config.resume}"
-    say(f"going on from the checkpoint of step {found.step}{where}\n")
+    options = run_folder.options(config)
     if all(meta["options"][name] == options[name] for name in STREAM):
         session.stream.set_state(meta["stream"])
         session.refits.set_state(meta["refits"])
     else:
         say("[yellow]warning:[/] the options of the data are others: the streams start anew\n")
-    if not own:  # the record of another run stays where it is
-        return session, {"seconds": meta["seconds"]}
-    for name in (HISTOGRAMS, translate.FILE):
-        _forget(out_dir / name, found.step)
-    return session, meta
+    if origin.own:
+        for name in (HISTOGRAMS, translate.FILE):
+            _forget(out_dir / name, origin.step)
+    return session
 
 
 STREAM = (
@@ -173,12 +147,10 @@ def checkpoint(job: Run, session: Session, desk: Desk) -> None:
 
 def keep_best(job: Run, session: Session, found: dict[str, float], desk: Desk) -> None:
     """Write a checkpoint if this evaluation is the best so far."""
-    name, sign = job.best[0], 1 if job.best[1] else -1
-    if name not in found:
+    if job.goal.metric not in found:
         return
-    value = found[name]
-    better = not session.best or sign * value > sign * session.best["value"]
-    if not math.isfinite(value) or not better:
+    value = found[job.goal.metric]
+    if not job.goal.better(value, session.best.get("value")):
         return
     session.best = {"value": value, "step": float(session.step)}
     if job.config.checkpoint_freq:

@@ -16,6 +16,7 @@ from llqr_experiments.record.clock import Clock
 from llqr_experiments.record.console import Display, counts, shown
 from llqr_experiments.run import phases
 from llqr_experiments.run.job import Run, batches, prepare, title
+from llqr_experiments.run.origin import origin
 from llqr_experiments.run.preemption import Interrupts
 from llqr_experiments.run.session import Desk, Session, begin, checkpoint, checkpoints_of
 from llqr_experiments.run.step import Recipe, TrainState, advance
@@ -58,10 +59,11 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
             entered = run_folder.enter(config, out_dir, command, **facts)
             display = Display(job.last, config.report_freq, quiet=quiet)
             checkpoints = checkpoints_of(job, out_dir, display.say)
-            session, meta = begin(job, entered, out_dir, checkpoints, display)
-            clock.add(meta.get("seconds", {}))
+            start = origin(job, entered, out_dir, checkpoints, display.say)
+            session = begin(job, start, out_dir, display.say)
+            clock.add(start.seconds)
             trackers = run_folder.open_trackers(
-                config, job.task.name, out_dir, display.say, meta.get("trackers")
+                config, job.task.name, out_dir, display.say, start.trackers
             )
             stack.callback(session.stream.close)
             stack.callback(session.refits.close)
@@ -190,8 +192,8 @@ def _results(job: Run, session: Session, final: dict[str, float]) -> dict[str, s
     }
     found |= {name: f"{step:,.0f}" for name, step in session.reached.items()}
     if session.best:
-        best = shown(job.best[0], session.best["value"])
-        found["best"] = f"{job.best[0]} {best} at step {session.best['step']:,.0f}"
+        best = shown(job.goal.metric, session.best["value"])
+        found["best"] = f"{job.goal.metric} {best} at step {session.best['step']:,.0f}"
     if job.recipe.ascent:
         found["gradients"] = (
             f"{final['sam gradient evaluations']:,.0f} in {job.last:,} steps, "

@@ -1,18 +1,10 @@
 """Every run in small: a few steps of a tiny model on data that needs no files."""
 
 from dataclasses import replace
-from typing import Any
 
 from llqr_experiments.config.options import Architecture, Config, Dataset
+from llqr_experiments.data.kinds import KINDS
 from llqr_experiments.models import MODELS
-
-DATA: dict[str, dict[str, Any]] = {
-    "images": {"name": "digits32", "truncate": 200},
-    "operations": {"p": 7},
-    "text": {"name": "python_topics", "target_len": 16},
-    "translation": {"name": "numbers_de_en", "max_tokens": 128},
-}
-"""What each kind of model is tried on; operations keep their own."""
 
 
 def shrink(config: Config) -> Config:
@@ -52,13 +44,9 @@ def shrink(config: Config) -> Config:
 
 
 def _data(config: Config) -> Dataset:
-    kind = MODELS[config.architecture.name].takes
-    if kind == "operations":
-        return replace(config.dataset, **DATA[kind])
     if config.architecture.name.startswith("mlp"):
         return Dataset(name="digits", truncate=200)
-    augment = kind == "images" and config.dataset.augment
-    return Dataset(**DATA[kind], augment=augment)
+    return KINDS[MODELS[config.architecture.name].takes].small(config.dataset)
 
 
 def _model(architecture: Architecture) -> Architecture:

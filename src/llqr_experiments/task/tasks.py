@@ -12,10 +12,10 @@ import llqr
 from llqr._types import Array, Bool, Float, Params, PyTree
 from llqr_experiments import models
 from llqr_experiments.config.options import Architecture, Config
-from llqr_experiments.data import IGNORE
+from llqr_experiments.data import IGNORE, kinds
+from llqr_experiments.data.material import Material
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.models.decoding import Decoder
-from llqr_experiments.task import material
 
 STATISTICS = "statistics"
 """The key of a bound batch under which the model's running statistics travel."""
@@ -45,7 +45,7 @@ class Task:
     """
 
     name: str
-    material: material.Material
+    material: Material
     params: Params
     statistics: PyTree
     objective: llqr.Objective
@@ -60,7 +60,7 @@ def build(config: Config) -> Task:
       ConfigError: data or model cannot be made as they are asked for.
       DataError: the data is missing, corrupt, empty or not what the config says.
     """
-    made = material.make(config.dataset)
+    made = kinds.make(config.dataset)
     name = config.architecture.name
     _check_fit(name, made)
     options = made.options | architecture_options(config.architecture)
@@ -72,7 +72,7 @@ def build(config: Config) -> Task:
 
 def assemble(
     name: str,
-    made: material.Material,
+    made: Material,
     model: models.Staged,
     *,
     smoothing: float = 0.0,
@@ -99,11 +99,11 @@ def assemble(
     forward = network.model.as_forward(made.inputs, context=lambda batch: batch[STATISTICS])
     objective = llqr.Objective(forward, loss, keep, _batch_axes)
     training = _training(network, made.inputs, loss, half)
-    decoder = models.translation.decoder(model) if made.kind == "translation" else None
+    decoder = models.translation.decoder(model) if kinds.KINDS[made.kind].decoded else None
     return Task(name, made, network.params, network.statistics, objective, training, decoder)
 
 
-def _check_fit(name: str, made: material.Material) -> None:
+def _check_fit(name: str, made: Material) -> None:
     if name in models.MODELS and models.MODELS[name].takes != made.kind:
         fitting = [key for key, model in models.MODELS.items() if model.takes == made.kind]
         raise ConfigError(

@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import jax
 import numpy as np
 
-from llqr._errors import unknown
 from llqr_experiments import data
-from llqr_experiments.config.options import Config, Dataset
+from llqr_experiments.config.options import Config
 from llqr_experiments.data import translation
-from llqr_experiments.errors import ConfigError, DataError
+from llqr_experiments.errors import ConfigError
 
 Totals = Mapping[str, float]
 """Sums over the rows of a split: loss, correct, rows."""
@@ -67,7 +66,7 @@ class Material:
 
     Attributes:
       name: of the dataset.
-      kind: images, operations, text or translation.
+      kind: its name, see `kinds.KINDS`.
       streams: its batches.
       sizes: examples by split.
       evaluated: splits that are evaluated; the first decides which checkpoint is the best.
@@ -94,34 +93,6 @@ class Material:
     best: tuple[str, bool] = ("test accuracy", True)
     milestones: tuple[float, ...] = ()
     pairs: translation.Translation | None = None
-
-
-def make(config: Dataset) -> Material:
-    """Load the data.
-
-    Raises:
-      ConfigError: an option that this kind of data does not have.
-      DataError: the data is missing, corrupt, empty or not what the config says.
-    """
-    for names, options, build in _KINDS:
-        if config.name in names:
-            _check_options(config, options)
-            return build(config)
-    known = [name for names, _, _ in _KINDS for name in names]
-    raise DataError(unknown("dataset", config.name, known))
-
-
-def _check_options(config: Dataset, known: tuple[str, ...]) -> None:
-    for option in fields(config):
-        value = getattr(config, option.name)
-        plain = option.default
-        if option.default_factory is not MISSING:
-            plain = option.default_factory()
-        if option.name not in ("name", "download", *known) and value != plain:
-            raise ConfigError(
-                f"dataset.{option.name}={value}: {config.name} has no such option, only "
-                f"{', '.join(known)}."
-            )
 
 
 # --- examples by number -----------------------------------------------------------------------
@@ -161,103 +132,6 @@ def example_streams(splits: Mapping[str, data.Examples]) -> Streams:
         }
 
     return Streams(training, refits, evaluation, length, shapes)
-
-
-def _images(config: Dataset) -> Material:
-    found = data.images(
-        config.name,
-        config.dataset_dir,
-        download=config.download,
-        augment=config.augment,
-        imbalance=config.imbalance,
-        truncate=config.truncate,
-    )
-    splits = {"train": found.train, "test": found.test}
-    return Material(
-        found.name,
-        "images",
-        example_streams(splits),
-        {name: len(split) for name, split in splits.items()},
-        ("test",),
-        found.shape,
-        found.num_classes,
-        inputs=lambda batch: batch["image"],
-    )
-
-
-def _grokking(config: Dataset) -> Material:
-    found = data.grokking(
-        config.name, p=config.p, train_fraction=config.train_fraction, seed=config.split_seed
-    )
-    splits = {"train": found.train, "test": found.test}
-    return Material(
-        found.name,
-        "operations",
-        example_streams(splits),
-        {name: len(split) for name, split in splits.items()},
-        ("test",),
-        (found.length,),
-        found.num_classes,
-        inputs=lambda batch: batch["tokens"],
-        options={"vocabulary": found.vocabulary},
-        milestones=(95.0, 99.0),
-    )
-
-
-def _text(config: Dataset) -> Material:
-    found = data.text(
-        config.name,
-        config.dataset_dir,
-        tokenizer=config.tokenizer,
-        tokenizer_dir=config.tokenizer_dir,
-        vocabulary=config.vocabulary,
-        target_len=config.target_len,
-        held_out=config.held_out,
-        download=config.download,
-        cache_dir=config.cache_dir,
-    )
-    splits = {"train": found.train, "valid": found.valid, "test": found.test}
-    return Material(
-        found.name,
-        "text",
-        example_streams(splits),
-        {name: len(split) for name, split in splits.items()},
-        ("valid", "test"),
-        (found.length,),
-        found.vocabulary,
-        inputs=lambda batch: batch["tokens"],
-        rates=text_rates,
-        best=("valid loss", False),
-    )
-
-
-def _translation(config: Dataset) -> Material:
-    bucketing = translation.Bucketing(
-        max_tokens=config.max_tokens,
-        percentiles=config.percentiles,
-        padding_factor=config.padding_factor,
-    )
-    found = translation.load(
-        config.name,
-        config.dataset_dir,
-        bucketing=bucketing,
-        max_length=config.max_length,
-        cache_dir=config.cache_dir,
-    )
-    return Material(
-        found.name,
-        "translation",
-        pair_streams(found, config.refit_coverage),
-        {name: len(getattr(found, name)) for name in ("train", "valid", "test")},
-        ("valid",),
-        (),
-        len(found.target),
-        inputs=lambda batch: {name: batch[name] for name in ("source", "target_in")},
-        options={"source_vocabulary": len(found.source)},
-        rates=translation_rates,
-        best=("valid loss", False),
-        pairs=found,
-    )
 
 
 def pair_streams(found: translation.Translation, coverage: float) -> Streams:
@@ -306,22 +180,3 @@ def pair_streams(found: translation.Translation, coverage: float) -> Streams:
         }
 
     return Streams(training, refits, evaluation, length, shapes)
-
-
-_KINDS: tuple[tuple[tuple[str, ...], tuple[str, ...], Callable[[Dataset], Material]], ...] = (
-    (data.image_names(), ("dataset_dir", "augment", "imbalance", "truncate"), _images),
-    (data.OPERATIONS, ("p", "train_fraction", "split_seed"), _grokking),
-    (
-        data.TEXTS,
-        ("dataset_dir", "tokenizer", "tokenizer_dir", "vocabulary", "target_len", "held_out",
-         "cache_dir"),
-        _text,
-    ),
-    (
-        translation.names(),
-        ("dataset_dir", "cache_dir", "max_tokens", "padding_factor", "percentiles", "max_length",
-         "refit_coverage"),
-        _translation,
-    ),
-)  # fmt: skip
-"""Names, options besides `download`, and what makes the material."""
