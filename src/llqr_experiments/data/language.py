@@ -141,6 +141,11 @@ def text(
         made = tokenization.read_gpt2(_gpt2_folder(name, dataset_dir, tokenizer_dir))
     else:
         made = _learned(name, kind, vocabulary, found.train, cache)
+    return _windowed(name, found, made, length, cache)
+
+
+def _windowed(name: str, found: Corpus, made: Tokenizer, length: int, cache: Path) -> Text:
+    """A text that was found, in tokens and windows."""
     tokens = {split: _tokens(name, split, getattr(found, split), made, cache) for split in SPLITS}
     windows = {split: Windows(tokens[split], length, whole=split == "train") for split in SPLITS}
     _check(name, windows)

@@ -13,6 +13,7 @@ import llqr
 from llqr._types import Array, Params, PyTree
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.record import insight, measures
+from llqr_experiments.record.translations import FILE, append
 from llqr_experiments.run import translate
 from llqr_experiments.run.checkpoint import BEST, find, load_fields, steps
 from llqr_experiments.run.evaluate import Histograms, evaluate
@@ -182,7 +183,8 @@ def _translate(
         say(f"{'':>14}translation {escape(sample.hypothesis)}")
         say(f"{'':>14}reference   {escape(sample.reference)}")
     try:
-        translate.write(desk.out_dir / translate.FILE, step, split, found)
+        path, bleu = desk.out_dir / FILE, found.bleu
+        append(path, step, split, bleu.score, bleu.signature, found.samples)
     except OSError as error:
         say(f"[yellow]warning:[/] the translations of step {step} are not written: {error}")
     return found

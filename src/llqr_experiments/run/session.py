@@ -12,11 +12,10 @@ import jax
 from llqr._tree import leaf_names
 from llqr_experiments.errors import TrainingError
 from llqr_experiments.files import write
-from llqr_experiments.record import run_folder
+from llqr_experiments.record import run_folder, translations
 from llqr_experiments.record.clock import Clock
 from llqr_experiments.record.console import Display
 from llqr_experiments.record.trackers import Trackers
-from llqr_experiments.run import translate
 from llqr_experiments.run.checkpoint import BEST, Checkpoints
 from llqr_experiments.run.job import Run, job_id
 from llqr_experiments.run.origin import Origin
@@ -101,7 +100,7 @@ def begin(job: Run, origin: Origin, out_dir: Path, say: Callable[[str], None]) -
     else:
         say("[yellow]warning:[/] the options of the data are others: the streams start anew\n")
     if origin.own:
-        for name in (HISTOGRAMS, translate.FILE):
+        for name in (HISTOGRAMS, translations.FILE):
             _forget(out_dir / name, origin.step)
     return session
 

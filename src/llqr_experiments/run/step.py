@@ -97,38 +97,10 @@ def advance(
       sums: names of the sums over rows that `loss` adds to in its carry.
       **options: of `tx.update`.
     """
-    tx, ascent, params, sharpness, apply = recipe.tx, recipe.ascent, state.params, None, True
-    carry = Carry(
-        state.statistics,
-        jax.random.fold_in(jax.random.key(recipe.seed), state.step),
-        {name: jnp.zeros(()) for name in sums},
-    )
-    gradient: Any = jax.value_and_grad
-    if recipe.microbatches > 1:
-        gradient = llqr.microbatched(
-            recipe.microbatches, in_axes=AXES, weight=recipe.weight, thread=_hand_on
-        )
-    if ascent is None or state.sharpness is None:
-        (value, carry), grads = gradient(loss, has_aux=True)(params, batch, carry)
-    else:
-        product = partial(llqr.precondition, tx, state.opt_state)
-        grouped = ascent.method.groups > 1
-        weight = recipe.weight if grouped else None
-        oracle = ascent.method(
-            loss, has_aux=True, value_and_grad=gradient, in_axes=AXES, weight=weight
-        )
-        (value, carry), grads, sharpness = oracle.step(
-            params,
-            state.sharpness,
-            batch,
-            carry,
-            precondition=product if ascent.uses_preconditioner else None,
-            base=_base_vector(ascent, recipe.seed, state) if active else None,
-            active=active,
-        )
-        carry = _over_groups(carry) if grouped else carry
-        apply = ascent.configured or not active
-    updates, opt_state = tx.update(grads, state.opt_state, params, apply=apply, **options)
+    params = state.params
+    (value, carry), grads, sharpness = _gradient(loss, recipe, active, state, batch, sums)
+    apply = recipe.ascent is None or recipe.ascent.configured or not active
+    updates, opt_state = recipe.tx.update(grads, state.opt_state, params, apply=apply, **options)
     if recipe.normalize:
         params = jax.tree.map(_normalized, params)
     params = optax.apply_updates(params, updates)
@@ -138,6 +110,43 @@ def advance(
         kept = state._replace(step=new.step, health=health)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
     return new, carry.sums
+
+
+def _gradient(
+    loss: Callable[..., Any],
+    recipe: Recipe,
+    active: bool,
+    state: TrainState,
+    batch: Any,
+    sums: Sequence[str],
+) -> tuple[tuple[Array, Carry], Params, llqr.SharpnessState | None]:
+    """Loss and carry, gradient, and the new state of SAM: of micro-batches, perturbed or not."""
+    ascent, params, gradient = recipe.ascent, state.params, jax.value_and_grad
+    carry = Carry(
+        state.statistics,
+        jax.random.fold_in(jax.random.key(recipe.seed), state.step),
+        {name: jnp.zeros(()) for name in sums},
+    )
+    if recipe.microbatches > 1:
+        gradient = llqr.microbatched(
+            recipe.microbatches, in_axes=AXES, weight=recipe.weight, thread=_hand_on
+        )
+    if ascent is None or state.sharpness is None:
+        return *gradient(loss, has_aux=True)(params, batch, carry), None
+    grouped = ascent.method.groups > 1
+    weight = recipe.weight if grouped else None
+    oracle = ascent.method(loss, has_aux=True, value_and_grad=gradient, in_axes=AXES, weight=weight)
+    product = partial(llqr.precondition, recipe.tx, state.opt_state)
+    (value, carry), grads, sharpness = oracle.step(
+        params,
+        state.sharpness,
+        batch,
+        carry,
+        precondition=product if ascent.uses_preconditioner else None,
+        base=_base_vector(ascent, recipe.seed, state) if active else None,
+        active=active,
+    )
+    return (value, _over_groups(carry) if grouped else carry), grads, sharpness
 
 
 AXES = (0, None)

@@ -1,9 +1,7 @@
 """What a model of translation says: beam search over a split, BLEU, samples to read."""
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,24 +12,15 @@ from llqr_experiments.config.option import become
 from llqr_experiments.config.options import TranslationEval
 from llqr_experiments.data import translation
 from llqr_experiments.models.decoding import Decoder, Rules, beam_search
+from llqr_experiments.record.translations import Sample
 
 WIDTHS = 2
 """Percentiles of the lengths at which batches get another width: a search compiles for each."""
 
 SAMPLES = 5
-FILE = "translations.jsonl"
 
 Follow = Callable[[Iterable[Any], int], Iterable[Any]]
 """(batches, their number) -> the same batches, progress shown."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A sentence, what the model made of it, and what a person did."""
-
-    source: str
-    hypothesis: str
-    reference: str
 
 
 @dataclass(frozen=True)
@@ -137,16 +126,3 @@ def record(split: str, name: str, found: Translated) -> dict[str, float]:
         values[f"{split} _bleu_sys_len"] = float(found.bleu.hypothesis_length)
         values[f"{split} _bleu_ref_len"] = float(found.bleu.reference_length)
     return values
-
-
-def write(path: Path, step: int, split: str, found: Translated) -> None:
-    """Append one line: step, split, score with its signature, samples."""
-    row = {
-        "step": step,
-        "split": split,
-        "bleu": found.bleu.score,
-        "signature": found.bleu.signature,
-        "samples": [vars(sample) for sample in found.samples],
-    }
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
