@@ -164,13 +164,19 @@ def test_contradictions_are_told(overrides, message):
         config(*overrides)
 
 
-def test_the_papers_toggles_compose():
+def test_the_papers_toggles_compose_and_reach_the_step():
     on = ("use_preconditioner=true", "sam_use_preconditioner_on_update=true", ON_P[0])
     off = (*ALONE, "perturb_mode=ema_grad")
-    for mode in ("null", "base_sam", "base_fsam"):
+    for mode in ("base_sam", "base_fsam"):
         for toggles in (on, off):
-            config(f"sam_mode={mode}", *toggles)
-    config("sam_mode=fisher_sam", "use_preconditioner=false")  # never uses P: nothing to toggle
+            made = build.ascent(config(f"sam_mode={mode}", *toggles), LONG)
+            assert made.configured == made.uses_preconditioner == (toggles is on)
+    for toggles in (on, off):
+        assert build.ascent(config("sam_mode=null", *toggles), LONG) is None
+    # it never uses P: nothing to toggle
+    fisher = build.ascent(config("sam_mode=fisher_sam", "use_preconditioner=false"), LONG)
+    assert not fisher.configured
+    assert not fisher.uses_preconditioner
 
 
 def test_what_is_rarely_meant_is_warned_of():
