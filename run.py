@@ -8,8 +8,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from llqr_experiments import cli
-from llqr_experiments.spec import Config
+from llqr_experiments.command import cli
+from llqr_experiments.config.options import Config
 
 ConfigStore.instance().store(name="schema", node=Config)
 

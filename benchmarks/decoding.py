@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from reporting import environment, show, spread, write
 from rich.progress import track
 
-from llqr_experiments.decoding import END, PAD, Decoder, Rules, beam_search
 from llqr_experiments.models import MODELS, make, network
+from llqr_experiments.models.decoding import END, PAD, Decoder, Rules, beam_search
 from llqr_experiments.models.translation import State, decoder
 
 NAME = "transformer-iwslt-de-en"

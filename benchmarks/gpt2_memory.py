@@ -4,9 +4,9 @@
     uv run python benchmarks/gpt2_memory.py --quick   # a small sibling
 
 GPT-2 small (50,257 tokens, windows of 1,024) with e-kfac-gpt, in chunks of one window. A plan
-(`dry_run=true`) prints XLA's figure, see `llqr_experiments.memory`. Beside it stands by how much
-the peak of resident memory rises while the same refit runs, compiled as a whole. Each row is
-measured in a process of its own.
+(`dry_run=true`) prints XLA's figure, see `llqr_experiments.command.memory`. Beside it stands
+by how much the peak of resident memory rises while the same refit runs, compiled as a whole.
+Each row is measured in a process of its own.
 """
 
 import argparse
@@ -23,8 +23,10 @@ from reporting import MEBIBYTE, environment, show, write
 from rich.progress import track
 
 import llqr
-from llqr_experiments import memory, models, tasks
-from llqr_experiments.material import Material
+from llqr_experiments import models
+from llqr_experiments.command import memory
+from llqr_experiments.data.material import Material
+from llqr_experiments.task import tasks
 
 SMALL = {"width": 128, "heads": 4, "depth": 4}
 STEPS = 2

@@ -32,9 +32,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from llqr_experiments import build, cli, data, models, tasks
-from llqr_experiments.material import Material
-from llqr_experiments.spec import Config
+from llqr_experiments import data, models
+from llqr_experiments.command import cli
+from llqr_experiments.config import build
+from llqr_experiments.config.options import Config
+from llqr_experiments.data.material import Material
+from llqr_experiments.task import tasks
 
 TFLOPS = 10.0
 OVERHEAD = 2e-3

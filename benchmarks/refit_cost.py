@@ -23,7 +23,7 @@ from reporting import MEBIBYTE, ask, environment, show, spread, write
 from rich.progress import track
 
 import llqr
-from llqr_experiments.memory import compile_refit, temporary
+from llqr_experiments.command.memory import compile_refit, temporary
 
 PROBES: dict[str, Any] = {
     "structure": "kfac",

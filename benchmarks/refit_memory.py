@@ -21,7 +21,7 @@ from reporting import MEBIBYTE, environment, show, write
 from rich.progress import track
 
 import llqr
-from llqr_experiments.memory import compile_refit, temporary
+from llqr_experiments.command.memory import compile_refit, temporary
 
 ROUTES = {
     "default": {},

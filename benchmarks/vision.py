@@ -26,9 +26,11 @@ from refit_cost import seconds
 from reporting import ask, environment, show, spread, write
 
 import llqr
-from llqr_experiments import models, step, tasks
-from llqr_experiments.material import Material
-from llqr_experiments.train import train_step
+from llqr_experiments import models
+from llqr_experiments.data.material import Material
+from llqr_experiments.run import step
+from llqr_experiments.run.train import train_step
+from llqr_experiments.task import tasks
 
 SMALL = ("small ResNet, 28x28x1", (28, 28, 1), {"width": 8, "depth": 1})
 FULL = ("ResNet-18, 32x32x3", (32, 32, 3), {})

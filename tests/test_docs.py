@@ -28,3 +28,18 @@ def test_readme_commands_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
     for preset in re.findall(r"experiment=([\w-]+)", text):
         assert (ROOT / "configs" / "experiment" / f"{preset}.yaml").exists()
+
+
+def test_the_architecture_names_every_module_of_the_runner():
+    """A room has a heading, and each of its modules stands there by its name."""
+    room_of_modules = ROOT / "src" / "llqr_experiments"
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    parts = re.split(r"^\*\*`(\w+)/`", text, flags=re.MULTILINE)
+    rooms = dict(zip(parts[1::2], parts[2::2], strict=True))
+    for path in room_of_modules.rglob("*.py"):
+        place = path.relative_to(room_of_modules).with_suffix("").parts
+        if len(place) > 1 and place[-1] != "__init__":
+            name = "/".join(place[1:])
+            assert f"`{name}`" in rooms[place[0]], (
+                f"{place[0]}/ has no {name} in docs/architecture.md"
+            )

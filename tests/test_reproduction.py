@@ -11,8 +11,11 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from llqr_experiments import build, cli, records, smoke
+from llqr_experiments.command import cli
+from llqr_experiments.config import build
 from llqr_experiments.errors import ConfigError
+from llqr_experiments.record import run_folder
+from llqr_experiments.task.small import shrink
 from tests.experiments import support
 
 ROOT = Path(__file__).parents[1]
@@ -146,7 +149,7 @@ PLANNED: set[str] = set()
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids=" ".join)
 def test_every_command_has_a_plan_in_small(run, tmp_path, capsys):
-    small = repr(records.options(smoke.shrink(support.config(*run))))
+    small = repr(run_folder.options(shrink(support.config(*run))))
     if small not in PLANNED:
         show_plan(run, tmp_path, capsys)
     PLANNED.add(small)

@@ -60,7 +60,7 @@ def numbers(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(out.glob("*.jsonl")):
         rows = []
-        for line in path.read_text().splitlines():
+        for line in path.read_text("utf-8").splitlines():
             try:
                 rows.append(timeless(json.loads(line)))
             except json.JSONDecodeError:  # of a run that is being written
@@ -91,7 +91,7 @@ def everything(folder: Path) -> dict[str, tuple[str, ...]]:
 
 def main() -> int:
     """Run everything, and compare."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Are the numbers the same as before a change?")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--against", type=Path, help="folder of the other checkout's runs")
     parser.add_argument("--workers", type=int, default=2)

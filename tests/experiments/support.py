@@ -11,8 +11,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from llqr_experiments import checkpoint, cli, console, train
-from llqr_experiments.spec import Config
+from llqr_experiments.command import cli
+from llqr_experiments.config.options import Config
+from llqr_experiments.record import console
+from llqr_experiments.run import checkpoint, train
 
 ConfigStore.instance().store(name="schema", node=Config)
 

@@ -14,10 +14,12 @@ import numpy as np
 import optax
 import pytest
 
-from llqr_experiments import checkpoint, data, phases, preemption
-from llqr_experiments.checkpoint import BEST, LATEST, Checkpoints
+from llqr_experiments import data
+from llqr_experiments.command import look
 from llqr_experiments.errors import ConfigError, TrainingError
-from llqr_experiments.preemption import Interrupted
+from llqr_experiments.run import checkpoint, phases, preemption
+from llqr_experiments.run.checkpoint import BEST, LATEST, Checkpoints
+from llqr_experiments.run.preemption import Interrupted
 from tests.experiments import support
 from tests.experiments.support import assert_same_end, final, interrupt
 
@@ -285,14 +287,14 @@ def test_preemptible_jobs_write_to_scratch(tmp_path, monkeypatch, whole):
 
 
 def test_a_look_into_a_checkpoint(whole, capsys):
-    checkpoint.main([str(whole)])
+    look.main([str(whole)])
     said = capsys.readouterr().out
     assert "params.layers_0.kernel" in said
     assert re.search(r"step 44", said)
     assert "arrays" in said
-    checkpoint.main([str(whole), "--step", "40"])
+    look.main([str(whole), "--step", "40"])
     with pytest.raises(SystemExit) as ended:
-        checkpoint.main([str(whole), "--step", "41"])
+        look.main([str(whole), "--step", "41"])
     assert ended.value.code == 2
     assert "has the steps [30, 40, 44], not 41" in capsys.readouterr().err
 
@@ -413,7 +415,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypa
 
 def test_parameters_that_overflow_are_not_saved(tmp_path, monkeypatch):
     """The step before one whose loss is not finite has already broken the parameters."""
-    from llqr_experiments import build
+    from llqr_experiments.config import build
 
     huge = optax.with_extra_args_support(optax.chain(optax.sgd(1e30), optax.scale(1e30)))
     monkeypatch.setattr(build, "optimizer", lambda *_: huge)

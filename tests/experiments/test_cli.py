@@ -4,10 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from omegaconf import OmegaConf
 
-from llqr_experiments import build, cli
+import llqr
+from llqr_experiments.command import cli
+from llqr_experiments.config import build
 from llqr_experiments.errors import ConfigError
+from llqr_experiments.record import run_folder
 from tests.experiments import support
 
 ROOT = Path(__file__).parents[2]
@@ -34,11 +40,20 @@ def test_a_misspelt_argument_names_the_nearest(argument, message, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_good_arguments_pass():
-    cli.check_arguments(["-m", "experiment=quick-local-test", "init_key=0,1,2", "hydra.run.dir=x"])
-    cli.check_arguments(["-m", "experiment=choice(grokking,char-lm)", "dataset=glob(grok*)"])
-    cli.check_arguments(["-m", "init_key=range(3)", "sam_mode=null,base_sam"])
-    cli.check_arguments(["--cfg", "job", "experiment=quick-local-test", "-p", "dataset"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "experiment=quick-local-test", "init_key=0,1,2", "hydra.run.dir=x"],
+        ["-m", "experiment=choice(grokking,char-lm)", "dataset=glob(grok*)"],
+        ["-m", "init_key=range(3)", "sam_mode=null,base_sam"],
+        ["--cfg", "job", "experiment=quick-local-test", "-p", "dataset"],
+    ],
+)
+def test_good_arguments_pass_in_silence(arguments, capsys):
+    cli.check_arguments(arguments)
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(SystemExit):  # all of them are looked at, to the last
+        cli.check_arguments([*arguments, "lerning_rate=1"])
 
 
 @pytest.mark.parametrize(
@@ -84,7 +99,22 @@ def test_a_schedule_that_cannot_be_built():
 )
 def test_every_preset_composes_and_builds(group, preset):
     config = support.config(f"{group}={preset}")
-    build.optimizer(config, build.Horizon(100.0, 250.0))
+    made = run_folder.options(config)
+    path = cli.CONFIGS / group / f"{preset}.yaml"
+    own = OmegaConf.to_container(OmegaConf.load(path))
+    whole = group in ("experiment", "method")
+    for name, value in own.items():
+        if name != "defaults":
+            there = made[name] if whole else made[group][name]
+            inside = {k: there[k] for k in value} if isinstance(value, dict) else there
+            assert inside == value, name
+    tx = build.optimizer(config, build.Horizon(100.0, 250.0))
+    state = jax.eval_shape(tx.init, {"layer": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
+    if config.use_preconditioner:
+        assert llqr.find(state).refit.status.shape[0] > 0, "there are blocks to refit"
+    else:
+        with pytest.raises(ValueError, match="LLQR"):
+            llqr.find(state)
 
 
 def test_help_lists_every_option_with_its_default(capsys, monkeypatch):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import llqr
-from llqr_experiments import cli, comparison, landscape, potholes
+from llqr_experiments.command import cli
+from llqr_experiments.study import comparison, landscape, potholes
 from tests.experiments import support
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llqr_experiments import data, tasks
+from llqr_experiments import data
 from llqr_experiments.data import DataError, cifar_augmentation, image_names, images
 from llqr_experiments.errors import ConfigError
+from llqr_experiments.task import tasks
 from tests.experiments import archives, support
 
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llqr_experiments.decoding import END, PAD, Decoder, Hypotheses, Rules, beam_search
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.models import make, network
+from llqr_experiments.models.decoding import END, PAD, Decoder, Hypotheses, Rules, beam_search
 from llqr_experiments.models.translation import decoder
 
 OPTIONS = {"width": 8, "heads": 2, "mlp": 8, "depth": 2, "source_vocabulary": 9}

@@ -7,9 +7,11 @@ import optax
 import pytest
 from flax import nnx
 
-from llqr_experiments import models, step, tasks, train
+from llqr_experiments import models
 from llqr_experiments.models.staged import Staged, flat, log_softmax
-from llqr_experiments.preemption import Interrupted
+from llqr_experiments.run import step, train
+from llqr_experiments.run.preemption import Interrupted
+from llqr_experiments.task import tasks
 from tests.experiments import support
 
 RATE, MOMENTUM = 0.1, 0.9

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from llqr_experiments import measures, plots
+from llqr_experiments.record import measures, plots
 
 MILESTONE = "first step with test accuracy of 95 %"
 
@@ -114,7 +114,7 @@ def test_the_file_is_a_picture_and_nothing_else_is_left(tmp_path: Path) -> None:
 
 
 def test_names_of_the_record() -> None:
-    from llqr_experiments import material
+    from llqr_experiments.data import material
 
     totals = {"loss": 2.0, "correct": 1.0, "rows": 2.0}
     for rates in (material.rates, material.text_rates, material.translation_rates):

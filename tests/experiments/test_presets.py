@@ -5,7 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llqr_experiments import cli, comparison, plan, smoke, toys, train
+from llqr_experiments.command import cli, plan
+from llqr_experiments.run import train
+from llqr_experiments.study import comparison, toys
+from llqr_experiments.task.small import shrink
 from tests.experiments import support
 
 PRESETS = cli.presets("experiment")
@@ -14,7 +17,7 @@ FAST = {"_default", "quick-local-test", "grokking", "char-lm", "toy-rosenbrock"}
 
 
 def small(preset):
-    return smoke.shrink(support.config(f"experiment={preset}", "logging.aim=false"))
+    return shrink(support.config(f"experiment={preset}", "logging.aim=false"))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

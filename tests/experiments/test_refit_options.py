@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import llqr
-from llqr_experiments import build
+from llqr_experiments.config import advice, build
 from llqr_experiments.errors import ConfigError
 from tests.experiments.support import config, run
 
@@ -137,18 +137,18 @@ def test_what_the_library_refuses_is_a_config_error(overrides, message):
 
 def test_what_is_rarely_meant_is_said(tmp_path, capsys):
     adam = ("main_optimizer=adam", "block_structure=diagonal")
-    assert "precond_on_update=true" in build.warnings(config(*adam), HORIZON)[0]
-    assert "no lower bound" in build.warnings(config("divergence=newton"), HORIZON)[0]
+    assert "precond_on_update=true" in advice.warnings(config(*adam), HORIZON)[0]
+    assert "no lower bound" in advice.warnings(config("divergence=newton"), HORIZON)[0]
     for fine in ((*adam, "precond_on_update=true"), (*adam, "use_preconditioner=false"),
                  ("divergence=newton", "damping=0.1"), ()):  # fmt: skip
-        assert build.warnings(config(*fine), HORIZON) == []
+        assert advice.warnings(config(*fine), HORIZON) == []
     warm = (
         "lr_scheduler=warmup_cosine_decay", "lr_scheduler.init_lr=0.0", "precond_on_update=true",
     )  # fmt: skip
-    assert "precond_start_step=1 moves" in build.warnings(config(*warm), HORIZON)[0]
+    assert "precond_start_step=1 moves" in advice.warnings(config(*warm), HORIZON)[0]
     for fine in ("precond_start_step=1", "precond_probe=gaussian", "precond_on_update=false",
                  "lr_scheduler.init_lr=0.1"):  # fmt: skip
-        assert build.warnings(config(*warm, fine), HORIZON) == []
+        assert advice.warnings(config(*warm, fine), HORIZON) == []
     run(tmp_path, *SHORT, *adam)
     assert "warning: adam divides the scale" in capsys.readouterr().out
 

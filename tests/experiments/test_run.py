@@ -10,9 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from llqr_experiments import build, data, tasks, train
+from llqr_experiments import data
+from llqr_experiments.config import build
 from llqr_experiments.errors import ConfigError, TrainingError
-from llqr_experiments.step import init
+from llqr_experiments.run import train
+from llqr_experiments.run.step import init
+from llqr_experiments.task import tasks
 from tests.experiments import support
 
 SHORT = ("total_epochs=10", "update_preconditioner_every=40", "test_eval_freq=30")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import llqr
-from llqr_experiments import build
+from llqr_experiments.config import advice, build
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.train import train_step
+from llqr_experiments.run.train import train_step
 from tests.experiments.support import config, run
 
 SHORT = (
@@ -164,13 +164,19 @@ def test_contradictions_are_told(overrides, message):
         config(*overrides)
 
 
-def test_the_papers_toggles_compose():
+def test_the_papers_toggles_compose_and_reach_the_step():
     on = ("use_preconditioner=true", "sam_use_preconditioner_on_update=true", ON_P[0])
     off = (*ALONE, "perturb_mode=ema_grad")
-    for mode in ("null", "base_sam", "base_fsam"):
+    for mode in ("base_sam", "base_fsam"):
         for toggles in (on, off):
-            config(f"sam_mode={mode}", *toggles)
-    config("sam_mode=fisher_sam", "use_preconditioner=false")  # never uses P: nothing to toggle
+            made = build.ascent(config(f"sam_mode={mode}", *toggles), LONG)
+            assert made.configured == made.uses_preconditioner == (toggles is on)
+    for toggles in (on, off):
+        assert build.ascent(config("sam_mode=null", *toggles), LONG) is None
+    # it never uses P: nothing to toggle
+    fisher = build.ascent(config("sam_mode=fisher_sam", "use_preconditioner=false"), LONG)
+    assert not fisher.configured
+    assert not fisher.uses_preconditioner
 
 
 def test_what_is_rarely_meant_is_warned_of():
@@ -178,20 +184,20 @@ def test_what_is_rarely_meant_is_warned_of():
         "sam_mode=base_sam", "start_sam_after_step=4000",
         "perturbation_rho_scheduler=cosine_ramp_step_increase",
     )  # fmt: skip
-    assert any("counts from step 0" in text for text in build.warnings(late, LONG))
-    assert any("perturbation_rho=0.1 is not used" in text for text in build.warnings(late, LONG))
-    never = build.warnings(late, build.Horizon(10.0, 3.0))
+    assert any("counts from step 0" in text for text in advice.warnings(late, LONG))
+    assert any("perturbation_rho=0.1 is not used" in text for text in advice.warnings(late, LONG))
+    never = advice.warnings(late, build.Horizon(10.0, 3.0))
     assert any("30 steps, none of them perturbed" in text for text in never)
     unused = config("sam_mode=fisher_sam")
-    assert any("uses P" in text for text in build.warnings(unused, LONG))
-    assert "saves them" in build.warnings(unused, LONG)[0]
+    assert any("uses P" in text for text in advice.warnings(unused, LONG))
+    assert "saves them" in advice.warnings(unused, LONG)[0]
     delayed = config("sam_mode=fisher_sam", "start_sam_after_step=9")
-    assert "saves them" not in build.warnings(delayed, LONG)[0]
-    assert not build.warnings(config("sam_mode=base_sam"), LONG)
+    assert "saves them" not in advice.warnings(delayed, LONG)[0]
+    assert not advice.warnings(config("sam_mode=base_sam"), LONG)
     ema = ("ema_scheduler=cosine_annealing", "ema_scheduler.t_max=100")
-    falling = build.warnings(config(*ema, "ema_decay=0.99"), LONG)
+    falling = advice.warnings(config(*ema, "ema_decay=0.99"), LONG)
     assert "ema_scheduler decreases" in falling[0]
-    assert not build.warnings(config(*ema, "ema_decay=0.8"), LONG)
+    assert not advice.warnings(config(*ema, "ema_decay=0.8"), LONG)
 
 
 def test_options_reach_the_method():

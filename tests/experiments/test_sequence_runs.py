@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import llqr
-from llqr_experiments import checkpoint, phases, translate
-from llqr_experiments.checkpoint import BEST
 from llqr_experiments.data import translation
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.preemption import Interrupted
+from llqr_experiments.record import translations
+from llqr_experiments.run import checkpoint, phases, translate
+from llqr_experiments.run.checkpoint import BEST
+from llqr_experiments.run.preemption import Interrupted
 from tests.experiments import sequence_files, support
 from tests.experiments.sequence_files import TEXT, TRANSLATION
 from tests.experiments.support import assert_same_end, interrupt
@@ -32,7 +33,7 @@ def _compile_fast():
 
 
 def lines(out):
-    return [json.loads(line) for line in (out / translate.FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (out / translations.FILE).read_text().splitlines()]
 
 
 # --- compilations, and BLEU when it is due ------------------------------------------------------
@@ -248,7 +249,7 @@ def test_translation_goes_on_and_the_best_survives(translation_run, tmp_path, mo
     monkeypatch.setattr(translate, "translate", scores)
     out, known = tmp_path / "run", dict(scores.known)
     stopped(monkeypatch, 8, out, *options)
-    with (out / translate.FILE).open("a") as file:
+    with (out / translations.FILE).open("a") as file:
         file.write(json.dumps(lines(whole)[-1]) + "\n")
     before = len(scores.calls)
     support.run(out, *options)

@@ -11,12 +11,13 @@ import sacrebleu
 from jax.flatten_util import ravel_pytree
 
 import llqr
-from llqr_experiments import step, tasks, translate
+from llqr_experiments.config.options import TranslationEval
 from llqr_experiments.data import IGNORE
 from llqr_experiments.data.translation import EOS, PAD, UNK, Pairs, Sentences
-from llqr_experiments.decoding import Rules, beam_search
-from llqr_experiments.evaluate import evaluate
-from llqr_experiments.spec import TranslationEval
+from llqr_experiments.models.decoding import Rules, beam_search
+from llqr_experiments.run import step, translate
+from llqr_experiments.run.evaluate import evaluate
+from llqr_experiments.task import tasks
 from tests import oracle
 from tests.experiments import sequence_files, support
 from tests.experiments.sequences import TIED, TINY, Case, plain_text, plain_translation

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from llqr_experiments import sweep
+from llqr_experiments.command import sweep
 
 GROKKED = "first step with test accuracy of 95 %"
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llqr_experiments import cli, toys
+from llqr_experiments.command import cli
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.toy_functions import FUNCTIONS
+from llqr_experiments.study import courses, toys
+from llqr_experiments.study.toy_functions import FUNCTIONS
 from tests.experiments import support
 
 PRESETS = {
@@ -67,21 +68,21 @@ def test_both_routes_give_newtons_step(name):
     g, hessian = jax.grad(toy)(theta), jax.hessian(toy)(theta)
     damping = 1.0 + max(0.0, -float(jnp.linalg.eigvalsh(hessian)[0]))
     expected = -jnp.linalg.solve(hessian + damping * jnp.eye(theta.size), g)
-    for step in (toys.newton_step, toys.lqr_step):
+    for step in (courses.newton_step, courses.lqr_step):
         np.testing.assert_allclose(step(toy, theta, damping), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["rosenbrock", "split_rosenbrock"])
 def test_without_a_minimum_there_is_no_step(name):
     """H = [[-398, 0], [0, 200]] at (0, 1): both routes refuse until the damping exceeds 398."""
-    for step in (toys.newton_step, toys.lqr_step):
+    for step in (courses.newton_step, courses.lqr_step):
         assert not np.isfinite(step(FUNCTIONS[name], jnp.array([0.0, 1.0]), 397.0)).any()
         assert np.isfinite(step(FUNCTIONS[name], jnp.array([0.0, 1.0]), 399.0)).all()
 
 
 def test_damping_grows_until_the_value_decreases():
     toy = FUNCTIONS["rosenbrock"]
-    damped = toys.Damped(toy, toys.newton_step, 1.0)
+    damped = courses.Damped(toy, courses.newton_step, 1.0)
     theta = jnp.array([0.1, 1.0])  # indefinite: 1.0 * 4^k must exceed 386
     following = damped(theta, float(toy(theta)))
     assert damped.raised >= 5
@@ -91,15 +92,15 @@ def test_damping_grows_until_the_value_decreases():
 
 def test_a_stationary_start_stalls():
     toy = FUNCTIONS["goldstein_price"]
-    damped = toys.Damped(toy, toys.newton_step, 1.0)
-    course = toys.follow(toy, damped, jnp.array([-0.6, -0.4]), iterations=50, tolerance=1e-8)
+    damped = courses.Damped(toy, courses.newton_step, 1.0)
+    course = courses.follow(toy, damped, jnp.array([-0.6, -0.4]), iterations=50, tolerance=1e-8)
     assert course.outcome == "stalled"
     np.testing.assert_allclose(course.values[-1], 30.0)  # a local minimum
 
 
 def test_divergence_is_told():
     toy = FUNCTIONS["rosenbrock"]
-    course = toys.follow(
+    course = courses.follow(
         toy, lambda theta, _: 100 * theta, jnp.array([-1.2, 1.0]), iterations=50, tolerance=1e-8
     )
     assert course.outcome == "diverged"

@@ -7,9 +7,9 @@ import sys
 import jax
 import pytest
 
-from llqr_experiments import plots
-from llqr_experiments.clock import Clock
-from llqr_experiments.tracking import Aim, Jsonl, Trackers
+from llqr_experiments.record import plots
+from llqr_experiments.record.clock import Clock
+from llqr_experiments.record.trackers import Aim, Jsonl, Trackers
 from tests.experiments import support
 
 
@@ -85,7 +85,7 @@ def test_aim_holds_the_metrics(tmp_path):
 
 def test_the_clock_takes_compilation_out_of_a_phase(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("llqr_experiments.clock.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("llqr_experiments.record.clock.time.perf_counter", lambda: now[0])
 
     def compiled(event: str, ago: float, took: float) -> None:
         now[0] += ago

@@ -13,13 +13,16 @@ import pytest
 from omegaconf import OmegaConf
 
 import llqr
-from llqr_experiments import cli, memory, options, plan, spec, sweep, tasks, train
-from llqr_experiments.checkpoint import Checkpoints
-from llqr_experiments.console import Display
+from llqr_experiments.command import cli, memory, plan, reference, sweep
+from llqr_experiments.config import options
 from llqr_experiments.errors import ConfigError, DataError
-from llqr_experiments.job import prepare
-from llqr_experiments.session import begin
-from llqr_experiments.step import Recipe, advance, init
+from llqr_experiments.run import train
+from llqr_experiments.run.checkpoint import Checkpoints
+from llqr_experiments.run.job import prepare
+from llqr_experiments.run.origin import origin
+from llqr_experiments.run.session import begin
+from llqr_experiments.run.step import Recipe, advance, init
+from llqr_experiments.task import tasks
 from tests.experiments import support
 
 ROOT = cli.CONFIGS.parent
@@ -137,7 +140,8 @@ def test_overlapping_batches_share_examples(tmp_path):
     config = support.config("experiment=quick-local-test", "batch_overlap_fraction=0.5")
     job = train.prepare(config)
     assert job.last == 2246, "the number of steps is that of whole batches"
-    session = begin(job, False, tmp_path, Checkpoints(tmp_path, 1, print), Display(1, 1))[0]
+    start = origin(job, False, tmp_path, Checkpoints(tmp_path, 1, print), print)
+    session = begin(job, start, tmp_path, print)
     first, second = next(session.stream), next(session.stream)
     np.testing.assert_array_equal(first["image"][64:], second["image"][:64])
     with pytest.raises(ConfigError, match="batch_overlap_fraction"):
@@ -360,7 +364,7 @@ def test_a_sweep_goes_on_past_a_run_that_fails(tmp_path):
 
 def test_the_table_of_options_is_that_of_the_schema():
     """Mend it with: python -m llqr_experiments.options > docs/options.md"""
-    assert (ROOT / "docs" / "options.md").read_text() == options.page()
+    assert (ROOT / "docs" / "options.md").read_text() == reference.page()
 
 
 # Spec 7.1.
@@ -387,5 +391,5 @@ translation_eval.checkpoint_metric translation_eval.maximize_checkpoint_metric
 
 
 def test_every_option_of_the_guide_is_there():
-    names = {name for name, _, _ in spec.options(spec.Config)}
+    names = {name for name, _, _ in options.options(options.Config)}
     assert [name for name in GUIDE.split() if name not in names] == []

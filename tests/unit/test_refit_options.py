@@ -400,7 +400,7 @@ def test_graft_keeps_lengths(graft: Any) -> None:
 
 
 def _plan_and_blocks(tx: Any, state: Any, params: Any) -> Any:
-    from llqr.transform import plans_of
+    from llqr.state import plans_of
 
     plan = plans_of(tx, params)[0]
     return plan, plans.unpack(plan, state.blocks, params)

@@ -16,7 +16,6 @@ References:
   Cettolo et al. (2014), "Report on the 11th IWSLT evaluation campaign".
 """
 
-import argparse
 import gzip
 import re
 import shutil
@@ -29,7 +28,7 @@ from pathlib import Path
 from rich.console import Console
 
 from llqr_experiments.data.download import fetch
-from llqr_experiments.data.translation import command
+from llqr_experiments.data.translation.command import Command
 from llqr_experiments.data.translation.files import (
     Stage,
     Track,
@@ -262,40 +261,32 @@ def _split(inputs: Sequence[Path], outputs: Sequence[Path], track: Track) -> Non
         write_lines(outputs[2 + i], (line for line, held_out in kept if held_out))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llqr_experiments.data.iwslt14",
-        description="Prepare the IWSLT'14 German-English corpus as fairseq's recipe does.",
+def download(folder: Path, console: Console) -> None:
+    """Fetch the archive, and say what it is."""
+    path = fetch(URL, folder, md5=None)
+    if not tarfile.is_tarfile(path):
+        path.unlink()
+        raise DataError(
+            f"{URL}: what was downloaded is no tar archive, and was deleted; a proxy may have "
+            "answered instead of the mirror."
+        )
+    console.print(f"{path.absolute()}", soft_wrap=True)
+    console.print(
+        f"SHA-256 {sha256(path)}. No checksum is published to compare it with.", soft_wrap=True
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    command.add_prepare(
-        commands, "archive or folder", FOLDER, MERGES, "tokenise, clean, split and encode"
-    )
-    download = commands.add_parser("download", help=f"fetch {URL}")
-    download.add_argument("--out", type=Path, default=Path("data"), help="default: %(default)s")
-    options = parser.parse_args(arguments)
 
-    def run(console: Console) -> None:
-        if options.command == "download":
-            path = fetch(URL, options.out, md5=None)
-            if not tarfile.is_tarfile(path):
-                path.unlink()
-                raise DataError(
-                    f"{URL}: what was downloaded is no tar archive, and was deleted; a proxy may "
-                    "have answered instead of the mirror."
-                )
-            console.print(f"{path.absolute()}", soft_wrap=True)
-            console.print(
-                f"SHA-256 {sha256(path)}. No checksum is published to compare it with.",
-                soft_wrap=True,
-            )
-            return
-        with command.progress(console) as track:
-            ran = prepare(options.source, options.out, merges=options.merges, track=track)
-        command.summarise(console, options.out, ran)
 
-    return command.guarded(run)
+main = Command(
+    "llqr_experiments.data.iwslt14",
+    "Prepare the IWSLT'14 German-English corpus as fairseq's recipe does.",
+    prepare,
+    "archive or folder",
+    FOLDER,
+    MERGES,
+    "tokenise, clean, split and encode",
+    URL,
+    download,
+).main
 
 
 if __name__ == "__main__":

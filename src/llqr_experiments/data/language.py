@@ -94,9 +94,8 @@ def text(
 ) -> Text:
     """Load a text, tokenised.
 
-    The tokens are made once and kept in `cache_dir`; their name there depends on the content of
-    the text and of the tokenizer, so that a change of either makes others. They are mapped into
-    memory and not read.
+    The tokens are made once, kept in `cache_dir` and mapped into memory; their name there depends
+    on the content of the text and of the tokenizer, so that a change of either makes others.
 
     Args:
       name: `python_topics`, which comes with Python; `wikitext103`; or `local`, any other text.
@@ -108,8 +107,7 @@ def text(
       vocabulary: most tokens of "bpe".
       target_len: L, tokens of a window; None is 1024 for wikitext103 and 256 for the others.
       held_out: shares of valid and test, for a text that has no splits of its own.
-      download: whether `wikitext103` may be downloaded into `./data/wikitext103`, which needs the
-        package `datasets`.
+      download: whether `wikitext103` may be downloaded, which needs the package `datasets`.
       cache_dir: where tokens are kept; None is `./data/tokens`.
 
     Returns:
@@ -141,6 +139,11 @@ def text(
         made = tokenization.read_gpt2(_gpt2_folder(name, dataset_dir, tokenizer_dir))
     else:
         made = _learned(name, kind, vocabulary, found.train, cache)
+    return _windowed(name, found, made, length, cache)
+
+
+def _windowed(name: str, found: Corpus, made: Tokenizer, length: int, cache: Path) -> Text:
+    """A text that was found, in tokens and windows."""
     tokens = {split: _tokens(name, split, getattr(found, split), made, cache) for split in SPLITS}
     windows = {split: Windows(tokens[split], length, whole=split == "train") for split in SPLITS}
     _check(name, windows)

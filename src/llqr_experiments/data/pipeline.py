@@ -67,11 +67,9 @@ def train_stream(
     """Return an endless stream of shuffled batches, each of B rows.
 
     Each epoch contains every example once, in an order of its own. By default no remainder is
-    dropped and every batch is full, because batches straddle epochs.
-
-    Batches are made by `source.draw`, with a generator that is seeded by the seed and the batch's
-    index, so that random augmentation resumes too. An example that two batches share is
-    augmented anew in each.
+    dropped and every batch is full, because batches straddle epochs. Batches are made by
+    `source.draw`, with a generator seeded by the seed and the batch's index, so that random
+    augmentation resumes too. An example that two batches share is augmented anew in each.
 
     Args:
       source: n examples.
@@ -105,9 +103,8 @@ def train_stream(
       (32, 8, 8, 1)
     """
     _check(source, batch_size, seed)
-    # grain's own `shuffle` orders examples one by one by walking the cycles of a cipher: 4 us per
-    # example for n = 60,000, 31 us for n = 1,437, 320 us for n = 100. One permutation per epoch
-    # and one slice per batch cost less than 1 us per example.
+    # Not grain's own `shuffle`, which walks the cycles of a cipher: 4 us per example for n =
+    # 60,000, 320 us for n = 100. A permutation per epoch and a slice per batch cost below 1 us.
     order = Order(len(source), batch_size, seed, overlap, partial)
     draw = functools.partial(_draw_filled, source, batch_size) if partial == "pad" else source.draw
     batches = (

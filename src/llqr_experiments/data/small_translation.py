@@ -14,7 +14,6 @@ each paragraph has the number of the one it translates. What is kept:
   splits    whole pages: one in 20 is valid, one in 20 is test
 """
 
-import argparse
 import hashlib
 import html.parser
 import re
@@ -22,9 +21,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
-from llqr_experiments.data.translation import command
+from llqr_experiments.data.translation.command import Command
 from llqr_experiments.data.translation.files import (
     Stage,
     Track,
@@ -219,24 +216,15 @@ def _checksum(root: Path, pages: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llqr_experiments.data.small_translation",
-        description="Prepare a small German-English corpus from the help pages of LibreOffice.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    command.add_prepare(
-        commands, "folder of the packages", FOLDER, MERGES, "pair, tokenise, split and encode"
-    )
-    options = parser.parse_args(arguments)
-
-    def run(console: Console) -> None:
-        with command.progress(console) as track:
-            ran = prepare(options.source, options.out, merges=options.merges, track=track)
-        command.summarise(console, options.out, ran)
-
-    return command.guarded(run)
+main = Command(
+    "llqr_experiments.data.small_translation",
+    "Prepare a small German-English corpus from the help pages of LibreOffice.",
+    prepare,
+    "folder of the packages",
+    FOLDER,
+    MERGES,
+    "pair, tokenise, split and encode",
+).main
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from flax import nnx
 
 from llqr._types import Array, Params, PyTree
 from llqr.integrations import nnx as staging
-from llqr.lqr import StagedModel
+from llqr.stages import StagedModel
 
 Part: TypeAlias = Any
 """What a stage does: a module or function x -> x, or (one of them, how) with how(it, x) -> x."""

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from llqr_experiments import measures
-from llqr_experiments.measures import ACCURACY, BLEU, LOSS, PERPLEXITY, SAMPLED, Quantity
-from llqr_experiments.plots import FEW, LONG, logarithmic
+from llqr_experiments.record import measures
+from llqr_experiments.record.measures import ACCURACY, BLEU, LOSS, PERPLEXITY, SAMPLED, Quantity
+from llqr_experiments.record.plots import FEW, LONG, logarithmic
 from llqr_experiments.report import canvas, scores
 from llqr_experiments.report.canvas import PHASES, Picture
 from llqr_experiments.report.runs import Point, Run

@@ -4,10 +4,11 @@ import base64
 from collections.abc import Sequence
 from typing import Any
 
+from llqr_experiments.record.translations import Sample
 from llqr_experiments.report import scores, tables
 from llqr_experiments.report.canvas import Picture
 from llqr_experiments.report.markup import PAGE, STYLE, escape, heading, key
-from llqr_experiments.report.runs import ABSENT, Run, Sample, Translation
+from llqr_experiments.report.runs import ABSENT, Run, Translation
 from llqr_experiments.report.sections import KINDS, Section
 
 PROBLEMS = 3

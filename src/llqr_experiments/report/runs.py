@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from llqr_experiments.errors import ConfigError
+from llqr_experiments.record import translations
+from llqr_experiments.record.translations import Sample
 
 FILES = ("config.yaml", "meta.json", "metrics.jsonl")
 """What makes a folder a run."""
-TRANSLATIONS = "translations.jsonl"
-"""What a run of translation writes besides."""
 ABSENT = "—"
 
 
@@ -25,14 +25,6 @@ class Point(NamedTuple):
     step: int
     seconds: float
     value: float | None
-
-
-class Sample(NamedTuple):
-    """A sentence, what the model made of it, and what a person did."""
-
-    source: str
-    hypothesis: str
-    reference: str
 
 
 @dataclass(frozen=True)
@@ -129,7 +121,7 @@ def read(folder: Path) -> Run:
         options = _flat(OmegaConf.to_container(OmegaConf.create(config), resolve=False))
         meta = json.loads((folder / "meta.json").read_text())
         rows, unreadable = _rows((folder / "metrics.jsonl").read_bytes())
-        said, lost = _translations(folder / TRANSLATIONS)
+        said, lost = _translations(folder / translations.FILE)
     except Exception as error:  # of YAML, JSON, text or file: one message names the run
         raise ConfigError(f"{folder} cannot be read: {error}") from error
     if not isinstance(meta, dict):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from llqr_experiments import measures
+from llqr_experiments.record import measures
 from llqr_experiments.report.runs import ABSENT, Point, Run
 
 Pick = Callable[..., Any]

@@ -3,16 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llqr_experiments import data
-from llqr_experiments.data import translation
+from llqr_experiments.data import kinds
 from llqr_experiments.report.runs import Run, spelt
 
-KINDS = {
-    "images": "Images",
-    "operations": "Operations",
-    "text": "Text",
-    "translation": "Translation",
-    "other": "Toy functions and comparisons",
+KINDS = {kind.name: kind.heading for kind in kinds.KINDS.values()} | {
+    "other": "Toy functions and comparisons"
 }
 """Kinds of runs, in the order of the page, and their headings."""
 
@@ -42,21 +37,16 @@ def kind(run: Run) -> str:
     """Return the kind of a run, by its config."""
     if run.options.get("toy.name") or run.options.get("comparison.name"):
         return "other"
-    name = run.options.get("dataset.name")
-    known = {
-        "operations": data.OPERATIONS,
-        "text": data.TEXTS,
-        "translation": translation.names(),
-    }
-    return next((kind for kind, names in known.items() if name in names), "images")
+    known = kinds.of(run.options.get("dataset.name"))
+    return known.name if known else kinds.IMAGES.name
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
     """Return the runs by kind: what differs in kind has no axis in common."""
-    kinds = [kind(run) for run in runs]
-    found = [name for name in KINDS if name in kinds]
+    of = [kind(run) for run in runs]
+    found = [name for name in KINDS if name in of]
     return [
-        Section(name, [r for r, k in zip(runs, kinds, strict=True) if k == name], len(found) == 1)
+        Section(name, [r for r, k in zip(runs, of, strict=True) if k == name], len(found) == 1)
         for name in found
     ]
 

@@ -1,9 +1,10 @@
-"""What the commands that prepare a corpus share: the parser, progress bars, the summary."""
+"""The command that prepares a corpus: its parser, progress bars, the summary."""
 
 import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,68 @@ def progress(console: Console) -> Iterator[Track]:
         yield track
 
 
-def add_prepare(
-    commands: Any, source: str, out: str, merges: int, help: str
-) -> argparse.ArgumentParser:
-    """Add the sub-command `prepare SOURCE --out FOLDER --merges N`."""
-    prepare = commands.add_parser("prepare", help=help, description=help)
-    prepare.add_argument("source", metavar=source.upper().replace(" ", "_"), help=source, type=Path)
-    prepare.add_argument("--out", type=Path, default=Path(out), help="default: %(default)s")
-    prepare.add_argument(
-        "--merges",
-        type=_positive,
-        default=merges,
-        help="byte pairs to merge, on both languages together; default: %(default)s",
-    )
-    return prepare
+@dataclass(frozen=True)
+class Command:
+    """A command `python -m MODULE prepare SOURCE --out FOLDER --merges N`.
+
+    Attributes:
+      module: its path.
+      description: in a sentence.
+      prepare: `(source, out, *, merges, track) -> stages that were run`.
+      source: what it takes, in words.
+      out: the folder by default.
+      merges: byte pairs to merge by default.
+      steps: what it does, for --help.
+      url: of the corpus, if there is a sub-command `download`.
+      download: `(folder, console)`, that sub-command.
+    """
+
+    module: str
+    description: str
+    prepare: Callable[..., Sequence[str]]
+    source: str
+    out: str
+    merges: int
+    steps: str
+    url: str = ""
+    download: Callable[[Path, Console], None] | None = None
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Run the command line; return the exit status."""
+        options = self._parser().parse_args(arguments)
+
+        def run(console: Console) -> None:
+            if options.command == "download" and self.download:
+                self.download(options.out, console)
+                return
+            with progress(console) as track:
+                ran = self.prepare(options.source, options.out, merges=options.merges, track=track)
+            summarise(console, options.out, ran)
+
+        return guarded(run)
+
+    def _parser(self) -> argparse.ArgumentParser:
+        prog = f"python -m {self.module}"
+        parser = argparse.ArgumentParser(prog=prog, description=self.description)
+        commands = parser.add_subparsers(dest="command", required=True)
+        prepare = commands.add_parser("prepare", help=self.steps, description=self.steps)
+        source = self.source.upper().replace(" ", "_")
+        prepare.add_argument("source", metavar=source, help=self.source, type=Path)
+        prepare.add_argument(
+            "--out", type=Path, default=Path(self.out), help="default: %(default)s"
+        )
+        prepare.add_argument(
+            "--merges",
+            type=_positive,
+            default=self.merges,
+            help="byte pairs to merge, on both languages together; default: %(default)s",
+        )
+        if self.download:
+            download = commands.add_parser("download", help=f"fetch {self.url}")
+            download.add_argument(
+                "--out", type=Path, default=Path("data"), help="default: %(default)s"
+            )
+        return parser
 
 
 def summarise(console: Console, folder: Path, ran: Sequence[str]) -> None:

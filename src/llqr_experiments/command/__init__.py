@@ -1,0 +1,1 @@
+"""Around runs: help, plans, sweeps, tables of options."""

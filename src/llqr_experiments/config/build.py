@@ -1,0 +1,224 @@
+"""From the config to schedules, optimizer and preconditioner."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import llqr
+from llqr import schedules
+from llqr._tree import leaf_names
+from llqr._types import Schedule
+from llqr.structures import catalogue
+from llqr_experiments.config.option import accepted, become
+from llqr_experiments.config.options import Config
+from llqr_experiments.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How long a run is.
+
+    Attributes:
+      steps_per_epoch: training examples / batch size, not rounded.
+      total_epochs: passes over the training set.
+      max_steps: updates after which the run ends; schedules do not see it.
+    """
+
+    steps_per_epoch: float
+    total_epochs: float
+    max_steps: int | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """Loop indices; the last one evaluates only, so that one fewer updates are made."""
+        steps = int(self.steps_per_epoch * self.total_epochs)
+        return (steps if self.max_steps is None else min(steps, self.max_steps)) + 1
+
+
+def schedule(config: Config, group: str, base: float, horizon: Horizon) -> float | Schedule:
+    """Return the schedule of a config group around its base value; a constant is a number."""
+    arguments = dict(getattr(config, group))
+    name = arguments.pop("name")
+    if name == "constant":
+        return base
+    if name == "piecewise_constant":  # pairs: Hydra replaces a list whole, and merges a mapping
+        arguments["boundaries"] = dict(arguments.get("boundaries", ()))
+    legal = inspect.signature(schedules.SCHEDULES.get(name, schedules.make)).parameters
+    for known in ("steps_per_epoch", "total_epochs"):
+        if known in legal:
+            arguments.setdefault(known, getattr(horizon, known))
+    try:
+        return schedules.make(name, base, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{group}: {error}") from error
+
+
+def _around(config: Config, horizon: Horizon) -> Callable[[str, Any], Any]:
+    """(group, value) -> the schedule of that group around the value."""
+    return lambda group, base: schedule(config, group, base, horizon)
+
+
+def learning_rate(config: Config, horizon: Horizon) -> float | Schedule:
+    """Return the learning rate of the main optimizer."""
+    return schedule(config, "lr_scheduler", config.learning_rate, horizon)
+
+
+def base_optimizer(config: Config, horizon: Horizon) -> optax.GradientTransformation:
+    """Return the main optimizer with its weight decay.
+
+    Decay is decoupled for the adamw family; for the others wd * parameters joins the
+    (preconditioned) gradient before momentum.
+    """
+    rate = learning_rate(config, horizon)
+    name, (b1, b2) = config.main_optimizer, config.adam_betas
+    decay = config.weight_decay or 0.0
+    mask = _decay_mask(config.wd_mask or [])
+    if name.startswith("adamw"):
+        if name != "adamw":  # the name carries the second beta; mask and betas do not enter
+            return optax.adamw(rate, 0.9, float(f"0.{name[-2:]}"), weight_decay=decay)
+        return optax.adamw(rate, b1, b2, weight_decay=decay, mask=mask)
+    made = {
+        "sgd": lambda: optax.sgd(rate),
+        "polyak": lambda: optax.sgd(rate, momentum=config.momentum),
+        "adam": lambda: optax.adam(rate, b1, b2),
+    }[name]()
+    if decay:
+        return optax.chain(optax.add_decayed_weights(decay, mask), made)
+    return made
+
+
+def _decay_mask(parts: list[str]) -> Any:
+    """A function from parameters to which of them decay."""
+
+    def mask(params: Any) -> Any:
+        decays = [not any(part in name for part in parts) for name in leaf_names(params)]
+        return jax.tree.unflatten(jax.tree.structure(params), decays)
+
+    return mask
+
+
+def optimizer(config: Config, horizon: Horizon) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer of a run: the main one alone, or wrapped by LLQR.
+
+    Raises:
+      ConfigError: unknown structure or divergence (the nearest is named), or an illegal value.
+    """
+    base = optax.with_extra_args_support(base_optimizer(config, horizon))
+    if not config.use_preconditioner:
+        return base
+    try:
+        chosen = structure(config)
+        if config.precond_solver == "cg" and not chosen.linear:
+            raise ConfigError(
+                "precond_solver=cg needs a structure that is linear in its arrays (scalar, "
+                f"diagonal, dense), not block_structure={chosen.name}; cg_zoom_hz takes any."
+            )
+        return llqr.llqr(
+            base,
+            structure=chosen,
+            metric=metric(config),
+            route=route(config),
+            refit=refit_options(config, horizon),
+            **become(config, "llqr"),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+METHODS: dict[str, Callable[..., llqr.Sharpness]] = {
+    "base_sam": llqr.sam,
+    "base_fsam": llqr.friendly_sam,
+    "past_fsam": llqr.past_friendly_sam,
+    "asam": llqr.asam,
+    "fisher_sam": llqr.fisher_sam,
+}
+"""By `sam_mode`. Each takes what it has of the options of SAM."""
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """How a run perturbs its parameters.
+
+    Attributes:
+      method: of the perturbation.
+      source: of the base vector, as in `sam_research_base_vector_source`.
+      configured: whether P multiplies the gradient of a perturbed step as it does others'.
+    """
+
+    method: llqr.Sharpness
+    source: str
+    configured: bool
+
+    @property
+    def uses_preconditioner(self) -> bool:
+        """Whether the perturbation is along P w."""
+        return self.method.direction != "ema_grad"
+
+
+def ascent(config: Config, horizon: Horizon) -> Ascent | None:
+    """Return how parameters are perturbed; None without SAM."""
+    given = become(config, "sam", _around(config, horizon))
+    mode = config.sam_mode
+    if mode is None:
+        return None
+    make = METHODS[mode]
+    method = make(**accepted(make, given | become(config, mode)))
+    vanilla = mode == "fisher_sam" or not config.sam_use_preconditioner_on_update
+    return Ascent(method, config.sam_research_base_vector_source, not vanilla)
+
+
+def momentum_of(opt_state: Any) -> Any:
+    """Return the momentum in the state of a main optimizer: its trace or Adam's first moment.
+
+    Raises:
+      ConfigError: there is none, or more than one.
+    """
+    kinds = (optax.TraceState, optax.ScaleByAdamState)
+    is_one = lambda x: isinstance(x, kinds)  # noqa: E731
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(x)]
+    if len(found) != 1:
+        raise ConfigError(
+            "sam_research_base_vector_source=main_optimizer_momentum: the optimizer has "
+            f"{len(found)} momentum buffers, and needs exactly one."
+        )
+    return found[0].trace if isinstance(found[0], optax.TraceState) else found[0].mu
+
+
+def structure(config: Config) -> llqr.Structure:
+    """Return the structure of P."""
+    found = catalogue.get(config.block_structure)
+    return found if config.precond_rank is None else replace(found, rank=config.precond_rank)
+
+
+def metric(config: Config) -> Any:
+    """Return the metric of the step."""
+    return llqr.metrics.resolve(config.divergence, config.divergence_order_param)
+
+
+def route(config: Config) -> llqr.Route:
+    """Return how curvature products are computed.
+
+    Chunks of the batch and second derivatives example by example are one mechanism here:
+    the smaller number of examples decides.
+    """
+    return llqr.Route(**become(config, "route"))
+
+
+def refit_options(config: Config, horizon: Horizon) -> llqr.Refit:
+    """Return when and how P is learned."""
+    return llqr.Refit(**become(config, "refit", _around(config, horizon)))
+
+
+def refit_steps(config: Config, horizon: Horizon) -> frozenset[int]:
+    """Return the steps before which P is refitted, all at once: the loop never asks a device."""
+    if not config.use_preconditioner:
+        return frozenset()
+    steps = np.arange(horizon.total_steps - 1)
+    due = jax.vmap(refit_options(config, horizon).is_due)(jnp.asarray(steps))
+    return frozenset(steps[np.asarray(due)].tolist())

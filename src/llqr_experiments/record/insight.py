@@ -1,0 +1,149 @@
+"""What a refit did, and how near the learned steps come to the exact one."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+from matplotlib.figure import Figure
+
+import llqr
+from llqr._tree import cosine
+from llqr._types import Array, Float, Params
+from llqr_experiments.config import build
+from llqr_experiments.config.option import accepted, become
+from llqr_experiments.config.options import Config
+from llqr_experiments.errors import ConfigError
+from llqr_experiments.record.console import REASONS
+
+BARS = ("#8aa6c1", "#c8452c", "#5b8c5a")
+
+
+def gradient_cosine(
+    refit: llqr.BoundObjective, training: llqr.BoundObjective, params: Params
+) -> Float[Array, ""]:
+    """Return the cosine of the loss gradients on a refit batch and on a training batch.
+
+    Near 0, P is learned for a direction that training does not take: refit later
+    (`precond_start_step`) or on more examples.
+    """
+    return _cosine(_gradient(refit, params), _gradient(training, params))
+
+
+# Apart: training batches may have many shapes, and the refit's gradient is compiled once.
+@jax.jit
+def _gradient(objective: llqr.BoundObjective, params: Params) -> Params:
+    return jax.grad(objective)(params)
+
+
+_cosine = jax.jit(cosine)
+
+
+def refit_record(report: llqr.Report, agreement: float) -> dict[str, float]:
+    """Return what is logged about a refit, as one record.
+
+    Args:
+      report: of the preconditioner after it.
+      agreement: cosine of refit and training gradient.
+    """
+    blocks = report.blocks
+    guarded = [b for b in blocks if b.status in REASONS]
+    record = {
+        "refit objective before": report.objective_before,
+        "refit objective after": report.objective_after,
+        "refit steps": float(report.steps),
+        "refit guarded blocks": float(len(guarded)),
+        "refit cosine Pg and g": report.cosine,
+        "refit cosine refit and training gradient": agreement,
+        "Maximum across preconditioner": max(b.maximum for b in blocks),
+        "Minimum across preconditioner": min(b.minimum for b in blocks),
+        "Preconditioner l2 norm": sum(b.norm**2 for b in blocks) ** 0.5,
+    }
+    for b in blocks:
+        record[f"{b.leaf} l2 norm"] = b.norm
+        record[f"{b.leaf} cosine Pg and g"] = b.cosine
+        for slot, (frobenius, spectral) in b.skew.items():
+            record[f"{b.leaf}/{slot}/frob skew"] = frobenius
+            record[f"{b.leaf}/{slot}/spectral skew"] = spectral
+    for b in guarded:
+        record[f"{b.leaf} guarded, {REASONS[b.status]}"] = 1.0
+    skews = [pair for b in blocks for pair in b.skew.values()]
+    for i, kind in enumerate(("frob", "spectral")):
+        if skews:
+            mean = sum(pair[i] for pair in skews) / len(skews)
+            record[f"Average {kind} skew across preconditioner"] = mean
+    return record
+
+
+def sharpness_record(info: llqr.SharpnessInfo) -> dict[str, float]:
+    """Return what is logged of SAM; a loss that no pass has taken is left out."""
+    host = jax.device_get(info)
+    record = {
+        "sam active steps": float(host.active),
+        "sam gradient evaluations": float(host.evaluations),
+        "sam guarded norms": float(host.guarded),
+        "sam perturbation norm": float(host.perturbation_norm),
+        "sam clean loss": float(host.clean_loss),
+        "sam perturbed loss": float(host.perturbed_loss),
+        "sam sharpness": float(host.perturbed_loss - host.clean_loss),
+    }
+    return {name: value for name, value in record.items() if not math.isnan(value)}
+
+
+def measure(config: Config, objective: llqr.BoundObjective, params: Params) -> llqr.Quality:
+    """Compare the structures of `config.quality` with the exact step on one refit batch.
+
+    Raises:
+      ConfigError: the exact step does not exist or cannot be found (see the message).
+    """
+    try:
+        return llqr.quality(
+            objective,
+            params,
+            structures=config.quality,
+            metric=build.metric(config),
+            refit=build.refit_options(config, build.Horizon(1.0, config.total_epochs)),
+            **accepted(llqr.quality, become(config, "llqr")),
+        )
+    except ValueError as error:  # no minimum, or too ill-conditioned
+        raise ConfigError(f"quality: {error}") from error
+
+
+def metrics(quality: llqr.Quality) -> dict[str, float]:
+    """Return the numbers that go into the record."""
+    values = {}
+    for row in quality.rows:
+        values[f"quality {row.name} share"] = row.share
+        values[f"quality {row.name} best share"] = row.best_share
+        values[f"quality {row.name} cosine"] = row.whole.cosine
+    return values
+
+
+def draw(found: dict[str, llqr.Quality], title: str, out: Path) -> None:
+    """Draw best share and cosine of every step, one bar for each moment.
+
+    Args:
+      found: moment ("before training", ...) -> quality.
+      title: above the picture.
+      out: PNG to write.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    names = [row.name for row in next(iter(found.values())).rows]
+    left, right = figure.subplots(1, 2, sharey=True)
+    for i, (moment, quality) in enumerate(found.items()):
+        height = 0.8 / len(found)
+        places = [k + i * height for k in range(len(names))]
+        style: dict[str, Any] = {"height": height, "color": BARS[i % len(BARS)], "label": moment}
+        left.barh(places, [100 * row.best_share for row in quality.rows], **style)
+        right.barh(places, [row.whole.cosine for row in quality.rows], **style)
+    left.set(xlabel="share of the exact decrease, at the best length (%)")
+    right.set(xlabel="cosine with the exact step")
+    left.set_yticks([k + 0.4 - 0.4 / len(found) for k in range(len(names))], names)
+    left.invert_yaxis()
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, axis="x")
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, ncols=len(found),
+                  loc="outside lower center")  # fmt: skip
+    figure.savefig(out, dpi=130)

@@ -1,0 +1,1 @@
+"""A run that can stop and go on."""

@@ -1,0 +1,302 @@
+"""Checkpoints: all that a run needs to go on to the same bits.
+
+  <run>/checkpoints/latest/<step>    the newest ones
+  <run>/checkpoints/best/<step>      the one with the best evaluation
+  <run>/checkpoints/damaged/<step>   set aside because it could not be read
+
+Written by orbax, in the background: a folder gets its name when it is complete. The checksum of
+every array is kept beside it, because a file that is cut off or altered can still be read.
+"""
+
+import logging
+import shutil
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.markup import escape
+
+from llqr._tree import leaf_names
+from llqr_experiments.errors import ConfigError, DataError
+
+FORMAT = 1
+"""Of the layout below; a newer one is refused."""
+
+LATEST, BEST, DAMAGED = "latest", "best", "damaged"
+
+
+class Checkpoint(NamedTuple):
+    """What was restored."""
+
+    step: int
+    state: Any  # pytree like the one that was given
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Writing one never ends a run: what goes wrong is said, and the ones before stay.
+
+    Args:
+      folder: where they are; made when the first one is written.
+      keep: how many of the newest to keep.
+      say: prints a line for the user.
+    """
+
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None]):
+        self.folder = folder.absolute()
+        self._keep, self._say = keep, say
+        self._managers: dict[str, Any] = {}
+        self._begun: dict[str, int] = {}
+
+    @property
+    def newest(self) -> int | None:
+        """Step of the newest one on disk."""
+        return max(steps(self.folder), default=None)
+
+    def save(self, step: int, state: Any, meta: dict[str, Any], *, kind: str = LATEST) -> None:
+        """Begin to write a checkpoint; all of it is copied first.
+
+        Args:
+          step: steps made so far.
+          state: pytree of arrays.
+          meta: JSON-able facts.
+          kind: `LATEST` or `BEST`.
+        """
+        self.wait()  # an earlier one that failed is told as such
+        arrays = _flat(state)
+        facts = {
+            **deepcopy(meta),
+            "format": FORMAT,
+            "step": step,
+            "checksums": {name: _checksum(array) for name, array in arrays.items()},
+        }
+        try:
+            manager = self._manager(kind)
+            if step in manager.all_steps():
+                return
+            import orbax.checkpoint as ocp
+
+            items = {"state": ocp.args.StandardSave(arrays), "meta": ocp.args.JsonSave(facts)}  # type: ignore[call-arg]
+            manager.save(step, args=ocp.args.Composite(**items))
+            self._begun[kind] = step
+        except Exception as error:  # whatever it is, training goes on
+            self._failed(step, error)
+            self._managers.pop(kind, None)
+
+    def wait(self) -> None:
+        """Return when all that was begun is written, or has failed and that was said."""
+        for kind, manager in list(self._managers.items()):
+            try:
+                manager.wait_until_finished()
+            except Exception as error:
+                self._failed(self._begun.get(kind), error)
+                self._managers.pop(kind)
+
+    def close(self) -> None:
+        """Wait, and end the threads."""
+        self.wait()
+        for manager in self._managers.values():
+            with suppress(Exception):  # it was told
+                manager.close()
+        self._managers.clear()
+
+    def restore(self, like: Any, *, kind: str = LATEST, own: bool = True) -> Checkpoint | None:
+        """Return the newest checkpoint that is whole, None if there is none.
+
+        One that is not is reported, set aside, and the one before is tried.
+
+        Args:
+          like: pytree with the structure, shapes and dtypes of the state.
+          kind: `LATEST` or `BEST`.
+          own: False leaves damaged ones where they are.
+
+        Raises:
+          ConfigError: it is of another model or optimizer, or of a newer format.
+        """
+        found = newest_whole(self.folder, self._say, kind=kind, aside=own)
+        if found is None:
+            return None
+        step, arrays, meta = found
+        return Checkpoint(step, _unflat(arrays, like), meta)
+
+    def _manager(self, kind: str) -> Any:
+        if kind not in self._managers:
+            import orbax.checkpoint as ocp  # slow to import: only where checkpoints are written
+
+            # It logs a traceback for each failure; one warning says the same.
+            logging.getLogger("absl").setLevel(logging.CRITICAL)
+            folder = self.folder / kind
+            folder.mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep if kind == LATEST else 1, cleanup_tmp_directories=True
+            )
+            self._managers[kind] = ocp.CheckpointManager(folder, options=options)
+        return self._managers[kind]
+
+    def _failed(self, step: int | None, error: Exception) -> None:
+        whole = steps(self.folder, LATEST)
+        last = f"the last good one is of step {whole[-1]}" if whole else "there is none yet"
+        self._say(
+            f"[yellow]warning:[/] the checkpoint of step {step} could not be written "
+            f"({_first_line(error)}); {last}."
+        )
+
+
+def newest_whole(
+    folder: Path, say: Callable[[str], None], *, kind: str = LATEST, aside: bool
+) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
+    """Return step, arrays and facts of the newest checkpoint that is whole; None: there is none.
+
+    Args:
+      folder: of checkpoints.
+      say: prints a line for the user: those that are damaged are reported.
+      kind: `LATEST` or `BEST`.
+      aside: whether to move the damaged ones to `DAMAGED`.
+
+    Raises:
+      ConfigError: it is of a newer format.
+    """
+    for step in reversed(steps(folder, kind)):
+        try:
+            return step, *read(folder, step, kind)
+        except ConfigError:
+            raise
+        except Exception as error:
+            why, moved = _first_line(error), ""
+            if aside:
+                target = folder / DAMAGED / str(step)
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(folder / kind / str(step), target)
+                moved = f", and is now {target}"
+            say(f"[yellow]warning:[/] the checkpoint of step {step} is damaged ({why}){moved}.")
+    return None
+
+
+def steps(folder: Path, kind: str = LATEST) -> list[int]:
+    """Return the steps with a complete checkpoint, in order; names without a step are not one."""
+    found = (folder / kind).glob("*") if (folder / kind).is_dir() else ()
+    return sorted(int(path.name) for path in found if path.is_dir() and path.name.isdigit())
+
+
+def read(
+    folder: Path, step: int, kind: str = LATEST
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return arrays by name and the facts of one checkpoint.
+
+    Raises:
+      ConfigError: it is of a newer format.
+      DataError: an array is not what was written.
+    """
+    import orbax.checkpoint as ocp
+
+    path = (folder / kind / str(step)).absolute()
+    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    meta = reader.restore(path, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]  # type: ignore[call-arg]
+    if meta["format"] > FORMAT:
+        raise ConfigError(
+            f"{path} has format {meta['format']}, and this version of llqr reads up to {FORMAT}."
+        )
+    found = reader.restore(path, ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]  # type: ignore[call-arg]
+    reader.close()
+    arrays = {name: np.asarray(array) for name, array in found.items()}
+    if set(arrays) != set(meta["checksums"]):
+        raise DataError("arrays are missing.")
+    for name, array in arrays.items():
+        if _checksum(array) != meta["checksums"][name]:
+            raise DataError(f"{name} is not what was written.")
+    return arrays, meta
+
+
+def load_fields(
+    folder: Path, like: dict[str, Any], say: Callable[[str], None], kind: str | None = None
+) -> tuple[dict[str, Any], int]:
+    """Return fields of the state in the newest checkpoint, and its step.
+
+    Args:
+      folder: of checkpoints.
+      like: by the name of a field, a tree with its structure, shapes and dtypes.
+      say: prints a line for the user.
+      kind: LATEST or BEST; None: the latest if there is one.
+
+    Raises:
+      ConfigError: it is of another model, or none can be read.
+    """
+    if kind is None:
+        kind = LATEST if steps(folder) else BEST
+    newest = newest_whole(folder, say, kind=kind, aside=False)
+    if newest is None:
+        raise ConfigError(f"{folder}: no checkpoint there can be read.")
+    step, arrays, _ = newest
+    found = {name.partition(".")[2]: array for name, array in arrays.items()}  # without numbers
+    wanted = [name.replace("/", ".") for name in leaf_names(like)]
+    leaves, treedef = jax.tree.flatten(like)
+    for name, leaf in zip(wanted, leaves, strict=True):
+        have = found[name].shape if name in found else None
+        if have != jnp.shape(leaf):
+            raise ConfigError(
+                f"{folder} is of another model: {name} is {have or 'not there'}, and "
+                f"{jnp.shape(leaf)} here."
+            )
+    return treedef.unflatten([jnp.asarray(found[name]) for name in wanted]), step
+
+
+def find(run: Path) -> Path:
+    """Return the folder of checkpoints of a run, or the folder itself if it is one.
+
+    Raises:
+      ConfigError: there is no checkpoint.
+    """
+    for folder in (run / "checkpoints", run):
+        if steps(folder, LATEST) or steps(folder, BEST):
+            return folder
+    raise ConfigError(f"{run} holds no checkpoint: give the folder of a run that has written one.")
+
+
+def _flat(state: Any) -> dict[str, np.ndarray]:
+    """Copies of all leaves, by a name that tells its place: later steps reuse the buffers."""
+    leaves = jax.device_get(jax.tree.leaves(state))
+    return {
+        name: np.array(leaf, copy=True) for name, leaf in zip(_names(state), leaves, strict=True)
+    }
+
+
+def _names(state: Any) -> list[str]:
+    return [f"{i:04d}.{name.replace('/', '.')}" for i, name in enumerate(leaf_names(state))]
+
+
+def _unflat(arrays: dict[str, np.ndarray], like: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(like)
+    names = _names(like)
+    if missing := [name for name in names if name not in arrays]:
+        raise ConfigError(
+            f"the checkpoint is of another model or optimizer: it has no {missing[0]!r}."
+        )
+    if more := [name for name in arrays if name not in names]:
+        raise ConfigError(
+            f"the checkpoint is of another model or optimizer: here is no {more[0]!r}."
+        )
+    for name, leaf in zip(names, leaves, strict=True):
+        have, want = arrays[name], (jnp.shape(leaf), jnp.result_type(leaf))
+        if (have.shape, have.dtype) != want:
+            raise ConfigError(
+                f"the checkpoint is of another model or optimizer: {name!r} is "
+                f"{have.dtype}{list(have.shape)} there, {want[1]}{list(want[0])} here."
+            )
+    return treedef.unflatten([jnp.asarray(arrays[name]) for name in names])
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _first_line(error: Exception) -> str:
+    return escape((str(error) or type(error).__name__).splitlines()[0][:160])

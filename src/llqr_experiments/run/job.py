@@ -1,0 +1,107 @@
+"""What stays the same during a run: made from its options before anything is written."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import llqr
+from llqr_experiments import data
+from llqr_experiments.config import build
+from llqr_experiments.config.option import become
+from llqr_experiments.config.options import Config
+from llqr_experiments.data.kinds import KINDS
+from llqr_experiments.errors import ConfigError
+from llqr_experiments.run.checkpoint import find
+from llqr_experiments.run.goal import Goal, goal
+from llqr_experiments.run.step import Recipe
+from llqr_experiments.task import tasks
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same during a run.
+
+    Attributes:
+      config: validated options.
+      task: data, initial parameters, objectives.
+      recipe: of a training step.
+      horizon: how long it is.
+      refit_steps: steps before which P is refitted.
+      blocks: of the preconditioner; None without one.
+      goal: what the best checkpoint is best in.
+    """
+
+    config: Config
+    task: tasks.Task
+    recipe: Recipe
+    horizon: build.Horizon
+    refit_steps: frozenset[int]
+    blocks: llqr.Description | None
+    goal: Goal
+
+    @property
+    def last(self) -> int:
+        """The loop's last index, which only evaluates: the number of updates."""
+        return self.horizon.total_steps - 1
+
+
+def prepare(config: Config) -> Run:
+    """Load the data and build everything that stays the same.
+
+    Raises:
+      ConfigError: an illegal option.
+      DataError: the data cannot be used.
+    """
+    # Options are checked before the data is read: a schedule or a structure that does not
+    # exist costs nothing to find.
+    _check_sources(config)
+    early = build.Horizon(1.0, config.total_epochs)
+    build.optimizer(config, early)
+    build.ascent(config, early)
+    try:
+        data.stride(config.batch_size * config.grad_acc_steps, config.batch_overlap_fraction)
+    except ValueError as error:
+        raise ConfigError(f"batch_overlap_fraction: {error}") from error
+    task = tasks.build(config)
+    length = task.material.streams.length(config)
+    horizon = build.Horizon(length, config.total_epochs, config.max_steps)
+    recipe = Recipe(
+        build.optimizer(config, horizon),
+        build.ascent(config, horizon),
+        weight=tasks.valid,
+        **become(config, "recipe"),
+    )
+    refits = build.refit_steps(config, horizon)
+    blocks = llqr.describe(recipe.tx, task.params) if config.use_preconditioner else None
+    return Run(config, task, recipe, horizon, refits, blocks, goal(config, task.material))
+
+
+def _check_sources(config: Config) -> None:
+    """Whether what a run needs besides data is there: before anything is read or written."""
+    scratch = "SCRATCH" in os.environ
+    if config.preempt_handling and not (scratch and job_id(config)):
+        missing = "give jobid, or set SLURM_JOBID" if scratch else "SCRATCH is not set"
+        raise ConfigError(
+            f"preempt_handling=true writes to $SCRATCH/<experiment>/<job id>: {missing}."
+        )
+    for run in (config.resume, config.init_from):
+        if run is not None:
+            find(Path(run))
+
+
+def job_id(config: Config) -> str:
+    """Return what names a preemptible job; empty if nothing does."""
+    return config.jobid or os.environ.get("SLURM_JOBID", "")
+
+
+def batches(job: Run) -> str:
+    """Return in words what a training batch holds."""
+    return KINDS[job.task.material.kind].batch(job.config)
+
+
+def title(config: Config) -> str:
+    """Return what pictures of a run are called."""
+    name = f"{config.dataset.name}, {config.architecture.name}: {config.main_optimizer}"
+    name += f" {config.learning_rate:g}"
+    name += f" + LLQR {config.block_structure}" if config.use_preconditioner else ""
+    return name + (f" + {config.sam_mode}" if config.sam_mode else "")

@@ -1,0 +1,204 @@
+"""A run, from config to plots: a loop of named phases that can stop at any step and go on."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from llqr._types import Array, Params
+from llqr_experiments.config import advice, build
+from llqr_experiments.config.options import Config
+from llqr_experiments.record import insight, plots, run_folder
+from llqr_experiments.record.clock import Clock
+from llqr_experiments.record.console import Display, counts, shown
+from llqr_experiments.run import phases
+from llqr_experiments.run.job import Run, batches, prepare, title
+from llqr_experiments.run.origin import origin
+from llqr_experiments.run.preemption import Interrupts
+from llqr_experiments.run.session import Desk, Session, begin, checkpoint, checkpoints_of
+from llqr_experiments.run.step import Recipe, TrainState, advance
+from llqr_experiments.task import tasks
+
+
+class Result(NamedTuple):
+    """What a run ends with."""
+
+    metrics: dict[str, float]
+    task: tasks.Task
+    params: Params
+    statistics: Any
+
+
+def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False) -> Result:
+    """Train, evaluate, and write everything into `out_dir`, or go on where it has a checkpoint.
+
+    Args:
+      config: validated options.
+      out_dir: the run's folder; made if missing.
+      command: as typed, for meta.json.
+      quiet: print nothing.
+
+    Returns:
+      The final metrics, and what was trained.
+
+    Raises:
+      ConfigError: an illegal option; nothing was written.
+      DataError: the data cannot be used.
+      TrainingError: a loss or gradient is not finite.
+      Interrupted: a signal came, and everything is saved.
+    """
+    with ExitStack() as stack:
+        clock = stack.enter_context(Clock())
+        interrupts = stack.enter_context(Interrupts())
+        with clock.phase("setup"):
+            job = prepare(config)
+            facts = {"steps": job.last, "refits": len(job.refit_steps)}
+            entered = run_folder.enter(config, out_dir, command, **facts)
+            display = Display(job.last, config.report_freq, quiet=quiet)
+            checkpoints = checkpoints_of(job, out_dir, display.say)
+            start = origin(job, entered, out_dir, checkpoints, display.say)
+            session = begin(job, start, out_dir, display.say)
+            clock.add(start.seconds)
+            trackers = run_folder.open_trackers(
+                config, job.task.name, out_dir, display.say, start.trackers
+            )
+            stack.callback(session.stream.close)
+            stack.callback(session.refits.close)
+            stack.callback(trackers.close)
+            stack.callback(checkpoints.close)
+        desk = Desk(display, trackers, clock, checkpoints, interrupts, out_dir)
+        _announce(job, display)
+        stack.enter_context(display)
+        quality = {}
+        if config.quality and session.step == 0:
+            quality["before training"] = phases.quality(job, session.state, 0, desk)
+        final = _loop(job, session, desk)
+        if config.quality:
+            quality["after training"] = phases.quality(job, session.state, job.last, desk)
+            insight.draw(quality, title(config), out_dir / "quality.png")
+        checkpoints.wait()
+    try:
+        run_folder.finish(out_dir, results=final, best=session.best, time=dict(clock.seconds))
+        kind = job.task.material.kind
+        plots.curves(out_dir / "metrics.jsonl", title(config), out_dir / "curves.png", kind)
+    except (OSError, ValueError) as error:
+        display.say(f"[yellow]warning:[/] the closing files are not written: {error}")
+    display.closing(_results(job, session, final), clock, run_folder.shorten(out_dir))
+    return Result(final, job.task, session.state.params, session.state.statistics)
+
+
+@partial(jax.jit, static_argnames=("loss", "recipe", "active"), donate_argnames="state")
+def train_step(
+    loss: Callable[..., Any],
+    recipe: Recipe,
+    active: bool,
+    state: TrainState,
+    batch: dict[str, Array],
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update; also sums over the batch (before the update), see `tasks.measure`.
+
+    Args:
+      loss: of the task, see `tasks.Task.training`.
+      recipe: of the step.
+      active: whether SAM perturbs it.
+      state: before the step.
+      batch: of the step.
+    """
+    return advance(loss, recipe, active, state, batch, tasks.SUMS, refresh=False)
+
+
+def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:
+    """Steps up to the last index, which only evaluates; returns the final metrics."""
+    config, ascent, clock = job.config, job.recipe.ascent, desk.clock
+    final: dict[str, float] = {}
+    first = session.step
+    for step in range(first, job.last + 1):
+        session.step = step
+        if step != first or step == 0:
+            checkpoint(job, session, desk)
+        if step == job.last or (step and step % config.test_eval_freq == 0):
+            final = phases.evaluation(job, session, desk)
+        final |= phases.translations(job, session, desk)
+        if step == job.last:
+            break
+        with clock.phase("data"):
+            batch = next(session.stream)
+        if step in job.refit_steps:
+            phases.refit(job, session, batch, desk)
+        with clock.phase("training"):
+            active = ascent is not None and step >= ascent.method.start
+            session.state, sums = train_step(
+                job.task.training, job.recipe, active, session.state, batch
+            )
+        if ascent and step == ascent.method.start:
+            desk.display.say(f"step {step:>6}   {config.sam_mode} becomes active")
+            desk.log(step, {"sam becomes active": float(step)})
+        if (step + 1) % config.logging_freq == 0 or step == 0:
+            with clock.phase("training"):  # waiting for the device is training
+                jax.block_until_ready(sums)
+            phases.report(job, step + 1, session.state, sums, desk)
+    final |= phases.closing_translations(job, session, desk)
+    if ascent:
+        desk.log(job.last, phases.sharpness(session.state))
+        final |= phases.sharpness(session.state)
+    return final
+
+
+def _announce(job: Run, display: Display) -> None:
+    """Say what is about to happen."""
+    config, size = job.config, sum(x.size for x in jax.tree.leaves(job.task.params))
+    display.say(
+        f"[bold]{job.task.name}[/]   {size:,} parameters   examples: "
+        f"{counts(job.task.material.sizes)}   {job.last:,} steps of {batches(job)}   "
+        f"{jax.devices()[0].platform.upper()}"
+    )
+    if job.recipe.ascent:
+        display.say(_describe_ascent(config, job.recipe.ascent))
+    for text in advice.warnings(config, job.horizon):
+        display.say(f"[yellow]warning:[/] {text}\n")
+    if config.use_preconditioner:
+        display.say(
+            f"LLQR on {config.main_optimizer}: {config.block_structure}, {config.divergence}, "
+            f"refits: {len(job.refit_steps)}, of {config.precond_steps} inner steps on "
+            f"{config.precond_batch_size} examples\n{job.blocks}\n"
+        )
+    else:
+        display.say(f"{config.main_optimizer} without a preconditioner\n")
+
+
+def _describe_ascent(config: Config, ascent: build.Ascent) -> str:
+    rho = config.perturbation_rho_scheduler["name"]
+    rho = f"{config.perturbation_rho:g}" if rho == "constant" else f"by {rho}"
+    own = config.sam_mode in ("asam", "fisher_sam")
+    along = "" if own else f" along {config.perturb_mode} in {config.norm_mode}"
+    update = "with" if ascent.configured and config.use_preconditioner else "without"
+    passes = ascent.method.passes
+    return (
+        f"{config.sam_mode}: radius {rho}{along}, update {update} P, {passes} "
+        f"gradient{'s' if passes > 1 else ''} a step from step {ascent.method.start} on"
+    )
+
+
+def _results(job: Run, session: Session, final: dict[str, float]) -> dict[str, str]:
+    """Rows of the closing table."""
+    splits = [name for name in job.task.material.sizes if name != "train"] + ["train_eval"]
+    found = {
+        name: shown(name, value)
+        for name, value in final.items()
+        if name.startswith(tuple(splits)) and "_bleu_" not in name
+    }
+    found |= {name: f"{step:,.0f}" for name, step in session.reached.items()}
+    if session.best:
+        best = shown(job.goal.metric, session.best["value"])
+        found["best"] = f"{job.goal.metric} {best} at step {session.best['step']:,.0f}"
+    if job.recipe.ascent:
+        found["gradients"] = (
+            f"{final['sam gradient evaluations']:,.0f} in {job.last:,} steps, "
+            f"{final['sam active steps']:,.0f} of them perturbed"
+        )
+    if skipped := int(session.state.health.bad_steps):
+        found["skipped"] = f"{skipped} steps whose loss or gradient was not finite"
+    return found

@@ -1,0 +1,197 @@
+"""A task: data, model, objective and what is measured, from the config."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import llqr
+from llqr._types import Array, Bool, Float, Params, PyTree
+from llqr_experiments import models
+from llqr_experiments.config.options import Architecture, Config
+from llqr_experiments.data import IGNORE, kinds
+from llqr_experiments.data.material import Material
+from llqr_experiments.errors import ConfigError
+from llqr_experiments.models.decoding import Decoder
+
+STATISTICS = "statistics"
+"""The key of a bound batch under which the model's running statistics travel."""
+
+
+class Carry(NamedTuple):
+    """What one micro-batch hands on to the next."""
+
+    statistics: PyTree  # running statistics of the model
+    key: Array  # of dropout
+    sums: dict[str, Array]  # over the rows so far, see `measure`
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on what.
+
+    Attributes:
+      name: "<dataset>_<architecture>".
+      material: data and its streams.
+      params: initial parameters.
+      statistics: running statistics of the model before training; empty without batch norm.
+      objective: inference in float32, for refits and evaluation. Batches are dicts of inputs and
+        label, of mask where some examples do not count, and of statistics: see `bound`.
+      decoder: what a beam search asks of a model of translation; None for others.
+      training: `(params, batch, carry) -> (loss, carry)` in the mode and precision of training.
+    """
+
+    name: str
+    material: Material
+    params: Params
+    statistics: PyTree
+    objective: llqr.Objective
+    training: Callable[[Params, dict[str, Array], Carry], tuple[Array, Carry]]
+    decoder: Decoder | None = None
+
+
+def build(config: Config) -> Task:
+    """Load the data and make the model.
+
+    Raises:
+      ConfigError: data or model cannot be made as they are asked for.
+      DataError: the data is missing, corrupt, empty or not what the config says.
+    """
+    made = kinds.make(config.dataset)
+    name = config.architecture.name
+    _check_fit(name, made)
+    options = made.options | architecture_options(config.architecture)
+    model = models.make(name, made.shape, made.classes, seed=config.init_key, options=options)
+    title = f"{config.dataset.name}_{name}"
+    half = config.precision == "bf16"
+    return assemble(title, made, model, smoothing=config.label_smoothing, half=half)
+
+
+def assemble(
+    name: str,
+    made: Material,
+    model: models.Staged,
+    *,
+    smoothing: float = 0.0,
+    half: bool = False,
+) -> Task:
+    """Return the task of a model on some data.
+
+    Args:
+      name: of the task.
+      made: data; of its streams, nothing is asked.
+      model: of a kind that takes such data.
+      smoothing: of the labels in the loss.
+      half: whether training is in bfloat16.
+    """
+    network = models.network(model)
+
+    def loss(outputs: Array, batch: dict[str, Array]) -> Float[Array, ""]:
+        rows = cross_entropy(outputs, batch["label"].reshape(-1), smoothing)
+        kept = keep(batch)
+        if kept is None:
+            return jnp.mean(rows)
+        return jnp.sum(rows, where=kept) / jnp.maximum(jnp.sum(kept), 1)
+
+    forward = network.model.as_forward(made.inputs, context=lambda batch: batch[STATISTICS])
+    objective = llqr.Objective(forward, loss, keep, _batch_axes)
+    training = _training(network, made.inputs, loss, half)
+    decoder = models.translation.decoder(model) if kinds.KINDS[made.kind].decoded else None
+    return Task(name, made, network.params, network.statistics, objective, training, decoder)
+
+
+def _check_fit(name: str, made: Material) -> None:
+    if name in models.MODELS and models.MODELS[name].takes != made.kind:
+        fitting = [key for key, model in models.MODELS.items() if model.takes == made.kind]
+        raise ConfigError(
+            f"architecture={name} is for {models.MODELS[name].takes}, and {made.name} holds "
+            f"{made.kind}: choose {', '.join(fitting)}, or another dataset."
+        )
+
+
+def architecture_options(architecture: Architecture) -> dict[str, Any]:
+    """Return the options of a model that are given."""
+    values = {f.name: getattr(architecture, f.name) for f in fields(architecture)}
+    return {name: value for name, value in values.items() if name != "name" and value is not None}
+
+
+def _training(
+    network: models.Network, inputs: Callable[..., Any], loss: Callable[..., Array], half: bool
+) -> Any:
+    """The loss of training, in bfloat16 or not; statistics and outputs stay in float32."""
+
+    def training(params: Params, batch: dict[str, Array], carry: Carry) -> tuple[Array, Carry]:
+        statistics, key, sums = carry
+        given = inputs(batch)
+        if half:
+            params, given = _in_bfloat16(params), _in_bfloat16(given)
+        outputs, statistics = network.training(params, statistics, key, given)
+        outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+        sums = jax.tree.map(jnp.add, sums, measure(outputs, batch))
+        return loss(outputs, batch), Carry(statistics, jax.random.fold_in(key, 1), sums)
+
+    return training
+
+
+def _in_bfloat16(tree: PyTree) -> PyTree:
+    floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if floating(x) else x, tree)
+
+
+def bound(task: Task, batch: dict[str, Any], statistics: PyTree) -> llqr.BoundObjective:
+    """Return the objective on a batch, with the model's running statistics."""
+    return task.objective.bind({**batch, STATISTICS: statistics})
+
+
+def _batch_axes(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if name == STATISTICS else 0 for name in batch}
+
+
+def keep(batch: dict[str, Array]) -> Bool[Array, " rows"] | None:
+    """Return which rows of the outputs count; None: all of them."""
+    label, mask = batch["label"], batch.get("mask")
+    if label.ndim == 1:
+        return mask
+    kept = label != IGNORE
+    if mask is not None:
+        kept = kept & mask.reshape(-1, *[1] * (label.ndim - 1))
+    return kept.reshape(-1)
+
+
+def valid(batch: dict[str, Array], *_: Any) -> Float[Array, ""]:
+    """Return how many rows of a batch count."""
+    kept = keep(batch)
+    return jnp.asarray(batch["label"].size if kept is None else jnp.sum(kept), jnp.float32)
+
+
+def cross_entropy(
+    log_probs: Float[Array, "rows classes"], labels: Array, smoothing: float = 0.0
+) -> Float[Array, " rows"]:
+    """Return the cross-entropy of each row, with the target (1 - s) onehot + s / classes."""
+    targets = jax.nn.one_hot(labels, log_probs.shape[-1], dtype=log_probs.dtype)
+    return optax.softmax_cross_entropy(log_probs, optax.smooth_labels(targets, smoothing))
+
+
+SUMS: tuple[str, ...] = ("loss", "correct", "rows")
+"""What `measure` returns."""
+
+
+def measure(outputs: Array, batch: dict[str, Any]) -> dict[str, Float[Array, ""]]:
+    """Return sums over the rows that count: loss (no smoothing), correct answers, rows."""
+    labels, rows = batch["label"].reshape(-1), keep(batch)
+    rows = jnp.ones(labels.shape, bool) if rows is None else rows
+    correct = jnp.argmax(outputs, -1) == labels
+    return {
+        "loss": jnp.sum(cross_entropy(outputs, labels), where=rows),
+        "correct": jnp.sum(correct, where=rows, dtype=jnp.float32),
+        "rows": jnp.sum(rows, dtype=jnp.float32),
+    }
+
+
+def examples(outputs: Array, batch: dict[str, Any]) -> dict[str, Float[Array, " rows"]]:
+    """Return what histograms are made of: probability of the label and loss of every row."""
+    loss = cross_entropy(outputs, batch["label"].reshape(-1))
+    return {"p_correct": jnp.exp(-loss), "nll": loss}
