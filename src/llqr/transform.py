@@ -137,7 +137,7 @@ def scale_by_llqr(
         blocks, info, stream = plans.unpack(plan, state.blocks, updates), state.refit, state.stream
         vector = updates
         if refresh is not ONLY_REFIT:
-            stream, vector = method.observe(plan, stream, updates)
+            stream, vector = method.observe(plan, stream, updates, state.count)
         if refresh is not False:
             bound = _check_refit_inputs(objective, params, refresh)
 
@@ -316,8 +316,8 @@ def streaming_llqr(
 ) -> optax.GradientTransformationExtraArgs:
     """Return the whole optimizer with streaming refits: `llqr.streaming`.
 
-    momentum -> P -> graft -> decoupled weight decay -> learning rate. Learning rates and weight
-    decays of AdamW are a good start.
+    Nesterov momentum -> P -> graft -> decoupled weight decay -> learning rate. Learning rates and
+    weight decays of AdamW are a good start.
 
     Args:
       learning_rate: a number or a schedule.
@@ -325,7 +325,7 @@ def streaming_llqr(
       mask: of the parameters that decay, as in `optax.add_decayed_weights`.
       structure: see `scale_by_llqr`, as for all that follow.
       metric: from which labels can be drawn.
-      damping: lambda > 0, in units of the largest eigenvalue of C.
+      damping: lambda > 0, in units of the largest curvature of each block.
       max_dim: a dense side longer than this becomes diagonal: a fixed identity.
       graft: length of P m.
       route: how the network is linearised.

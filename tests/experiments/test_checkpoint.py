@@ -1,5 +1,6 @@
 """Runs that stop and go on to the same bits; damaged, foreign and unwritable checkpoints."""
 
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+import llqr
 from llqr_experiments import data
 from llqr_experiments.command import look
 from llqr_experiments.errors import ConfigError, TrainingError
@@ -507,3 +509,30 @@ def _wait_for(out: Path, share: float, process: subprocess.Popen[str]) -> None:
             time.sleep(np.random.default_rng(rows).uniform(0, 0.05))
             return
         time.sleep(0.005)
+
+
+@pytest.mark.parametrize("structure", ["sds-sym-kfac", "rms_norm-e-kfac", "scaled-max_norm-e-kfac"])
+def test_a_checkpoint_from_before_slots_were_renamed_is_read(structure, tmp_path, monkeypatch):
+    """Names alone have changed: the numbers and their order are the same."""
+    params = {"norm": {"scale": jnp.ones(3)}, "kernel": jnp.ones((3, 2))}
+    tx = llqr.llqr(optax.sgd(0.1), structure=structure, identity_scaling=2.0)
+    state = tx.init(params)
+    old = {new: slot for slot, new in checkpoint._RENAMED.items()}
+    names = checkpoint._names
+
+    def before(tree):
+        return [
+            ".".join(old.get(p, p) if q == "blocks" else p for q, p in itertools.pairwise(parts))
+            for name in names(tree)
+            for parts in [["", *name.split(".")]]
+        ]
+
+    monkeypatch.setattr(checkpoint, "_names", before)
+    assert before(state) != names(state)
+    kept = checkpoint.Checkpoints(tmp_path, 1, print)
+    kept.save(3, state, {})
+    kept.close()
+    monkeypatch.undo()
+    found = checkpoint.Checkpoints(tmp_path, 1, print).restore(state)
+    assert found is not None
+    jax.tree.map(np.testing.assert_array_equal, found.state, state)

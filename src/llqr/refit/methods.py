@@ -24,7 +24,8 @@ class Method(NamedTuple):
 
     check: Callable[[plans.Plan], None]  # raises where a block cannot be learned so
     init: Callable[[plans.Plan, Params, tuple[str, ...]], Any]  # -> what it remembers besides P
-    observe: Callable[[plans.Plan, Any, Params], tuple[Any, Params]]  # -> that, and what P sees
+    # (plan, that, updates, count) -> that, and what P sees
+    observe: Callable[[plans.Plan, Any, Params, Array], tuple[Any, Params]]
     # (plan, (blocks, info, stream), params, objective, count, base) -> blocks, info, stream
     refit: Callable[..., tuple[Blocks, RefitInfo, Any]]
 
@@ -50,7 +51,7 @@ def learned(
     return Method(
         check=lambda plan: setup_of(plan).check(),
         init=lambda plan, params, slots: (),
-        observe=lambda plan, stream, updates: (stream, updates),
+        observe=lambda plan, stream, updates, count: (stream, updates),
         refit=run,
     )
 
@@ -64,9 +65,8 @@ def streamed(
     def setup_of(plan: plans.Plan) -> StreamSetup:
         return StreamSetup(plan, metric, reduction, options, two_sided, route)
 
-    def observe(plan: plans.Plan, stream: Any, updates: Params) -> tuple[Any, Params]:
-        stream = streaming.observe(setup_of(plan), stream, updates)
-        return stream, stream.momentum
+    def observe(plan: plans.Plan, stream: Any, updates: Params, count: Array) -> tuple[Any, Params]:
+        return streaming.observe(setup_of(plan), stream, updates, count)
 
     def run(
         plan: plans.Plan, held: Any, params: Params, objective: BoundObjective, count: Array,

@@ -7,19 +7,25 @@ r"""Streaming refits: P follows the training, a little at every step, instead of
   S_L, S_R    running second moments of G: G G^T, G^T G                     [r, r], [n, n]
   V_L, V_R    bases: orthogonal, from S                                     like S
   c, D        curvature and spectrum of P in those bases                    [r, n]
-  top         largest eigenvalue of C, or its estimate                      []
+  top         largest c of a block; 1 where C is not scaled                 []
   lambda      damping                                                       []
 
-    every step    S_L <- b S_L + (1 - b) G G^T,  S_R likewise,  m <- mu m + G
+    every step    S_L <- b S_L + (1 - b) G G^T,  S_R likewise,  m <- mu m + G,  v = G + mu m
     every k       V_L <- qr(S_L V_L), V_R <- qr(S_R V_R)
                   c <- a c + (1 - a) (V_L^T h V_R)^2,   D = 1 / (c / top + lambda)
-    P m           = V_L (D * (V_L^T m V_R)) V_R^T
+    P v           = V_L (D * (V_L^T v V_R)) V_R^T
 
-For a fixed basis, D is the minimiser of the objective of a probe (`llqr.refit.objective`),
-E[1/2 u.(C / top + lambda I) u - h.u] with u = P h, wherever C couples no two entries there: each
-entry is 1/2 D^2 c (c + lambda) - D c, c in units of top. No inner loop and no product with C are
+with v = m where `nesterov` is off. For fixed bases, D is the minimiser of the objective of a probe
+(`llqr.refit.objective`), E[1/2 u.(C / top + lambda I) u - h.u] with u = P h, wherever C couples no
+two entries there: each entry is 1/2 D^2 c (c + lambda) - D c, c in units of top. No inner loop and no product with C are
 needed, and P is positive by construction. A matrix without bases (structure "diagonal", and
-vectors) has V = I. Where C is scaled ("unit"), top is the largest c of all blocks.
+vectors) has V = I. With divergence_reduction="unit", each block of C is taken in units of its own
+largest entry, so that lambda says how ill-conditioned a block may be at most; how long its update
+is, the graft decides.
+
+A QR factorisation of a side of 784 takes as long as 30 gradients of a small network, so sides
+longer than `wide` turn at the first refits and then at every fifth only, and follow every second
+gradient.
 
 Structure "kfac" has no spectrum. There P = Q^T Q with Q = A x B, and with w = Q h, u = Q^T w,
 r = (C / top + lambda) u - h, a = Q r:
@@ -27,13 +33,16 @@ r = (C / top + lambda) u - h, a = Q r:
     A <- (I - eta E / s) A,  E = sym(a w^T),  s = max(|E|_2, |w|^2 / rows)      B with a^T w
 
 These are the relative coordinates of Q, in which the step is like Newton's near the solution; with
-eta < 1 no side can lose its rank or sign. `top` is one warm-started power step for each refit.
+eta < 1 no side can lose its rank or sign. There, `top` is the largest eigenvalue of C by one
+warm-started power step for each refit.
 
 Sources: Layerwise LQR (arXiv 2605.04230) for the objective; bases as in SOAP (arXiv 2409.11321);
 relative steps as in preconditioned SGD on matrix Lie groups (Li, arXiv 1512.04202).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +50,7 @@ import jax.numpy as jnp
 
 from llqr import _loops, metrics
 from llqr._errors import check_integer, check_range
-from llqr._tree import Frozen, accurate_dtype, all_finite, cosine, divide, norm, normal_like, vdot
+from llqr._tree import Frozen, all_finite, cosine, divide, norm, normal_like, vdot
 from llqr._types import Array, Bool, Float, Int, Number, Params
 from llqr.curvature import model as quadratic
 from llqr.curvature.model import QuadraticModel
@@ -58,6 +67,9 @@ from llqr.structures.plan import Block, Plan
 DAMPING = 1e-4
 """Default lambda, in units of the largest eigenvalue of C."""
 
+
+WIDE_TURNS, WIDE_FOLLOWS = 5, 2
+"""Wide sides turn at the first refits and then at every fifth, and follow every second gradient."""
 
 NORM_STEPS = 4
 """Power steps behind |E|_2: with eta = 0.3, an estimate three times too small would still do."""
@@ -77,10 +89,12 @@ class Streaming:
       start: no refit before this count.
       until: no refit at or after this count; None: never stops.
       momentum: mu in [0, 1); P multiplies the momentum m.
+      nesterov: it multiplies G + mu m instead.
       basis_decay: b in [0, 1), of the second moments of the gradient.
       spectrum_decay: a in [0, 1], of the curvature c: a mean over the first refits, and then a
         running mean; 1: the mean over all.
       probes: h drawn at each refit.
+      wide: sides longer than this turn and follow more rarely.
       rate: eta in (0, 1), of kfac.
       seed: of the probes; the number of the refit is folded into it.
 
@@ -100,15 +114,17 @@ class Streaming:
     start: int = 0
     until: int | None = None
     momentum: float = 0.9
+    nesterov: bool = True
     basis_decay: float = 0.95
     spectrum_decay: float = 0.9
     probes: int = 1
+    wide: int = 256
     rate: float = 0.3
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, low in (("every", 1), ("warmup", 0), ("start", 0), ("until", 0),
-                          ("probes", 1), ("seed", 0)):  # fmt: skip
+                          ("probes", 1), ("wide", 1), ("seed", 0)):  # fmt: skip
             check_integer(f"Streaming: {name}", getattr(self, name), low=low)
         for name, high in (("momentum", 1), ("basis_decay", 1), ("spectrum_decay", 1), ("rate", 1)):
             value = getattr(self, name)
@@ -133,7 +149,7 @@ class StreamState(NamedTuple):
     # ("spectrum"); for kfac A and B ("left", "right")
     statistics: dict[str, Any]
     power: Params | None  # C v / |v| of the last power step, like params; None without kfac
-    top: Float[Array, ""]  # the largest eigenvalue of C by which it was last divided
+    top: Float[Array, ""]  # by which C was last divided: the largest of all blocks
 
 
 @dataclass(frozen=True)
@@ -226,8 +242,10 @@ def _zeros_like(params: Params) -> Params:
     )
 
 
-def observe(setup: StreamSetup, stream: StreamState, gradient: Params) -> StreamState:
-    """Return the state after one more gradient: momentum and second moments.
+def observe(
+    setup: StreamSetup, stream: StreamState, gradient: Params, count: Int[Array, ""]
+) -> tuple[StreamState, Params]:
+    """Return the state after one more gradient, momentum and second moments, and what P sees.
 
     A block whose gradient is not finite keeps its moments.
     """
@@ -236,23 +254,45 @@ def observe(setup: StreamSetup, stream: StreamState, gradient: Params) -> Stream
         lambda m, g: options.momentum * m + g.astype(m.dtype), stream.momentum, gradient
     )
     leaves = jax.tree.leaves(gradient)
+    often = (count < options.start + options.warmup) | (count % WIDE_FOLLOWS == 0)
     new = [
-        _observed(options, block, own, leaves[block.leaves[0]])
+        _observed(options, block, own, leaves[block.leaves[0]], often)
         for block, own in zip(setup.plan, statistics, strict=True)
     ]
-    return stream._replace(momentum=momentum, statistics=_pack(setup, new, stream, gradient))
+    seen = momentum
+    if options.nesterov:
+        seen = jax.tree.map(
+            lambda m, g: options.momentum * m + g.astype(m.dtype), momentum, gradient
+        )
+    statistics = _pack(setup, new, stream, gradient)
+    return stream._replace(momentum=momentum, statistics=statistics), seen
 
 
-def _observed(options: Streaming, block: Block, statistics: Arrays, gradient: Array) -> Arrays:
+def _observed(
+    options: Streaming, block: Block, statistics: Arrays, gradient: Array, often: Bool[Array, ""]
+) -> Arrays:
     sides = _dense(block) if kind_of(block.structure) == "spectrum" else ()
     if not sides:
         return statistics
     x, b, new = block.matrix(gradient), options.basis_decay, dict(statistics)
     finite = jnp.all(jnp.isfinite(x))
-    for slot in sides:
+
+    def follow(slot: str, s: Array) -> Array:
         moment = x @ x.T if slot == "left" else x.T @ x
-        new[slot] = jnp.where(finite, b * new[slot] + (1 - b) * moment, new[slot])
+        return jnp.where(finite, b * s + (1 - b) * moment, s)
+
+    for slot in sides:
+        new[slot] = _now_or_rarely(options, new[slot], often, partial(follow, slot))
     return new
+
+
+def _now_or_rarely(
+    options: Streaming, side: Array, due: Bool[Array, ""], run: Callable[[Array], Array]
+) -> Array:
+    """Run on a side now; on a wide one, only where that is due."""
+    if len(side) <= options.wide:
+        return run(side)
+    return jax.lax.cond(due, run, lambda kept: kept, side)
 
 
 def refit(
@@ -302,9 +342,8 @@ def _refit(
                 number,
                 keep[i],
             )
-    power, top = stream.power, jnp.ones((), jnp.float32)
-    if setup.reduction == "unit":
-        top = _largest(plan, statistics)
+    tops = [_top(setup, block, own) for block, own in zip(plan, statistics, strict=True)]
+    power, top = stream.power, _largest(tops)
     if sides:
         power, top = _power_step(setup, model, stream)
         model = replace(model, top_eigenvalue=top)
@@ -318,12 +357,12 @@ def _refit(
         )
     old = new
     new = [
-        _solved(block, arrays, own, top, damping)
-        for block, arrays, own in zip(plan, new, statistics, strict=True)
+        _solved(block, arrays, own, own_top, damping)
+        for block, arrays, own, own_top in zip(plan, new, statistics, tops, strict=True)
     ]
     if not sides:
         before, after = (
-            _closed_objective(plan, arrays, statistics, top, damping) for arrays in (old, new)
+            _closed_objective(plan, arrays, statistics, tops, damping) for arrays in (old, new)
         )
     stream = stream._replace(
         statistics=_pack(setup, statistics, stream, params), power=power,
@@ -362,8 +401,16 @@ def _follow(
     number: Int[Array, ""], keep: Bool[Array, ""],
 ) -> tuple[Arrays, Arrays]:  # fmt: skip
     """Turn the bases towards the second moments, and average the probe's squares in them."""
-    bases = {slot: jnp.linalg.qr(statistics[slot] @ arrays[slot])[0] for slot in _dense(block)}
-    bases = {slot: jnp.where(all_finite([v]), v, arrays[slot]) for slot, v in bases.items()}
+    often = (number <= WIDE_TURNS - 1) | ((number - 1) % WIDE_TURNS == 0)
+
+    def turn(slot: str, v: Array) -> Array:
+        new = jnp.linalg.qr(statistics[slot] @ v)[0]
+        return jnp.where(all_finite([new]), new, v)
+
+    bases = {
+        slot: _now_or_rarely(options, arrays[slot], often, partial(turn, slot))
+        for slot in _dense(block)
+    }
 
     def squared(h: Array) -> Array:
         x = block.matrix(h)
@@ -377,17 +424,16 @@ def _follow(
     return arrays | bases, statistics | {"spectrum": c}
 
 
-def _largest(plan: Plan, statistics: list[Arrays]) -> Float[Array, ""]:
-    """The largest curvature of all blocks; 1 where there is none."""
-    spectra = [
-        own["spectrum"]
-        for block, own in zip(plan, statistics, strict=True)
-        if kind_of(block.structure) == "spectrum"
-    ]
-    widest = accurate_dtype(spectra)
-    found = [jnp.max(c, initial=0.0).astype(widest) for c in spectra]
-    top = jnp.max(jnp.stack(found)) if found else jnp.ones((), widest)
+def _top(setup: StreamSetup, block: Block, statistics: Arrays) -> Number:
+    """By what a block's curvature is divided: its largest entry; 1 where there is none."""
+    if setup.reduction != "unit" or kind_of(block.structure) != "spectrum":
+        return 1.0
+    top = jnp.max(statistics["spectrum"], initial=0.0)
     return jnp.where(top > 0, top, 1.0)
+
+
+def _largest(tops: list[Number]) -> Float[Array, ""]:
+    return jnp.max(jnp.stack([jnp.asarray(top, jnp.float32) for top in [0.0, *tops]]))
 
 
 def _solved(
@@ -402,11 +448,15 @@ def _solved(
 
 
 def _closed_objective(
-    plan: Plan, blocks: list[Arrays], statistics: list[Arrays], top: Number, damping: Number
+    plan: Plan,
+    blocks: list[Arrays],
+    statistics: list[Arrays],
+    tops: list[Number],
+    damping: Number,
 ) -> Float[Array, ""]:
     """Sum of 1/2 D^2 c (c + lambda) - D c: the probe objective without couplings."""
     total = jnp.zeros((), jnp.float32)
-    for block, arrays, own in zip(plan, blocks, statistics, strict=True):
+    for block, arrays, own, top in zip(plan, blocks, statistics, tops, strict=True):
         if kind_of(block.structure) == "spectrum":
             d, c = arrays["spectrum"], own["spectrum"] / jnp.asarray(top, own["spectrum"].dtype)
             entries = 0.5 * d * d * c * (c + jnp.asarray(damping, c.dtype)) - d * c

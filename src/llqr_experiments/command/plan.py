@@ -14,7 +14,7 @@ from llqr_experiments.command import memory
 from llqr_experiments.config import advice, build
 from llqr_experiments.config.options import Config
 from llqr_experiments.record.console import counts
-from llqr_experiments.run.job import Run, batches, prepare
+from llqr_experiments.run.job import Run, batches, prepare, refits_in_words
 from llqr_experiments.run.step import TrainState, init
 from llqr_experiments.study import comparison
 from llqr_experiments.task import tasks
@@ -22,6 +22,9 @@ from llqr_experiments.task import tasks
 INNER_STEP = 1.0
 """Cost of one inner step of a refit, in gradients on its batch: one tangent and one transpose
 sweep. Measured: 0.8 to 1.2 (docs/performance.md)."""
+
+PULL_BACK = 2 / 3
+"""Cost of one probe of a streaming refit, in gradients: it shares the forward sweep."""
 
 
 def show(config: Config) -> None:
@@ -59,7 +62,7 @@ def _show_run(config: Config, console: Console) -> None:
     table.add_column(overflow="fold")
     for name, value in _rows(job, state):
         table.add_row(name, value)
-    if job.refit_steps and config.plan_memory:
+    if job.refit_steps and config.plan_memory and not config.precond_streaming:
         with console.status("asking the compiler what a refit holds in memory"):
             table.add_row("refit memory", _refit_memory(job, state))
     console.print(table)
@@ -118,10 +121,7 @@ def _rows(job: Run, state: TrainState) -> Iterable[tuple[str, str]]:
     shown = ", ".join(f"{step:,}" for step in due[:4]) + (", ..." if len(due) > 4 else "")
     yield (
         "refits",
-        (
-            f"{len(due):,}, before steps {shown}; {config.precond_steps} inner steps on "
-            f"{config.precond_batch_size} examples"
-        ),
+        (f"{len(due):,}, before steps {shown}; " + refits_in_words(job).partition(" of ")[2]),
     )
     yield "overhead", _overhead(job, gradients)
 
@@ -152,6 +152,8 @@ def _refit_memory(job: Run, state: TrainState) -> str:
 def _overhead(job: Run, gradients: float) -> str:
     """What P costs, in gradients of the training batch: an estimate."""
     config = job.config
+    if config.precond_streaming:
+        return _streaming_overhead(job, gradients)
     probes = config.precond_probes if config.precond_probe != "gradient" else 1
     training = _gradient_flops(job, job.task.material.streams.shapes(config))
     if not training:
@@ -165,6 +167,25 @@ def _overhead(job: Run, gradients: float) -> str:
         f"{100 * refits / gradients:.1f} % of the run; products with P about "
         f"{100 * steps / gradients:.1f} % (estimates from operations, not times)"
     )
+
+
+def _streaming_overhead(job: Run, gradients: float) -> str:
+    """The same for streaming refits: a probe is a pull-back, two of a gradient's three sweeps."""
+    training = _gradient_flops(job, job.task.material.streams.shapes(job.config))
+    probes = (
+        len(job.refit_steps) * job.config.precond_probes * PULL_BACK / job.config.grad_acc_steps
+    )
+    told = f"probes about {probes:,.0f} gradients, {100 * probes / gradients:.1f} % of the run"
+    if not training:
+        return told
+    product = 2.0 * sum(row.cost for row in job.blocks.rows)  # type: ignore[union-attr]
+    moments = 2.0 * sum(
+        row.parameters * sum(n for n in row.view if n <= job.config.precond_max_dim)
+        for row in job.blocks.rows  # type: ignore[union-attr]
+        if len(row.view) == 2
+    )
+    share = 100 * job.last * (product + moments) / training / gradients
+    return f"{told}; moments and products with P about {share:.1f} % (estimates, not times)"
 
 
 def _gradient_flops(job: Run, shapes: dict[str, jax.ShapeDtypeStruct]) -> float:

@@ -114,7 +114,7 @@ def optimizer(config: Config, horizon: Horizon) -> optax.GradientTransformationE
         return base
     try:
         chosen = structure(config)
-        if config.precond_solver == "cg" and not chosen.linear:
+        if config.precond_solver == "cg" and not (chosen.linear or config.precond_streaming):
             raise ConfigError(
                 "precond_solver=cg needs a structure that is linear in its arrays (scalar, "
                 f"diagonal, dense), not block_structure={chosen.name}; cg_zoom_hz takes any."
@@ -210,8 +210,10 @@ def route(config: Config) -> llqr.Route:
     return llqr.Route(**become(config, "route"))
 
 
-def refit_options(config: Config, horizon: Horizon) -> llqr.Refit:
+def refit_options(config: Config, horizon: Horizon) -> llqr.Refit | llqr.Streaming:
     """Return when and how P is learned."""
+    if config.precond_streaming:
+        return llqr.Streaming(**become(config, "streaming"))
     return llqr.Refit(**become(config, "refit", _around(config, horizon)))
 
 

@@ -37,8 +37,38 @@ def contradictions(config: Any) -> Iterator[str]:
             f"precond_rank={config.precond_rank} is for low-rank-memory structures only, not for "
             f"block_structure={config.block_structure}."
         )
+    yield from _of_streaming(config)
     yield from _of_runs(config)
     yield from _of_sam(config)
+
+
+def _of_streaming(config: Any) -> Iterator[str]:
+    if not (config.precond_streaming and config.use_preconditioner):
+        return
+    if config.main_optimizer != "sgd":
+        yield (
+            "precond_streaming=true: P multiplies the momentum, and what follows is the learning "
+            f"rate and weight_decay alone: main_optimizer=sgd, not {config.main_optimizer}. Rates "
+            "of AdamW are a good start."
+        )
+    if config.precond_on_update:
+        yield "precond_streaming=true has P in front of the learning rate: precond_on_update=false."
+    if config.damping == 0:
+        yield "precond_streaming=true needs a damping above 0; method=streaming sets 1e-4."
+    if config.precond_identity_scaling != 1:
+        yield "precond_streaming=true learns without steps: precond_identity_scaling=1."
+    if config.multibatch_training or not config.batch_solve_precond:
+        yield (
+            "precond_streaming=true probes the training batch: leave multibatch_training and "
+            "batch_solve_precond as they are."
+        )
+    if config.toy.name or config.comparison.name:
+        yield "precond_streaming=true is for training runs."
+    if config.quality:
+        yield (
+            f"quality={list(config.quality)} compares structures by a refit from the identity, "
+            "which precond_streaming=true does not make."
+        )
 
 
 def _of_runs(config: Any) -> Iterator[str]:

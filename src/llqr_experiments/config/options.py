@@ -95,7 +95,10 @@ class Config:
         convert={"stop": False, "skip": True},
     )
     learning_rate: float = option(0.1, "of the main optimizer", above=0)
-    momentum: float = option(0.9, "of polyak, and of the inner solver", low=0, high=1)
+    momentum: float = option(
+        0.9, "of polyak, of streaming P, and of the inner solver", low=0, high=1,
+        becomes="streaming.momentum",
+    )  # fmt: skip
     main_optimizer: str = option(
         "sgd",
         "the optimizer that is wrapped",
@@ -111,7 +114,10 @@ class Config:
     label_smoothing: float = option(0.0, "of training and refit loss", low=0, high=1)
     init_key: int = option(42, "seed of the parameters", low=0)
     rng_seed: int = option(
-        123, "seed of data order and augmentation", low=0, becomes=("recipe.seed", "refit.seed")
+        123,
+        "seed of data order and augmentation",
+        low=0,
+        becomes=("recipe.seed", "refit.seed", "streaming.seed"),
     )
 
     # checkpoints
@@ -183,10 +189,40 @@ class Config:
         None,
         "no refit at or after this step; null or 0: never stops",
         low=0,
-        becomes="refit.until",
+        becomes=("refit.until", "streaming.until"),
         off=0,
     )
-    precond_start_step: int = option(0, "step of the first refit", low=0, becomes="refit.start")
+    precond_start_step: int = option(
+        0, "step of the first refit", low=0, becomes=("refit.start", "streaming.start")
+    )
+    precond_streaming: bool = option(
+        False,
+        "P follows the training instead of stopping for refits: a probe now and then, in the step "
+        "and on its batch; the options precond_stream_* are of it, the solver's are not",
+    )
+    precond_stream_every: int = option(
+        10, "steps between such probes", low=1, becomes="streaming.every"
+    )
+    precond_stream_warmup: int = option(
+        20, "first steps, with a probe each", low=0, becomes="streaming.warmup"
+    )
+    precond_stream_basis_decay: float = option(
+        0.95,
+        "running mean of the second moments of the gradient, which give the bases of P",
+        low=0,
+        below=1,
+        becomes="streaming.basis_decay",
+    )
+    precond_stream_spectrum_decay: float = option(
+        0.9,
+        "running mean of the curvature that probes show, which gives the spectrum of P",
+        low=0,
+        high=1,
+        becomes="streaming.spectrum_decay",
+    )
+    precond_stream_rate: float = option(
+        0.3, "relative step of kfac's sides", low=0, below=1, becomes="streaming.rate"
+    )
     precond_batch_size: int = option(64, "examples in a refit", low=1)
     precond_steps: int = option(50, "inner steps of a refit", low=1, becomes="refit.steps")
     precond_tolerance: float = option(
@@ -219,10 +255,12 @@ class Config:
     precond_probe: str = option(
         "gradient", "direction that P is learned on", choices=get_args(Probe), becomes="refit.probe"
     )
-    precond_probes: int = option(1, "directions in an inner step", low=1, becomes="refit.probes")
+    precond_probes: int = option(
+        1, "directions in an inner step", low=1, becomes=("refit.probes", "streaming.probes")
+    )
     precond_graft: str = option(
         "none",
-        "length given to P g: its own, or that of g",
+        "length given to P g: its own, that of g, or rms: 0.2 for matrices, 0.05 for vectors",
         choices=get_args(Graft),
         becomes="llqr.graft",
     )

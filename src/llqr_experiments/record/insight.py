@@ -75,6 +75,20 @@ def refit_record(report: llqr.Report, agreement: float) -> dict[str, float]:
     return record
 
 
+def streaming_record(info: llqr.RefitInfo) -> dict[str, float]:
+    """Return what is logged of streaming refits, beside the training loss; nothing before one."""
+    host = jax.device_get(info)
+    if not host.refits:
+        return {}
+    return {
+        "refits": float(host.refits),
+        "refit objective before": float(host.objective_before),
+        "refit objective after": float(host.objective_after),
+        "refit guarded blocks": float(sum(word in REASONS for word in host.words)),
+        "refit cosine Pm and m": float(host.cosine),
+    }
+
+
 def sharpness_record(info: llqr.SharpnessInfo) -> dict[str, float]:
     """Return what is logged of SAM; a loss that no pass has taken is left out."""
     host = jax.device_get(info)

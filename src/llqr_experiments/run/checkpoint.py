@@ -9,6 +9,7 @@ every array is kept beside it, because a file that is cut off or altered can sti
 """
 
 import logging
+import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -213,7 +214,21 @@ def read(
     for name, array in arrays.items():
         if _checksum(array) != meta["checksums"][name]:
             raise DataError(f"{name} is not what was written.")
-    return arrays, meta
+    return {_today(name): array for name, array in arrays.items()}, meta
+
+
+def _today(name: str) -> str:
+    """The name of an array, where a slot of P was called otherwise when it was written."""
+    return _SLOT.sub(lambda match: f".blocks.{_RENAMED[match[1]]}", name)
+
+
+_RENAMED = {
+    "left_scale": "left_values",
+    "right_scale": "right_values",
+    "spectrum_scale": "spectrum_factor",
+    "scale": "sigma",
+}
+_SLOT = re.compile(rf"\.blocks\.({'|'.join(_RENAMED)})(?=\.|$)")
 
 
 def load_fields(

@@ -99,9 +99,22 @@ def batches(job: Run) -> str:
     return KINDS[job.task.material.kind].batch(job.config)
 
 
+def refits_in_words(job: Run) -> str:
+    """Return in words how many refits a run makes, and of what."""
+    config, count = job.config, len(job.refit_steps)
+    if config.precond_streaming:
+        many = "a probe" if config.precond_probes == 1 else f"{config.precond_probes} probes"
+        return f"streaming refits: {count}, of {many} on the training batch"
+    return (
+        f"refits: {count}, of {config.precond_steps} inner steps on "
+        f"{config.precond_batch_size} examples"
+    )
+
+
 def title(config: Config) -> str:
     """Return what pictures of a run are called."""
     name = f"{config.dataset.name}, {config.architecture.name}: {config.main_optimizer}"
     name += f" {config.learning_rate:g}"
-    name += f" + LLQR {config.block_structure}" if config.use_preconditioner else ""
+    way = "streaming " if config.precond_streaming else ""
+    name += f" + LLQR {way}{config.block_structure}" if config.use_preconditioner else ""
     return name + (f" + {config.sam_mode}" if config.sam_mode else "")

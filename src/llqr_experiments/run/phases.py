@@ -195,6 +195,8 @@ def report(job: Run, step: int, state: TrainState, sums: dict[str, Array], desk:
     totals = {name: float(total) for name, total in jax.device_get(sums).items()}
     rates = job.task.material.rates("train", totals)
     values = rates | sharpness(state)
+    if job.config.precond_streaming and job.config.use_preconditioner:
+        values |= insight.streaming_record(llqr.find(state.opt_state).refit)
     if job.recipe.skip:
         values["skipped steps"] = float(state.health.bad_steps)
     desk.log(step, values)

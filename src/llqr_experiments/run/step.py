@@ -13,7 +13,7 @@ import llqr
 from llqr._tree import norm, normal_like
 from llqr._types import Array, Int, Params
 from llqr_experiments.config import build
-from llqr_experiments.task.tasks import Carry
+from llqr_experiments.task.tasks import KEY, STATISTICS, Carry
 
 
 class Health(NamedTuple):
@@ -81,6 +81,7 @@ def advance(
     state: TrainState,
     batch: Any,
     sums: Sequence[str] = (),
+    probing: llqr.Objective | None = None,
     **options: Any,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Return the state after one step, and the sums over its batch at the last gradient.
@@ -95,9 +96,12 @@ def advance(
       state: before the step.
       batch: of the step.
       sums: names of the sums over rows that `loss` adds to in its carry.
+      probing: the network for a streaming refit in this step; None: there is none.
       **options: of `tx.update`.
     """
     params = state.params
+    if probing is not None:
+        options |= {"refresh": True, "objective": _probed(recipe, probing, state, batch)}
     (value, carry), grads, sharpness = _gradient(loss, recipe, active, state, batch, sums)
     apply = recipe.ascent is None or recipe.ascent.configured or not active
     updates, opt_state = recipe.tx.update(grads, state.opt_state, params, apply=apply, **options)
@@ -112,6 +116,19 @@ def advance(
     return new, carry.sums
 
 
+def _probed(
+    recipe: Recipe, probing: llqr.Objective, state: TrainState, batch: Any
+) -> llqr.BoundObjective:
+    """The network as this step's gradient sees it, on the first of its micro-batches."""
+    part = jax.tree.map(lambda x: x[:: recipe.microbatches], batch)
+    return probing.bind({**part, STATISTICS: state.statistics, KEY: _key(recipe, state)})
+
+
+def _key(recipe: Recipe, state: TrainState) -> Array:
+    """Of dropout in this step."""
+    return jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+
+
 def _gradient(
     loss: Callable[..., Any],
     recipe: Recipe,
@@ -124,7 +141,7 @@ def _gradient(
     ascent, params, gradient = recipe.ascent, state.params, jax.value_and_grad
     carry = Carry(
         state.statistics,
-        jax.random.fold_in(jax.random.key(recipe.seed), state.step),
+        _key(recipe, state),
         {name: jnp.zeros(()) for name in sums},
     )
     if recipe.microbatches > 1:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+import llqr
 from llqr._types import Array, Params
 from llqr_experiments.config import advice, build
 from llqr_experiments.config.options import Config
@@ -15,7 +16,7 @@ from llqr_experiments.record import insight, plots, run_folder
 from llqr_experiments.record.clock import Clock
 from llqr_experiments.record.console import Display, counts, shown
 from llqr_experiments.run import phases
-from llqr_experiments.run.job import Run, batches, prepare, title
+from llqr_experiments.run.job import Run, batches, prepare, refits_in_words, title
 from llqr_experiments.run.origin import origin
 from llqr_experiments.run.preemption import Interrupts
 from llqr_experiments.run.session import Desk, Session, begin, checkpoint, checkpoints_of
@@ -90,13 +91,14 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
     return Result(final, job.task, session.state.params, session.state.statistics)
 
 
-@partial(jax.jit, static_argnames=("loss", "recipe", "active"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("loss", "recipe", "active", "probing"), donate_argnames="state")
 def train_step(
     loss: Callable[..., Any],
     recipe: Recipe,
     active: bool,
     state: TrainState,
     batch: dict[str, Array],
+    probing: llqr.Objective | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update; also sums over the batch (before the update), see `tasks.measure`.
 
@@ -106,8 +108,9 @@ def train_step(
       active: whether SAM perturbs it.
       state: before the step.
       batch: of the step.
+      probing: the task's, in a step with a streaming refit.
     """
-    return advance(loss, recipe, active, state, batch, tasks.SUMS, refresh=False)
+    return advance(loss, recipe, active, state, batch, tasks.SUMS, probing, refresh=False)
 
 
 def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:
@@ -126,13 +129,15 @@ def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:
             break
         with clock.phase("data"):
             batch = next(session.stream)
-        if step in job.refit_steps:
+        due, streams = step in job.refit_steps, config.precond_streaming
+        if due and not streams:
             phases.refit(job, session, batch, desk)
         with clock.phase("training"):
             active = ascent is not None and step >= ascent.method.start
             session.state, sums = train_step(
-                job.task.training, job.recipe, active, session.state, batch
-            )
+                job.task.training, job.recipe, active, session.state, batch,
+                job.task.probing if due and streams else None,
+            )  # fmt: skip
         if ascent and step == ascent.method.start:
             desk.display.say(f"step {step:>6}   {config.sam_mode} becomes active")
             desk.log(step, {"sam becomes active": float(step)})
@@ -162,8 +167,7 @@ def _announce(job: Run, display: Display) -> None:
     if config.use_preconditioner:
         display.say(
             f"LLQR on {config.main_optimizer}: {config.block_structure}, {config.divergence}, "
-            f"refits: {len(job.refit_steps)}, of {config.precond_steps} inner steps on "
-            f"{config.precond_batch_size} examples\n{job.blocks}\n"
+            f"{refits_in_words(job)}\n{job.blocks}\n"
         )
     else:
         display.say(f"{config.main_optimizer} without a preconditioner\n")

@@ -20,6 +20,9 @@ from llqr_experiments.models.decoding import Decoder
 STATISTICS = "statistics"
 """The key of a bound batch under which the model's running statistics travel."""
 
+KEY = "key"
+"""The key of a bound batch under which the random key of dropout travels."""
+
 
 class Carry(NamedTuple):
     """What one micro-batch hands on to the next."""
@@ -42,6 +45,8 @@ class Task:
         label, of mask where some examples do not count, and of statistics: see `bound`.
       decoder: what a beam search asks of a model of translation; None for others.
       training: `(params, batch, carry) -> (loss, carry)` in the mode and precision of training.
+      probing: the same network as an objective, so that a streaming refit shares the forward pass
+        of the step; its batches carry the key of dropout too.
     """
 
     name: str
@@ -50,6 +55,7 @@ class Task:
     statistics: PyTree
     objective: llqr.Objective
     training: Callable[[Params, dict[str, Array], Carry], tuple[Array, Carry]]
+    probing: llqr.Objective
     decoder: Decoder | None = None
 
 
@@ -98,9 +104,15 @@ def assemble(
 
     forward = network.model.as_forward(made.inputs, context=lambda batch: batch[STATISTICS])
     objective = llqr.Objective(forward, loss, keep, _batch_axes)
-    training = _training(network, made.inputs, loss, half)
+    run = _running(network, made.inputs, half)
+    training = _training(run, loss)
+    probing = llqr.Objective(
+        lambda params, batch: run(params, batch[STATISTICS], batch[KEY], batch)[0], loss, keep
+    )
     decoder = models.translation.decoder(model) if kinds.KINDS[made.kind].decoded else None
-    return Task(name, made, network.params, network.statistics, objective, training, decoder)
+    return Task(
+        name, made, network.params, network.statistics, objective, training, probing, decoder
+    )
 
 
 def _check_fit(name: str, made: Material) -> None:
@@ -118,18 +130,25 @@ def architecture_options(architecture: Architecture) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != "name" and value is not None}
 
 
-def _training(
-    network: models.Network, inputs: Callable[..., Any], loss: Callable[..., Array], half: bool
-) -> Any:
-    """The loss of training, in bfloat16 or not; statistics and outputs stay in float32."""
+def _running(network: models.Network, inputs: Callable[..., Any], half: bool) -> Any:
+    """The network in training mode, in bfloat16 or not; outputs and statistics in float32."""
 
-    def training(params: Params, batch: dict[str, Array], carry: Carry) -> tuple[Array, Carry]:
-        statistics, key, sums = carry
+    def run(params: Params, statistics: PyTree, key: Array, batch: dict[str, Array]) -> Any:
         given = inputs(batch)
         if half:
             params, given = _in_bfloat16(params), _in_bfloat16(given)
         outputs, statistics = network.training(params, statistics, key, given)
-        outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+        return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32)), statistics
+
+    return run
+
+
+def _training(run: Any, loss: Callable[..., Array]) -> Any:
+    """The loss of training, and what a micro-batch hands on."""
+
+    def training(params: Params, batch: dict[str, Array], carry: Carry) -> tuple[Array, Carry]:
+        statistics, key, sums = carry
+        outputs, statistics = run(params, statistics, key, batch)
         sums = jax.tree.map(jnp.add, sums, measure(outputs, batch))
         return loss(outputs, batch), Carry(statistics, jax.random.fold_in(key, 1), sums)
 
