@@ -214,6 +214,11 @@ def refit_options(config: Config, horizon: Horizon) -> llqr.Refit | llqr.Streami
     """Return when and how P is learned."""
     if config.precond_streaming:
         return llqr.Streaming(**become(config, "streaming"))
+    return published(config, horizon)
+
+
+def published(config: Config, horizon: Horizon) -> llqr.Refit:
+    """Return the options of refits for which training stops."""
     return llqr.Refit(**become(config, "refit", _around(config, horizon)))
 
 

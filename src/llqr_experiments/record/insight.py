@@ -116,7 +116,7 @@ def measure(config: Config, objective: llqr.BoundObjective, params: Params) -> l
             params,
             structures=config.quality,
             metric=build.metric(config),
-            refit=build.refit_options(config, build.Horizon(1.0, config.total_epochs)),
+            refit=build.published(config, build.Horizon(1.0, config.total_epochs)),
             **accepted(llqr.quality, become(config, "llqr")),
         )
     except ValueError as error:  # no minimum, or too ill-conditioned
