@@ -169,3 +169,18 @@ def test_a_finished_run_without_a_checkpoint_is_not_begun_again(tmp_path, said):
     (tmp_path / "meta.json").write_text('{"finished": "yesterday"}')
     with pytest.raises(ConfigError, match="already holds a finished run"):
         started(job, tmp_path, said, entered=True)
+
+
+def test_what_its_own_record_says_from_the_checkpoint_on_comes_again(tmp_path, said):
+    """A checkpoint is written before the evaluation of its step."""
+    job = job_of()
+    save(job, tmp_path, 6)
+    lines = [
+        json.dumps({"step": step, "split": split}) + "\n"
+        for step, split in ((5, "valid"), (5, "test"), (6, "valid"), (7, "valid"))
+    ]
+    for name in ("histograms.jsonl", "translations.jsonl"):
+        (tmp_path / name).write_text("".join(lines) + '{"step": 5, "cut')
+    started(job, tmp_path, said, entered=True)
+    for name in ("histograms.jsonl", "translations.jsonl"):
+        assert (tmp_path / name).read_text() == lines[0]
