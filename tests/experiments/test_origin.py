@@ -9,6 +9,7 @@ import pytest
 
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.record import run_folder
+from llqr_experiments.run import train
 from llqr_experiments.run.checkpoint import Checkpoints
 from llqr_experiments.run.job import prepare
 from llqr_experiments.run.origin import Origin, origin
@@ -169,3 +170,27 @@ def test_a_finished_run_without_a_checkpoint_is_not_begun_again(tmp_path, said):
     (tmp_path / "meta.json").write_text('{"finished": "yesterday"}')
     with pytest.raises(ConfigError, match="already holds a finished run"):
         started(job, tmp_path, said, entered=True)
+
+
+def test_what_its_own_record_says_from_the_checkpoint_on_comes_again(tmp_path, said):
+    """A checkpoint is written before the evaluation of its step."""
+    job = job_of()
+    save(job, tmp_path, 6)
+    lines = [
+        json.dumps({"step": step, "split": split}) + "\n"
+        for step, split in ((5, "valid"), (5, "test"), (6, "valid"), (7, "valid"))
+    ]
+    for name in ("histograms.jsonl", "translations.jsonl"):
+        (tmp_path / name).write_text("".join(lines) + '{"step": 5, "cut')
+    started(job, tmp_path, said, entered=True)
+    for name in ("histograms.jsonl", "translations.jsonl"):
+        assert (tmp_path / name).read_text() == lines[0]
+
+
+def test_the_time_before_the_checkpoint_counts(tmp_path):
+    save(job_of(), tmp_path / "first", 6)
+    short = support.config(*TINY, f"resume={tmp_path / 'first'}", "max_steps=7")
+    train.run(short, tmp_path / "second", quiet=True)
+    meta = json.loads((tmp_path / "second" / "meta.json").read_text())
+    assert meta["time"]["training"] >= 7.0
+    assert support.rows(tmp_path / "second")[-1]["seconds"] >= 9.0
