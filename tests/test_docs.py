@@ -16,7 +16,7 @@ def test_python_blocks_run(page, capsys):
     for block in blocks:
         exec(compile(block, str(page), "exec"), namespace)
     if page.name == "README.md":
-        assert len(blocks) == 2
+        assert len(blocks) == 3
         assert float(namespace["value"]) < 1.0  # the example trains
         assert "objective" in capsys.readouterr().out
 

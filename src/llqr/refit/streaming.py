@@ -18,10 +18,10 @@ r"""Streaming refits: P follows the training, a little at every step, instead of
 with v = m where `nesterov` is off. For fixed bases, D is the minimiser of the objective of a probe
 (`llqr.refit.objective`), E[1/2 u.(C / top + lambda I) u - h.u] with u = P h, wherever C couples no
 two entries there: each entry is 1/2 D^2 c (c + lambda) - D c, c in units of top. No inner loop and
-no product with C are needed, and P is positive by construction. A matrix without bases (structure "diagonal", and
-vectors) has V = I. With divergence_reduction="unit", each block of C is taken in units of its own
-largest entry, so that lambda says how ill-conditioned a block may be at most; how long its update
-is, the graft decides.
+no product with C are needed, and P is positive by construction. A matrix without bases (structure
+"diagonal", and vectors) has V = I. With divergence_reduction="unit", each block of C is taken in
+units of its own largest entry, so that lambda says how ill-conditioned a block may be at most; how
+long its update is, the graft decides.
 
 A QR factorisation of a side of 784 takes as long as 30 gradients of a small network, so sides
 longer than `wide` turn at the first refits and then at every fifth only, and follow every second
