@@ -164,7 +164,7 @@ def _stage(
         slope = jax.grad(lambda z: potential(_merge(y, z), jax.lax.stop_gradient(y)))
         metric = _linear(slope, (_inexact(y),), memory == "cached")
     dynamics = _linear(step, point, memory != "recomputed")
-    shared = segment.shared & control.keys()
+    shared = frozenset(segment.shared & control.keys())
     return Stage(
         segment.name, shared, control, state, _inexact(y), dynamics, curvature, metric, costate
     )
