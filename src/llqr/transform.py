@@ -19,7 +19,7 @@ from llqr.refit import methods
 from llqr.refit.options import Refit, check_options
 from llqr.refit.record import RefitInfo, no_refit
 from llqr.refit.setup import Blocks
-from llqr.refit.streaming import DAMPING, Streaming, kind_of
+from llqr.refit.streaming import DAMPING, Streaming, check_streamable, kind_of
 from llqr.state import LLQRState, Visited, product, recorder
 from llqr.structures import catalogue
 from llqr.structures import plan as plans
@@ -102,7 +102,9 @@ def scale_by_llqr(
     table, resolved = plans.rule_table(structure), metrics.resolve(metric)
     slots = plans.slots(table)
     if isinstance(refit, Streaming):
-        two_sided = any(kind_of(catalogue.get(rule.structure)) == "sides" for rule in table)
+        structures = [catalogue.get(rule.structure) for rule in table]
+        check_streamable(structures, resolved)
+        two_sided = any(kind_of(structure) == "sides" for structure in structures)
         method = methods.streamed(freeze(resolved), damping, reduction, two_sided, route, refit)
     else:
         check_options(refit, resolved, reduction, route)

@@ -40,7 +40,7 @@ Sources: Layerwise LQR (arXiv 2605.04230) for the objective; bases as in SOAP (a
 relative steps as in preconditioned SGD on matrix Lie groups (Li, arXiv 1512.04202).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ import jax.numpy as jnp
 from llqr import _loops, metrics
 from llqr._errors import check_integer, check_range
 from llqr._tree import Frozen, all_finite, cosine, divide, norm, normal_like, vdot
-from llqr._types import Array, Bool, Float, Int, Number, Params
+from llqr._types import Array, Bool, Float, Int, Number, Params, PyTree
 from llqr.curvature import model as quadratic
 from llqr.curvature.model import QuadraticModel
 from llqr.curvature.route import Route
@@ -172,21 +172,22 @@ class StreamSetup:
     two_sided: bool = False
     route: Route = WHOLE
 
-    def check(self) -> None:
-        """Raise ValueError for a structure or a metric that cannot be streamed."""
-        if not metrics.can_sample(self.metric.tree):
+
+def check_streamable(structures: Iterable[Structure], metric: PyTree) -> None:
+    """Raise ValueError for a structure or a resolved metric that cannot be streamed."""
+    if not metrics.can_sample(metric):
+        raise ValueError(
+            "streaming refits need a metric from which labels can be drawn: ngd, reverse_kl, "
+            "renyi or gaussian (for a mean of squares, it is gauss_newton times a number)."
+        )
+    for structure in structures:
+        if kind_of(structure) is None:
             raise ValueError(
-                "streaming refits need a metric from which labels can be drawn: ngd, reverse_kl, "
-                "renyi or gaussian (for a mean of squares, it is gauss_newton times a number)."
+                f"structure {structure.name!r} cannot be streamed: the closed form needs one "
+                "spectrum between fixed bases (e-kfac, e-kfac-gpt, diagonal), and the relative "
+                "steps two sides (kfac). Use one of these, or refits that learn any structure, "
+                "llqr.Refit."
             )
-        for block in self.plan:
-            if kind_of(block.structure) is None:
-                raise ValueError(
-                    f"structure {block.structure.name!r} of {block.names[0]!r} cannot be streamed: "
-                    "the closed form needs one spectrum between fixed bases (e-kfac, e-kfac-gpt, "
-                    "diagonal), and the relative steps two sides (kfac). Use one of these, or "
-                    "refits that learn any structure, llqr.Refit."
-                )
 
 
 def kind_of(structure: Structure) -> str | None:

@@ -34,6 +34,8 @@ def shrink(config: Config) -> Config:
         report_freq=1,
         checkpoint_freq=2 if config.checkpoint_freq else None,
         update_preconditioner_every=2,
+        precond_stream_every=2,
+        precond_stream_warmup=1,
         precond_start_step=min(config.precond_start_step, 1),
         precond_batch_size=8,
         precond_steps=2,
