@@ -17,7 +17,6 @@ import soap
 import streaming
 
 import llqr
-from llqr.quadratic import POWER_STEPS
 
 Kind = tuple[tuple[str, bool], ...]
 PLAIN: Kind = (("refresh", False),)
@@ -132,7 +131,8 @@ _UNIT = {
 }
 """_PROBE and _UNIT are `method=probe` of the runner, with a refit every 100 steps."""
 
-_PROBE_PRODUCTS = 1 + POWER_STEPS + 2 * _PROBE["steps"] * _PROBE["probes"]
+_POWER_STEPS = 8  # products that estimate the largest eigenvalue
+_PROBE_PRODUCTS = 1 + _POWER_STEPS + 2 * _PROBE["steps"] * _PROBE["probes"]
 
 
 def _streaming_method(structure: str, rate: float) -> Method:

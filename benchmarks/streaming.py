@@ -37,7 +37,7 @@ class Options:
     bases: str = "gradient"  # what bases follow: gradient, probe, momentum
     sort: bool = False
     cholesky: bool = False
-    graft: str = "rms"  # rms, metric, metric-leaf, global, none
+    graft: str = "rms"  # rms, fan, metric, metric-leaf, global, none
     rms: float = 0.2
     vector_rms: float = 0.05
     block: int = 0
@@ -46,6 +46,8 @@ class Options:
     coupled: int = 0  # steps of cg for a coupled spectrum
     coupled_probes: int = 4
     coupled_decay: float = 0.5
+    embedding: str = "full"  # bases of an embedding: full, right, none
+    embedding_rms: float = 0.0  # 0: as other matrices
     start: str = "qr"  # of the bases: eigh, qr
 
 
@@ -55,6 +57,7 @@ class Leaf(NamedTuple):
     momentum: Any
     c: Any
     d: Any
+    ratio: Any  # of the coupled spectrum to the closed form
     statistics: tuple[Any, Any]
     bases: tuple[Any, Any]
 
@@ -80,17 +83,19 @@ def streaming(options: Options | None = None, **changes: Any) -> Any:
     o = options or Options(**changes)
 
     def init(params: Any) -> State:
-        def leaf(x: Any) -> Leaf:
+        def leaf(path: Any, x: Any) -> Leaf:
             z = jnp.zeros(_shape(x.shape, o.block), x.dtype)
             s, m, n = z.shape
             sizes = [d if x.ndim > 1 and d <= o.max_side else 0 for d in (m, n)]
+            if o.embedding != "full" and _is_embedding(path):
+                sizes = [0, sizes[1] if o.embedding == "right" else 0]
             eye = [jnp.broadcast_to(jnp.eye(d), (s, d, d)) if d else None for d in sizes]
             zero = [jnp.zeros((s, d, d)) if d else None for d in sizes]
-            return Leaf(z, z, z + 1, (zero[0], zero[1]), (eye[0], eye[1]))
+            return Leaf(z, z, z + 1, z + 1, (zero[0], zero[1]), (eye[0], eye[1]))
 
         zero = jnp.zeros((), jnp.int32)
         hyper = {name: jnp.float32(getattr(o, name)) for name in HYPER}
-        leaves = [leaf(x) for x in jax.tree.leaves(params)]
+        leaves = [leaf(*x) for x in jax.tree.leaves_with_path(params)]
         return State(zero, zero, zero, jax.random.key(0), hyper, leaves)
 
     def update(
@@ -108,6 +113,7 @@ def streaming(options: Options | None = None, **changes: Any) -> Any:
         rotate = refresh if rotate is None else rotate
         hp = state.hyper
         raw, treedef = jax.tree.flatten(updates)
+        words = [_is_embedding(path) for path, _ in jax.tree.leaves_with_path(updates)]
         shapes = [_shape(x.shape, o.block) for x in raw]
         grads = [x.reshape(s) for x, s in zip(raw, shapes, strict=True)]
         old = state.leaves
@@ -145,6 +151,7 @@ def streaming(options: Options | None = None, **changes: Any) -> Any:
         if o.source == "gradient":
             probes = [grads]
         d = [leaf.d for leaf in old]
+        ratio = [leaf.ratio for leaf in old]
         if probes:
             refits = refits + 1
             a = jnp.minimum(hp["spectrum_decay"], 1 - 1 / refits)
@@ -157,18 +164,27 @@ def streaming(options: Options | None = None, **changes: Any) -> Any:
                 top = [jnp.max(jnp.stack(top))] * len(c)
             d = [(x / t + hp["damping"]) ** -hp["exponent"] for x, t in zip(c, top, strict=True)]
             if o.coupled and couple:
-                d = _coupled(o, objective, params, draw, bases, d, top[0], views, treedef, raw)
+                new = _coupled(o, objective, params, draw, bases, d, top[0], views, treedef, raw)
+                ratio = [
+                    r**o.coupled_decay * (x / y) ** (1 - o.coupled_decay)
+                    for r, x, y in zip(ratio, new, d, strict=True)
+                ]
+            d = [x * r for x, r in zip(d, ratio, strict=True)]
         # step
         lead = [g + hp["momentum"] * x for g, x in zip(grads, m, strict=True)] if o.nesterov else m
         rotated: list[Any] = [x * _into(b, y) for x, b, y in zip(d, bases, lead, strict=True)]
         steps = [_into(b, x, back=True) for b, x in zip(bases, rotated, strict=True)]
-        steps = _graft(o, hp, steps, rotated, c, raw, grads)
-        leaves = [Leaf(*parts) for parts in zip(m, c, d, statistics, bases, strict=True)]
+        steps = _graft(o, hp, steps, rotated, c, raw, grads, words)
+        leaves = [Leaf(*parts) for parts in zip(m, c, d, ratio, statistics, bases, strict=True)]
         out = treedef.unflatten([-s.reshape(x.shape) for s, x in zip(steps, raw, strict=True)])
         new = State(state.count + 1, refits, state.rotations + int(rotate), key, hp, leaves)
         return out, new
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_embedding(path: Any) -> bool:
+    return "embedding" in jax.tree_util.keystr(path)
 
 
 def _shape(shape: tuple[int, ...], block: int) -> tuple[int, int, int]:
@@ -235,16 +251,27 @@ def _turn(statistics: Any, bases: Any, c: Any, first: Any, o: Options) -> Any:
     return tuple(found), c
 
 
-def _graft(o: Options, hp: Any, steps: Any, rotated: Any, c: Any, raw: Any, grads: Any) -> Any:
+def _graft(
+    o: Options, hp: Any, steps: Any, rotated: Any, c: Any, raw: Any, grads: Any, words: Any
+) -> Any:
     tiny = 1e-20
-    if o.graft == "rms":
+    if o.graft in ("rms", "fan"):
+
+        def size(x: Any, word: bool) -> Any:
+            if x.ndim < 2:
+                return hp["vector_rms"]
+            if word:
+                return o.embedding_rms or hp["rms"]
+            fan = math.prod(x.shape[:-1])
+            return hp["rms"] * (8 / math.sqrt(fan) if o.graft == "fan" else 1)
+
         return [
-            (hp["rms"] if x.ndim > 1 else hp["vector_rms"]) * s / jnp.sqrt(jnp.mean(s * s) + tiny)
-            for s, x in zip(steps, raw, strict=True)
+            size(x, word) * s / jnp.sqrt(jnp.mean(s * s) + tiny)
+            for s, x, word in zip(steps, raw, words, strict=True)
         ]
     if o.graft == "global":
-        size = sum(jnp.sum(g * g) for g in grads)
-        return [s * jnp.sqrt(size / sum(jnp.sum(x * x) for x in steps)) for s in steps]
+        total = sum(jnp.sum(g * g) for g in grads)
+        return [s * jnp.sqrt(total / sum(jnp.sum(x * x) for x in steps)) for s in steps]
     lengths = [jnp.sum(x * r * r) for x, r in zip(c, rotated, strict=True)]
     if o.graft == "metric":
         return [s / jnp.sqrt(sum(lengths) + tiny) for s in steps]
@@ -300,8 +327,7 @@ def _coupled(
         return [t / len(w) for t in total]
 
     # Preconditioned by the diagonal of the uncoupled system, w^2 (c + damping) = mean / d.
-    floor = 1e-3 * max(jnp.max(x) for x in mean)
-    scale = [1 / ((x + 1e-8 + 0 * floor) / y) for x, y in zip(mean, d, strict=True)]
+    scale = [y / (x + 0.1 / y + 1e-9) for x, y in zip(mean, d, strict=True)]
     dot = lambda x, y: sum(jnp.vdot(a, b) for a, b in zip(x, y, strict=True))  # noqa: E731
     x = list(d)
     r = [b - a for b, a in zip(mean, normal(x), strict=True)]
