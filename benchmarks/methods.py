@@ -153,15 +153,15 @@ METHODS = (
     Method("AdamW", partial(optax.adamw, 1.0), 2e-3, {"weight_decay": 1e-2}),
     Method("Muon", _muon, 1e-2),
     Method("Muon, rms 0.2", _muon, 4e-3, {"consistent_rms": 0.2}),
-    Method("SOAP", _soap, 2e-3, kinds=every_tenth),
+    Method("SOAP", _soap, 4e-3, kinds=every_tenth),
     Method("LLQR published e-kfac", _llqr, 0.4,
            {"structure": "e-kfac", "momentum": None, "refit": {"every": 100}},
            outside=Outside(100, 64, 51)),
     Method("LLQR probe kfac, momentum", _llqr, 0.05,
            {"structure": "kfac", "momentum": 0.9, "refit": _PROBE, **_UNIT},
            outside=Outside(100, 256, _PROBE_PRODUCTS)),
-    _streaming_method("diagonal", 4e-3),
-    _streaming_method("e-kfac", 8e-3),
+    _streaming_method("diagonal", 8e-3),
+    _streaming_method("e-kfac", 1.6e-2),
 )  # fmt: skip
 
 

@@ -207,7 +207,7 @@ def _into(bases: Any, x: Any, back: bool = False) -> Any:
 def _follow(statistics: Any, x: Any, decay: float) -> Any:
     outer = (x @ x.mT, x.mT @ x) if statistics != (None, None) else (None, None)
     return tuple(
-        None if s is None else decay * s + (1 - decay) * y
+        None if s is None or y is None else decay * s + (1 - decay) * y
         for s, y in zip(statistics, outer, strict=True)
     )
 

@@ -115,6 +115,16 @@ def study(workload: Workload, method: Method, results: Results, seeds: int, step
             results.save()
 
 
+def choose(asked: str) -> list[Method]:
+    """Return the methods of a name, or with a part of their name, for each of `asked`, a|b|c."""
+    names = {m.name for m in METHODS}
+    return [
+        m
+        for m in METHODS
+        if any(m.name == part if part in names else part in m.name for part in asked.split("|"))
+    ]
+
+
 def smoke(chosen: list[Method], console: Console) -> None:
     """Run each method for 20 steps; nothing is written."""
     workload, steps = workloads.load("digits"), 20
@@ -133,15 +143,15 @@ def main() -> None:
     parser.add_argument("workloads", nargs="*", default=workloads.NAMES,
                         help=", ".join(workloads.NAMES))  # fmt: skip
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only", default="", help="methods whose name contains this, or one of "
-                        "several, separated by |; the others' results are kept")  # fmt: skip
+    parser.add_argument("--only", default="", help="a method's name or a part of it, or several "
+                        "between |; the results of others are kept")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--smoke", action="store_true", help="20 steps, one seed, nothing written")
     given = parser.parse_args()
     if unknown := set(given.workloads) - set(workloads.NAMES):
         parser.error(f"unknown {sorted(unknown)}: choose from {', '.join(workloads.NAMES)}")
     console = Console(width=150)
-    chosen = [m for m in METHODS if any(part in m.name for part in given.only.split("|"))]
+    chosen = choose(given.only)
     if given.smoke:
         smoke(chosen, console)
         return
