@@ -108,9 +108,9 @@ def _llqr(refit: dict[str, Any], momentum: float | None, **options: Any) -> Any:
     return llqr.llqr(optax.sgd(1.0, momentum=momentum), refit=llqr.Refit(**refit), **options)
 
 
-def _streaming(structure: str) -> Any:
+def _streaming(structure: str, **options: Any) -> Any:
     """Streaming refits, the prototype of the benchmarks."""
-    return streaming.streaming(max_side=0 if structure == "diagonal" else 10_000)
+    return streaming.streaming(max_side=0 if structure == "diagonal" else 10_000, **options)
 
 
 _PROBE = {
@@ -140,7 +140,7 @@ def _streaming_method(structure: str, rate: float) -> Method:
         f"LLQR streaming {structure}",
         _streaming,
         rate,
-        {"structure": structure},
+        {"structure": structure, "max_norm": "leaf", "nesterov": True},
         streamed,
         {REFRESH: 1.0},
     )
@@ -161,7 +161,7 @@ METHODS = (
            {"structure": "kfac", "momentum": 0.9, "refit": _PROBE, **_UNIT},
            outside=Outside(100, 256, _PROBE_PRODUCTS)),
     _streaming_method("diagonal", 8e-3),
-    _streaming_method("e-kfac", 1.6e-2),
+    _streaming_method("e-kfac", 8e-3),
 )  # fmt: skip
 
 
