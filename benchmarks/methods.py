@@ -46,7 +46,7 @@ class Method:
       options: of `build`, written into the results.
       rate: the first to try.
       kinds: step -> keywords of `update`.
-      work: gradient evaluations that a step adds to its own, by its kind.
+      probe: gradient evaluations that a refit inside a step adds to it.
       outside: refits between steps, if there are any.
     """
 
@@ -55,12 +55,16 @@ class Method:
     rate: float
     options: dict[str, Any] = field(default_factory=dict)
     kinds: Callable[[int], Kind] = lambda step: PLAIN
-    work: dict[Kind, float] = field(default_factory=dict)
+    probe: float = 0.0
     outside: Outside | None = None
 
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
         """Return the transformation."""
         return optax.with_extra_args_support(self.build(**self.options))
+
+    def work(self, kind: Kind) -> float:
+        """Return the gradient evaluations of a step of a kind, outside refits apart."""
+        return 1 + self.probe * dict(kind).get("refresh", False)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -79,6 +83,14 @@ def every_tenth(step: int) -> Kind:
 def streamed(step: int) -> Kind:
     """A refit at each of the first steps and at each `FREQUENCY`-th."""
     return REFRESH if step < WARMUP else every_tenth(step)
+
+
+def streamed_slower(step: int) -> Kind:
+    """Like `streamed`; wide sides follow at every second step and turn at every 50th."""
+    warm = step < WARMUP
+    turn = step % 50 == 0 or (warm and step in (1, 2, 3, 7, 12, 19))
+    follow = warm or step % 2 == 0
+    return (*streamed(step), ("rotate_wide", turn), ("follow_wide", follow))
 
 
 def _muon(**options: Any) -> optax.GradientTransformation:
@@ -135,15 +147,11 @@ _POWER_STEPS = 8  # products that estimate the largest eigenvalue
 _PROBE_PRODUCTS = 1 + _POWER_STEPS + 2 * _PROBE["steps"] * _PROBE["probes"]
 
 
-def _streaming_method(structure: str, rate: float) -> Method:
-    return Method(
-        f"LLQR streaming {structure}",
-        _streaming,
-        rate,
-        {"structure": structure, "max_norm": "leaf", "nesterov": True},
-        streamed,
-        {REFRESH: 1.0},
-    )
+def _streaming_method(
+    structure: str, rate: float, kinds: Callable[[int], Kind] = streamed, suffix: str = ""
+) -> Method:
+    options = {"structure": structure, "max_norm": "leaf", "nesterov": True}
+    return Method(f"LLQR streaming {structure}{suffix}", _streaming, rate, options, kinds, 1.0)
 
 
 METHODS = (
@@ -162,6 +170,7 @@ METHODS = (
            outside=Outside(100, 256, _PROBE_PRODUCTS)),
     _streaming_method("diagonal", 8e-3),
     _streaming_method("e-kfac", 8e-3),
+    _streaming_method("e-kfac", 8e-3, streamed_slower, ", wide sides slower"),
 )  # fmt: skip
 
 

@@ -48,6 +48,7 @@ class Options:
     coupled_decay: float = 0.5
     embedding: str = "full"  # bases of an embedding: full, right, none
     embedding_rms: float = 0.0  # 0: as other matrices
+    wide: int = 256  # sides above it follow when `wide` says so
     start: str = "qr"  # of the bases: eigh, qr
 
 
@@ -108,9 +109,13 @@ def streaming(options: Options | None = None, **changes: Any) -> Any:
         rotate: bool | None = None,
         couple: bool = False,
         follow: bool = True,
+        rotate_wide: bool | None = None,
+        follow_wide: bool | None = None,
         **_: Any,
     ) -> tuple[Any, State]:
         rotate = refresh if rotate is None else rotate
+        rotate_wide = rotate if rotate_wide is None else rotate_wide
+        follow_wide = follow if follow_wide is None else follow_wide
         hp = state.hyper
         raw, treedef = jax.tree.flatten(updates)
         words = [_is_embedding(path) for path, _ in jax.tree.leaves_with_path(updates)]
@@ -132,18 +137,21 @@ def streaming(options: Options | None = None, **changes: Any) -> Any:
         m = [hp["momentum"] * leaf.momentum + g for leaf, g in zip(old, grads, strict=True)]
         # statistics and bases
         statistics = [leaf.statistics for leaf in old]
-        if follow:
+        if follow or follow_wide:
             if o.bases == "probe":
                 sources, decay = ([probes[0]] if probes else []), hp["spectrum_decay"]
             else:
                 sources, decay = [grads if o.bases == "gradient" else m], hp["statistics_decay"]
             for source in sources:
-                statistics = [_follow(s, x, decay) for s, x in zip(statistics, source, strict=True)]
+                statistics = [
+                    _follow(s, x, decay, o.wide, follow, follow_wide)
+                    for s, x in zip(statistics, source, strict=True)
+                ]
         bases = [leaf.bases for leaf in old]
         c = [leaf.c for leaf in old]
-        if rotate:
+        if rotate or rotate_wide:
             turned = [
-                _turn(s, b, x, state.rotations == 0, o)
+                _turn(s, b, x, state.rotations == 0, o, rotate, rotate_wide)
                 for s, b, x in zip(statistics, bases, c, strict=True)
             ]
             bases, c = [t[0] for t in turned], [t[1] for t in turned]
@@ -204,12 +212,17 @@ def _into(bases: Any, x: Any, back: bool = False) -> Any:
     return x if right is None else x @ (right.mT if back else right)
 
 
-def _follow(statistics: Any, x: Any, decay: float) -> Any:
+def _follow(
+    statistics: Any, x: Any, decay: float, wide: int, narrow_too: bool, wide_too: bool
+) -> Any:
     outer = (x @ x.mT, x.mT @ x) if statistics != (None, None) else (None, None)
-    return tuple(
-        None if s is None or y is None else decay * s + (1 - decay) * y
-        for s, y in zip(statistics, outer, strict=True)
-    )
+
+    def one(s: Any, y: Any) -> Any:
+        if s is None or not (wide_too if s.shape[-1] > wide else narrow_too):
+            return s
+        return decay * s + (1 - decay) * y
+
+    return tuple(one(s, y) for s, y in zip(statistics, outer, strict=True))
 
 
 def _orthogonal(x: Any, cholesky: bool) -> Any:
@@ -223,12 +236,14 @@ def _orthogonal(x: Any, cholesky: bool) -> Any:
     return x
 
 
-def _turn(statistics: Any, bases: Any, c: Any, first: Any, o: Options) -> Any:
+def _turn(
+    statistics: Any, bases: Any, c: Any, first: Any, o: Options, narrow_too: bool, wide_too: bool
+) -> Any:
     """One orthogonal iteration of each basis (the first time eigenvectors), c sorted with it."""
     found = []
     for axis, (s, v) in enumerate(zip(statistics, bases, strict=True)):
-        if s is None:
-            found.append(None)
+        if s is None or not (wide_too if s.shape[-1] > o.wide else narrow_too):
+            found.append(v)
             continue
 
         def iterate(s: Any, v: Any, c: Any, axis: int = axis) -> Any:

@@ -31,7 +31,7 @@ def train_step(
     objective = workload.objective
     grads = jax.grad(objective)(params, batch)
     keywords: dict[str, Any] = dict(kind)
-    if any(keywords.values()):
+    if keywords["refresh"]:
         keywords["objective"] = objective.bind(batch)
     updates, state = tx.update(grads, state, params, **keywords)
     return jax.tree.map(lambda p, u: p + rate * u, params, updates), state
@@ -98,7 +98,7 @@ def run(
                 work += outside.products * outside.batch / workload.batch
             kind, now = method.kinds(step), np.float32(rate * multiplier(step, steps))
             params, state = train_step(workload, tx, kind, params, state, next(stream), now)
-            work += 1 + method.work.get(kind, 0.0)
+            work += method.work(kind)
         jax.block_until_ready(params)
         seconds += time.perf_counter() - clock
         recorded.append(
