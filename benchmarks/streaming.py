@@ -86,12 +86,12 @@ def streaming(options: Options | None = None, **changes: Any) -> Any:
     def init(params: Any) -> State:
         def leaf(path: Any, x: Any) -> Leaf:
             z = jnp.zeros(_shape(x.shape, o.block), x.dtype)
-            s, m, n = z.shape
+            *s, m, n = z.shape
             sizes = [d if x.ndim > 1 and d <= o.max_side else 0 for d in (m, n)]
             if o.embedding != "full" and _is_embedding(path):
                 sizes = [0, sizes[1] if o.embedding == "right" else 0]
-            eye = [jnp.broadcast_to(jnp.eye(d), (s, d, d)) if d else None for d in sizes]
-            zero = [jnp.zeros((s, d, d)) if d else None for d in sizes]
+            eye = [jnp.broadcast_to(jnp.eye(d), (*s, d, d)) if d else None for d in sizes]
+            zero = [jnp.zeros((*s, d, d)) if d else None for d in sizes]
             return Leaf(z, z, z + 1, z + 1, (zero[0], zero[1]), (eye[0], eye[1]))
 
         zero = jnp.zeros((), jnp.int32)
@@ -195,14 +195,14 @@ def _is_embedding(path: Any) -> bool:
     return "embedding" in jax.tree_util.keystr(path)
 
 
-def _shape(shape: tuple[int, ...], block: int) -> tuple[int, int, int]:
+def _shape(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
     if len(shape) < 2:
-        return 1, 1, math.prod(shape)
+        return 1, math.prod(shape)
     m, n = math.prod(shape[:-1]), shape[-1]
     count = -(-m // block) if block else 1
     while m % count:
         count += 1
-    return count, m // count, n
+    return (count, m // count, n) if count > 1 else (m, n)
 
 
 def _into(bases: Any, x: Any, back: bool = False) -> Any:
@@ -250,9 +250,9 @@ def _turn(
             product = s @ v
             if o.sort:
                 order = jnp.argsort(-jnp.sum(v * product, -2), -1)
-                product = jnp.take_along_axis(product, order[:, None, :], -1)
-                where = order[:, :, None] if axis == 0 else order[:, None, :]
-                c = jnp.take_along_axis(c, where, axis + 1)
+                product = jnp.take_along_axis(product, order[..., None, :], -1)
+                where = order[..., :, None] if axis == 0 else order[..., None, :]
+                c = jnp.take_along_axis(c, where, axis - 2)
             return _orthogonal(product, o.cholesky), c
 
         def start(s: Any, v: Any, c: Any) -> Any:
