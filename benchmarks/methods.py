@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import optax
 import soap
-import streaming
 
 import llqr
 
@@ -48,6 +47,8 @@ class Method:
       kinds: step -> keywords of `update`.
       probe: gradient evaluations that a refit inside a step adds to it.
       outside: refits between steps, if there are any.
+      equal_work: whether it makes fewer steps, so that its gradient evaluations are no more than
+        others' steps.
     """
 
     name: str
@@ -57,6 +58,16 @@ class Method:
     kinds: Callable[[int], Kind] = lambda step: PLAIN
     probe: float = 0.0
     outside: Outside | None = None
+    equal_work: bool = False
+
+    def steps(self, total: int) -> int:
+        """Return how many steps it makes where others make `total`."""
+        if not self.equal_work:
+            return total
+        work, step = 0.0, 0
+        while (work := work + self.work(self.kinds(step))) <= total:
+            step += 1
+        return step
 
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
         """Return the transformation."""
@@ -83,14 +94,6 @@ def every_tenth(step: int) -> Kind:
 def streamed(step: int) -> Kind:
     """A refit at each of the first steps and at each `FREQUENCY`-th."""
     return REFRESH if step < WARMUP else every_tenth(step)
-
-
-def streamed_slower(step: int) -> Kind:
-    """Like `streamed`; wide sides follow at every second step and turn at every 50th."""
-    warm = step < WARMUP
-    turn = step % 50 == 0 or (warm and step in (1, 2, 3, 7, 12, 19))
-    follow = warm or step % 2 == 0
-    return (*streamed(step), ("rotate_wide", turn), ("follow_wide", follow))
 
 
 def _muon(**options: Any) -> optax.GradientTransformation:
@@ -120,9 +123,9 @@ def _llqr(refit: dict[str, Any], momentum: float | None, **options: Any) -> Any:
     return llqr.llqr(optax.sgd(1.0, momentum=momentum), refit=llqr.Refit(**refit), **options)
 
 
-def _streaming(structure: str, **options: Any) -> Any:
-    """Streaming refits, the prototype of the benchmarks."""
-    return streaming.streaming(max_side=0 if structure == "diagonal" else 10_000, **options)
+def _streaming(structure: str) -> Any:
+    """LLQR with streaming refits, all of its options at their defaults."""
+    return llqr.llqr(optax.sgd(1.0), structure=structure, refit=llqr.Streaming())
 
 
 _PROBE = {
@@ -147,11 +150,10 @@ _POWER_STEPS = 8  # products that estimate the largest eigenvalue
 _PROBE_PRODUCTS = 1 + _POWER_STEPS + 2 * _PROBE["steps"] * _PROBE["probes"]
 
 
-def _streaming_method(
-    structure: str, rate: float, kinds: Callable[[int], Kind] = streamed, suffix: str = ""
-) -> Method:
-    options = {"structure": structure, "max_norm": "leaf", "nesterov": True}
-    return Method(f"LLQR streaming {structure}{suffix}", _streaming, rate, options, kinds, 1.0)
+def _streaming_method(structure: str, suffix: str = "", **changes: Any) -> Method:
+    options = {"structure": structure}
+    return Method(f"LLQR streaming {structure}{suffix}", _streaming, 1.6e-2, options, streamed, 1.0,
+                  **changes)  # fmt: skip
 
 
 METHODS = (
@@ -168,9 +170,10 @@ METHODS = (
     Method("LLQR probe kfac, momentum", _llqr, 0.05,
            {"structure": "kfac", "momentum": 0.9, "refit": _PROBE, **_UNIT},
            outside=Outside(100, 256, _PROBE_PRODUCTS)),
-    _streaming_method("diagonal", 8e-3),
-    _streaming_method("e-kfac", 8e-3),
-    _streaming_method("e-kfac", 8e-3, streamed_slower, ", wide sides slower"),
+    _streaming_method("diagonal"),
+    _streaming_method("kfac"),
+    _streaming_method("e-kfac"),
+    _streaming_method("e-kfac", ", equal gradients", equal_work=True),
 )  # fmt: skip
 
 

@@ -97,6 +97,7 @@ class Results:
 def study(workload: Workload, method: Method, results: Results, seeds: int, steps: int) -> None:
     """Tune the rate, then run every seed; what is there already is not run again."""
     row, tx = results.row(method), method.optimizer()
+    steps = method.steps(steps)
     grid = next_rate(row["rates"], method.rate)
     if grid is None and len(row["runs"]) >= seeds:
         return
