@@ -33,9 +33,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from llqr._types import Array
+from llqr._types import Array, Float
 
-SideArrays = Mapping[str, Array]
+SideArrays = Mapping[str, Float[Array, "..."]]
 """Local name ("main", "values", ...) -> array."""
 
 Shapes = dict[str, tuple[int, ...]]
@@ -69,7 +69,7 @@ class Side:
 
     shapes: Callable[[int, int], Shapes]
     init: Callable[[float, int, int, jnp.dtype], dict[str, Array]]
-    times: Callable[[SideArrays, Array, bool], Array]
+    times: Callable[[SideArrays, Float[Array, "d k"], bool], Float[Array, "d k"]]
     cost: Callable[[int, int], int]
     square: bool = False
     linear: bool = False
@@ -99,26 +99,32 @@ def _lower(arrays: SideArrays) -> dict[str, Array]:
     return {**arrays, "main": jnp.tril(arrays["main"])}
 
 
-def _symmetric_times(arrays: SideArrays, x: Array, transpose: bool) -> Array:
+def _symmetric_times(
+    arrays: SideArrays, x: Float[Array, "d k"], transpose: bool
+) -> Float[Array, "d k"]:
     del transpose
     t = arrays["main"]
     return (jnp.tril(t) + jnp.tril(t, -1).T) @ x
 
 
-def _definite_times(arrays: SideArrays, x: Array, transpose: bool) -> Array:
+def _definite_times(
+    arrays: SideArrays, x: Float[Array, "d k"], transpose: bool
+) -> Float[Array, "d k"]:
     del transpose
     t = jnp.tril(arrays["main"])
     return t @ (t.T @ x)
 
 
-def _congruent_times(arrays: SideArrays, x: Array, transpose: bool, *, unit: bool) -> Array:
+def _congruent_times(
+    arrays: SideArrays, x: Float[Array, "d k"], transpose: bool, *, unit: bool
+) -> Float[Array, "d k"]:
     del transpose
     t, s = jnp.tril(arrays["main"]), arrays["values"]
     s = _unit_max(s) if unit else s
     return t @ (s[:, None] * (t.T @ x))
 
 
-def _unit_max(s: Array) -> Array:
+def _unit_max(s: Float[Array, " d"]) -> Float[Array, " d"]:
     largest = jnp.max(jnp.abs(s))
     return s / jnp.where(largest > 0, largest, 1)
 
@@ -155,7 +161,9 @@ def _householder_init(value: float, d: int, r: int, dtype: jnp.dtype) -> dict[st
     return {"vectors": vectors, "values": jnp.full((d,), value, dtype)}
 
 
-def _householder_times(arrays: SideArrays, x: Array, transpose: bool) -> Array:
+def _householder_times(
+    arrays: SideArrays, x: Float[Array, "d k"], transpose: bool
+) -> Float[Array, "d k"]:
     del transpose
     units = [v / jnp.sqrt(jnp.maximum(jnp.sum(v * v), _TINY**2)) for v in arrays["vectors"]]
     for v in units:  # Q^T x
@@ -166,7 +174,7 @@ def _householder_times(arrays: SideArrays, x: Array, transpose: bool) -> Array:
     return x
 
 
-def _reflect(v: Array, x: Array) -> Array:
+def _reflect(v: Float[Array, " d"], x: Float[Array, "d k"]) -> Float[Array, "d k"]:
     return x - 2 * v[:, None] * (v @ x)[None, :]
 
 
@@ -193,11 +201,15 @@ def _rank_one(pair: bool) -> Side:
     )
 
 
-def _dense_times(arrays: SideArrays, x: Array, transpose: bool) -> Array:
+def _dense_times(
+    arrays: SideArrays, x: Float[Array, "d k"], transpose: bool
+) -> Float[Array, "d k"]:
     return (arrays["main"].T if transpose else arrays["main"]) @ x
 
 
-def _low_rank_times(arrays: SideArrays, x: Array, transpose: bool) -> Array:
+def _low_rank_times(
+    arrays: SideArrays, x: Float[Array, "d k"], transpose: bool
+) -> Float[Array, "d k"]:
     us, vs = arrays["main"], arrays.get("other", arrays["main"])
     for j in reversed(range(len(us))) if transpose else range(len(us)):
         u, v = (vs[j], us[j]) if transpose else (us[j], vs[j])
