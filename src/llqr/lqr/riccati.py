@@ -95,7 +95,7 @@ def riccati(
       >>> problem = llqr.lqr.linearize(
       ...     staged, {"linear": jnp.ones((2, 1))}, jnp.eye(2),
       ...     loss=lambda z: jnp.sum(z**2) / 2, metric="gauss_newton", damping=3.0)
-      >>> solution = llqr.lqr.riccati(problem)
+      >>> solution = riccati(problem)
       >>> solution.controls["linear"].tolist(), float(solution.objective)
       ([[-0.25], [-0.25]], -0.25)
 
