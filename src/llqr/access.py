@@ -100,7 +100,7 @@ def blocks(
       arrays stand for is in `llqr.structures.catalogue`. P is stored as sigma P.
 
     Raises:
-      ValueError: there is no LLQR transformation in `tx`.
+      ValueError: there is no LLQR state in `state`.
 
     Example:
       >>> import jax.numpy as jnp, optax, llqr

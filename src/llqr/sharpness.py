@@ -199,7 +199,7 @@ class Sharpness:
           precondition: the product with P; None where `direction` has no P in it.
 
         Returns:
-          eps like params, in their dtypes, and a count of layers.
+          eps like params, in their dtypes, and the count: of layers, with layer norms.
         """
         leaves, treedef = jax.tree.flatten(params)
         names, kind = leaf_names(params), accurate_dtype(params)

@@ -76,7 +76,8 @@ def streamed(
     """Return the streaming way: statistics at every step, a probe now and then.
 
     Args:
-      metric: a resolved metric, or a tree of them, flattened by `freeze`; `can_sample`.
+      metric: a resolved metric, or a tree of them, flattened by `freeze`, from which
+        labels can be drawn.
       damping: lambda > 0.
       reduction: over rows.
       two_sided: whether a rule has a structure of two sides without a spectrum.
