@@ -179,7 +179,7 @@ class Chunks:
     """
 
     objective: Objective
-    leaves: tuple[Array, ...]
+    leaves: tuple[Any, ...]
     axes: tuple[int | None, ...]
     treedef: Any
     size: int

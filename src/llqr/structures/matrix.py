@@ -20,6 +20,7 @@ from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from llqr._errors import check_choice, unknown
 from llqr._types import Array, Float, PRNGKeyArray
@@ -196,7 +197,7 @@ def array_shapes(structure: Structure, shape: tuple[int, ...]) -> dict[str, tupl
     return shapes
 
 
-def init(structure: Structure, shape: tuple[int, ...], sigma: float, dtype: jnp.dtype) -> Arrays:
+def init(structure: Structure, shape: tuple[int, ...], sigma: float, dtype: DTypeLike) -> Arrays:
     """Return the arrays for which P = sigma * identity.
 
     Args:

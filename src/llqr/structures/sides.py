@@ -32,6 +32,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from llqr._types import Array, Float
 
@@ -68,7 +69,7 @@ class Side:
     """
 
     shapes: Callable[[int, int], Shapes]
-    init: Callable[[float, int, int, jnp.dtype], dict[str, Array]]
+    init: Callable[[float, int, int, DTypeLike], dict[str, Array]]
     times: Callable[[SideArrays, Float[Array, "d k"], bool], Float[Array, "d k"]]
     cost: Callable[[int, int], int]
     square: bool = False
@@ -86,12 +87,12 @@ def _square(d: int, r: int) -> Shapes:
     return {"main": (d, d)}
 
 
-def _eye(value: float, d: int, r: int, dtype: jnp.dtype) -> dict[str, Array]:
+def _eye(value: float, d: int, r: int, dtype: DTypeLike) -> dict[str, Array]:
     del r
     return {"main": value * jnp.eye(d, dtype=dtype)}
 
 
-def _root_eye(value: float, d: int, r: int, dtype: jnp.dtype) -> dict[str, Array]:
+def _root_eye(value: float, d: int, r: int, dtype: DTypeLike) -> dict[str, Array]:
     return _eye(value**0.5, d, r, dtype)
 
 
@@ -130,7 +131,7 @@ def _unit_max(s: Float[Array, " d"]) -> Float[Array, " d"]:
 
 
 def _congruent_init(
-    value: float, d: int, r: int, dtype: jnp.dtype, *, unit: bool
+    value: float, d: int, r: int, dtype: DTypeLike, *, unit: bool
 ) -> dict[str, Array]:
     # The size of a normalised s would be lost: T carries it.
     main, s = (value**0.5, 1.0) if unit else (1.0, value)
@@ -154,7 +155,7 @@ def _congruent(unit: bool) -> Side:
     )
 
 
-def _householder_init(value: float, d: int, r: int, dtype: jnp.dtype) -> dict[str, Array]:
+def _householder_init(value: float, d: int, r: int, dtype: DTypeLike) -> dict[str, Array]:
     # Q (value I) Q^T = value I for every Q. From zero vectors, Q could never move.
     del r
     vectors = jax.random.normal(jax.random.key(42), (REFLECTIONS, d), dtype)
