@@ -21,7 +21,7 @@ point, all costates vanish and with them R, Q and M: only the W are left, and J 
 Gauss-Newton quadratic. For newton, p_N = c.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -57,7 +57,7 @@ class Stage:
     """
 
     name: str = field(metadata={"static": True})
-    shared: frozenset[str] = field(metadata={"static": True})
+    shared: Set[str] = field(metadata={"static": True})
     control: Control
     state: Tangent | None
     output: Tangent
