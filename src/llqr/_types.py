@@ -3,9 +3,19 @@
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-__all__ = ["Array", "Bool", "Float", "Int", "Number", "Params", "PyTree", "Schedule"]
+__all__ = [
+    "Array",
+    "Bool",
+    "Float",
+    "Int",
+    "Number",
+    "PRNGKeyArray",
+    "Params",
+    "PyTree",
+    "Schedule",
+]
 
 Params: TypeAlias = PyTree[Float[Array, "..."]]
 """Parameters, gradients, updates, controls: one pytree of inexact arrays."""

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from llqr import _loops
 from llqr._errors import unknown
-from llqr._types import Array, Params
+from llqr._types import Array, Float, Params, PyTree
 from llqr.objective import BoundObjective
 from llqr.state import find, is_ours, product, visited
 from llqr.structures import plan as plans
@@ -36,6 +37,17 @@ def refresh(
 
     Raises:
       ValueError: there is no LLQR state in `state`.
+      TypeError: `objective` is not bound to a batch.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, llqr
+      >>> objective = llqr.Objective(
+      ...     forward=lambda w, x: x @ w, loss=lambda z, x: jnp.mean((z - 1.0) ** 2))
+      >>> w, x = jnp.zeros((2, 1)), 2 * jnp.eye(2)
+      >>> tx = llqr.llqr(optax.sgd(0.1), structure="diagonal", metric="gauss_newton")
+      >>> state = llqr.refresh(tx, tx.init(w), w, objective.bind(x))
+      >>> llqr.find(state).refit.words
+      ('updated',)
     """
     tx = optax.with_extra_args_support(tx)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -57,7 +69,7 @@ def precondition(tx: optax.GradientTransformation, state: Any, vector: Params) -
       vector: v, a tree like the parameters.
 
     Raises:
-      ValueError: there is no LLQR transformation in `tx`.
+      ValueError: there is no LLQR state in `state`, or `optax.masked` hides some of it.
 
     Example:
       >>> import jax.numpy as jnp, optax, llqr
@@ -74,8 +86,8 @@ def precondition(tx: optax.GradientTransformation, state: Any, vector: Params) -
 
 
 def blocks(
-    tx: optax.GradientTransformation, state: Any, params: Params
-) -> dict[str, dict[str, Array]]:
+    tx: optax.GradientTransformation, state: Any, params: PyTree
+) -> dict[str, dict[str, Float[Array, "..."]]]:
     """Return the arrays of the (first) preconditioner inside an optimizer, to read or save them.
 
     Args:
@@ -88,7 +100,7 @@ def blocks(
       arrays stand for is in `llqr.structures.catalogue`. P is stored as sigma P.
 
     Raises:
-      ValueError: there is no LLQR transformation in `tx`.
+      ValueError: there is no LLQR state in `state`.
 
     Example:
       >>> import jax.numpy as jnp, optax, llqr
@@ -97,7 +109,8 @@ def blocks(
       >>> {slot: a.shape for slot, a in llqr.blocks(tx, tx.init(params), params)["w"].items()}
       {'left': (3, 3), 'right': (2, 2)}
     """
-    plan, found = visited(tx, params)[0].plan, find(state)
+    found = find(state)
+    plan = visited(tx, params)[0].plan
     arrays = plans.unpack(plan, found.blocks, params)
     return {block.names[0]: dict(own) for block, own in zip(plan, arrays, strict=True)}
 
@@ -105,8 +118,8 @@ def blocks(
 def install(
     tx: optax.GradientTransformation,
     state: Any,
-    params: Params,
-    blocks: Mapping[str, Mapping[str, Array]],
+    params: PyTree,
+    blocks: Mapping[str, Mapping[str, ArrayLike]],
 ) -> Any:
     """Return the state with other arrays in its (first) preconditioner; the rest stays.
 
@@ -117,10 +130,20 @@ def install(
       blocks: as `llqr.blocks` gives them; blocks and slots that are left out stay.
 
     Raises:
-      ValueError: there is no LLQR transformation in `tx`; or an array for a block or slot that
+      ValueError: there is no LLQR state in `state`; or an array for a block or slot that
         does not exist, of another shape, or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, llqr
+      >>> tx = llqr.llqr(optax.sgd(0.1), structure="diagonal")
+      >>> params = {"w": jnp.ones((2, 1))}
+      >>> half = {"w": {"spectrum": jnp.full((2, 1), 0.5)}}
+      >>> state = llqr.install(tx, tx.init(params), params, half)
+      >>> llqr.precondition(tx, state, params)["w"].tolist()
+      [[0.5], [0.5]]
     """
-    plan, found = visited(tx, params)[0].plan, find(state)
+    found = find(state)
+    plan = visited(tx, params)[0].plan
     known = {block.names[0]: i for i, block in enumerate(plan)}
     arrays = list(plans.unpack(plan, found.blocks, params))
     for name, slots in blocks.items():

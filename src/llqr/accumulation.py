@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from llqr import _loops
 from llqr._errors import check_integer
 from llqr._tree import accurate_dtype, is_none, replicate, spread, widen
-from llqr._types import Array, PyTree
+from llqr._types import Array, Number, PyTree
 
 ValueAndGrad: TypeAlias = Callable[..., Callable[..., Any]]
 """A function with the signature of `jax.value_and_grad`, of which `has_aux` is used."""
@@ -22,7 +22,7 @@ def microbatched(
     number: int,
     *,
     in_axes: Axes = 0,
-    weight: Callable[..., Array] | None = None,
+    weight: Callable[..., Number] | None = None,
     thread: Callable[[tuple[Any, ...], Any], tuple[Any, ...]] | None = None,
 ) -> ValueAndGrad:
     """Return `jax.value_and_grad` that works through the batch in parts.
@@ -47,7 +47,8 @@ def microbatched(
       A function like `jax.value_and_grad`: `(fun, has_aux=False) -> (params, *args) -> ...`.
 
     Raises:
-      ValueError: `number` does not divide the examples.
+      ValueError: `number` is below 1 or does not divide the examples.
+      TypeError: `number` is no Python int.
 
     Example:
       >>> import jax.numpy as jnp, llqr
@@ -83,7 +84,7 @@ def mean_over_parts(
     number: int,
     *,
     in_axes: Axes = 0,
-    weight: Callable[..., Array] | None = None,
+    weight: Callable[..., Number] | None = None,
     thread: Callable[[tuple[Any, ...], Any], tuple[Any, ...]] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """Return the mean of `function`'s first result over parts of the batch, and its second.
@@ -95,6 +96,13 @@ def mean_over_parts(
       in_axes: see `microbatched`, as for what follows.
       weight: of a part.
       thread: auxiliary data into the next part's arguments.
+
+    Returns:
+      The mean, in the dtypes of a part's; and the auxiliary trees of all parts on a new first
+      axis, or with `thread` the last one (with one part as it is).
+
+    Raises:
+      ValueError: `number` does not divide the examples.
     """
     if number == 1:
         return function(*args)

@@ -13,7 +13,7 @@ import optax
 from llqr import metrics
 from llqr._linalg import solve
 from llqr._tree import cosine, freeze, leaf_names, norm, vdot
-from llqr._types import Array, Params, PyTree
+from llqr._types import Array, Float, Params, PyTree
 from llqr.curvature.model import QuadraticModel, linearize
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
@@ -56,7 +56,7 @@ class Description:
         return _table([head, *(_cells(row) for row in self.rows)], 4, _total(self.rows))
 
 
-def describe(tx: optax.GradientTransformation, params: Params) -> Description:
+def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
     """Return which structure preconditions which leaf, its memory and its cost.
 
     Args:
@@ -160,7 +160,7 @@ class Report:
 
 
 def inspect(
-    tx: optax.GradientTransformation, state: Any, params: Params, *, asymmetry: bool = False
+    tx: optax.GradientTransformation, state: Any, params: PyTree, *, asymmetry: bool = False
 ) -> Report:
     """Report on the arrays of P and on the last refit, block by block.
 
@@ -169,7 +169,7 @@ def inspect(
     Args:
       tx: an optimizer with `llqr.llqr` or `llqr.scale_by_llqr` in it.
       state: its state.
-      params: the parameters (their structure and shapes).
+      params: the parameters, or their shapes.
       asymmetry: also measure how far each dense side A is from symmetric: |A - A^T| / |A + A^T|
         in the Frobenius norm and |A - A^T| / |A| in the spectral norm (25 power iterations).
         Sides that are symmetric by construction, and all other arrays, have none.
@@ -231,13 +231,13 @@ def _measure(blocks: Blocks, sides: tuple[tuple[str, ...], ...]) -> Any:
     return numbers, skew
 
 
-def _skew(a: Array) -> tuple[Array, Array]:
+def _skew(a: Float[Array, "d d"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
     difference, total = a - a.T, a + a.T
     frobenius = jnp.linalg.norm(difference) / (jnp.linalg.norm(total) + 1e-12)
     return frobenius, _spectral_norm(difference) / (_spectral_norm(a) + 1e-12)
 
 
-def _spectral_norm(a: Array) -> Array:
+def _spectral_norm(a: Float[Array, "d d"]) -> Float[Array, ""]:
     """Largest singular value by 25 power iterations on A^T A from the vector of ones."""
 
     def step(_: int, v: Array) -> Array:
@@ -318,7 +318,7 @@ def quality(
       structures: names or rule tables to learn.
       metric: with a convex J at this damping.
       damping: lambda > 0.
-      divergence_reduction: "sum" or "mean".
+      divergence_reduction: "sum", "mean" or "unit", see `scale_by_llqr`.
       identity_scaling: sigma.
       refit: how the structures are learned, on this one batch; None: the papers' 50 steps.
       max_dim: see `scale_by_llqr`.
@@ -326,7 +326,7 @@ def quality(
 
     Raises:
       NonConvexError: J has no minimum.
-      ValueError: an exact solve did not converge.
+      ValueError: an exact solve did not converge; or an unknown name or a value out of range.
 
     Example:
       >>> import jax.numpy as jnp, llqr

@@ -56,7 +56,8 @@ def exact(
       A transformation whose `update` requires `objective` (a `BoundObjective`) and `params`.
 
     Raises:
-      ValueError: an unknown name or a value out of range; in `update`, a missing objective.
+      ValueError: an unknown name or a value out of range; in `update`, a missing objective, or
+        with riccati a model without stages or above `max_size`.
       NonConvexError: in `update`, J has no minimum. Inside `jit`, where nothing can be
         raised, the step is NaN instead: wrap it in `optax.apply_if_finite`.
 

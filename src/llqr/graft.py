@@ -25,6 +25,9 @@ def grafted(plan: plans.Plan, graft: Graft, scaled: Params, updates: Params) -> 
         block of g; "rms": of each leaf, a fixed root mean square.
       scaled: P g.
       updates: g.
+
+    Returns:
+      A tree like `scaled`, in its dtypes.
     """
     if graft == "none":
         return scaled

@@ -63,7 +63,12 @@ class Objective:
                 raise TypeError(f"Objective: {name} must be a function, got {value!r}.")
 
     def __call__(self, params: Params, batch: Any) -> Float[Array, ""]:
-        """Return the loss of `params` on `batch`."""
+        """Return the loss of `params` on `batch`.
+
+        Args:
+          params: the parameters.
+          batch: what `forward`, `loss` and `mask` take.
+        """
         return self.loss(self.forward(params, batch), batch)
 
     def bind(self, batch: Any) -> "BoundObjective":
@@ -79,7 +84,20 @@ class Objective:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BoundObjective:
-    """An `Objective` with its batch: a function of the parameters only."""
+    """An `Objective` with its batch: a function of the parameters only.
+
+    Args:
+      objective: forward function, loss and mask.
+      batch: any pytree; data, so that a new batch of the same shapes compiles nothing.
+
+    Example:
+      >>> import jax.numpy as jnp, llqr
+      >>> objective = llqr.Objective(
+      ...     forward=lambda w, x: x @ w, loss=lambda z, x: jnp.mean(z**2))
+      >>> bound = objective.bind(jnp.eye(2))
+      >>> float(bound(jnp.array([3.0, 1.0]))), bound.outputs(jnp.array([3.0, 1.0])).tolist()
+      (5.0, [3.0, 1.0])
+    """
 
     objective: Objective
     batch: Any
@@ -93,7 +111,7 @@ class BoundObjective:
         return self.objective.forward(params, self.batch)
 
     def loss(self, outputs: PyTree) -> Float[Array, ""]:
-        """Return the loss of given outputs."""
+        """Return the loss of given outputs, like those of `outputs`."""
         return self.objective.loss(outputs, self.batch)
 
     def mask(self) -> PyTree | None:
@@ -104,6 +122,9 @@ class BoundObjective:
         """Return the batch in equal chunks of at most `size` examples.
 
         Where they do not divide the batch, the last one is filled up by repetition.
+
+        Args:
+          size: bound on the examples of a chunk, >= 1; the chunks are as even as it allows.
 
         Raises:
           ValueError: no leaf has examples, or leaves disagree on their number.
@@ -158,7 +179,7 @@ class Chunks:
     """
 
     objective: Objective
-    leaves: tuple[Array, ...]
+    leaves: tuple[Any, ...]
     axes: tuple[int | None, ...]
     treedef: Any
     size: int

@@ -27,7 +27,7 @@ from jax.core import Tracer
 
 from llqr._errors import check_choice, check_integer, check_range
 from llqr._tree import accurate_dtype, check_inexact, divide, leaf_names, norm, vdot, widen
-from llqr._types import Array, Float, Int, Number, Params, Schedule
+from llqr._types import Array, Bool, Float, Int, Number, Params, Schedule
 from llqr.accumulation import Axes, ValueAndGrad, mean_over_parts
 
 Direction: TypeAlias = Literal["ema_grad", "ema_precond_grad", "ema_direction"]
@@ -81,6 +81,16 @@ class Sharpness:
       start: the first step with a perturbation; before, the oracle is `jax.value_and_grad`.
       groups: parts of the batch with a perturbation each (m-sharpness).
       layer_of: name of a leaf, "encoder/layer0/kernel", to the name of its layer.
+
+    Raises:
+      ValueError: a value out of range, an unknown name, or options that exclude each other.
+      TypeError: a value of a wrong type.
+
+    Example:
+      >>> import jax.numpy as jnp, llqr
+      >>> eps, guarded = llqr.sam(0.5).perturbation(jnp.zeros(2), jnp.array([3.0, 4.0]), 0.5)
+      >>> [round(float(x), 3) for x in eps], int(guarded)
+      ([0.3, 0.4], 0)
     """
 
     kind: Kind
@@ -141,7 +151,7 @@ class Sharpness:
         value_and_grad: ValueAndGrad = jax.value_and_grad,
         second_pass: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None,
         in_axes: Axes = 0,
-        weight: Callable[..., Array] | None = None,
+        weight: Callable[..., Number] | None = None,
     ) -> "SharpnessOracle":
         """Return the oracle of a loss.
 
@@ -155,6 +165,10 @@ class Sharpness:
             clean one; for another dropout key. None: the same.
           in_axes: with groups, where the examples are; see `llqr.microbatched`.
           weight: with groups, how much each counts; see `llqr.microbatched`.
+
+        Raises:
+          ValueError: `second_pass` where there is one pass, or `weight` without groups.
+          TypeError: `function` is no function.
         """
         if not callable(function):
             raise TypeError(f"SAM needs a loss function, got {function!r}.")
@@ -183,6 +197,9 @@ class Sharpness:
           base: w, like params.
           rho: radius.
           precondition: the product with P; None where `direction` has no P in it.
+
+        Returns:
+          eps like params, in their dtypes, and the count: of layers, with layer norms.
         """
         leaves, treedef = jax.tree.flatten(params)
         names, kind = leaf_names(params), accurate_dtype(params)
@@ -241,7 +258,26 @@ class Sharpness:
 
 @dataclass(frozen=True)
 class SharpnessOracle:
-    """Loss and SAM gradient of a function: `sam(...)(function)`."""
+    """Loss and SAM gradient of a function: `sam(...)(function)`.
+
+    Attributes:
+      method: how the perturbation is made.
+      function: `(params, *args) -> loss`, or `(loss, aux)`.
+      has_aux: whether it returns auxiliary data.
+      value_and_grad: how a gradient is taken.
+      second_pass: arguments of the clean pass to those of the perturbed one.
+      in_axes: with groups, where the examples are.
+      weight: with groups, how much each counts.
+
+    Example:
+      >>> import jax.numpy as jnp, llqr
+      >>> oracle = llqr.friendly_sam(0.5, beta=0.5)(lambda w: 0.5 * jnp.sum(w**2))
+      >>> w = jnp.array([3.0, 4.0])
+      >>> state = oracle.init(w)
+      >>> loss, grads, state = oracle.step(w, state)
+      >>> [round(float(g), 3) for g in grads], int(state.info.evaluations)
+      ([3.3, 4.4], 2)
+    """
 
     method: Sharpness
     function: Callable[..., Any]
@@ -249,7 +285,7 @@ class SharpnessOracle:
     value_and_grad: ValueAndGrad = jax.value_and_grad
     second_pass: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
     in_axes: Axes = 0
-    weight: Callable[..., Array] | None = None
+    weight: Callable[..., Number] | None = None
 
     def init(self, params: Params) -> SharpnessState:
         """Return the state before the first step.
@@ -276,6 +312,12 @@ class SharpnessOracle:
     ) -> Any:
         """Return what `jax.value_and_grad(function, has_aux)` does, at the perturbed point.
 
+        Args:
+          params: theta.
+          *args: of the function.
+          precondition: the product with P, for the directions that have it.
+          **kwargs: of the function.
+
         Raises:
           ValueError: the method has a state (a schedule, a delayed start, a moving average):
             use `step`.
@@ -298,7 +340,7 @@ class SharpnessOracle:
         *args: Any,
         precondition: Product | None = None,
         base: Params | None = None,
-        active: bool | Array | None = None,
+        active: bool | Bool[Array, ""] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Params, SharpnessState]:
         """Return value (with `has_aux`: value and aux), gradient and new state.
@@ -317,7 +359,8 @@ class SharpnessOracle:
           **kwargs: of the function, the same in every pass and group.
 
         Raises:
-          ValueError: `precondition` is missing, or would not be used.
+          ValueError: `precondition` is missing, or would not be used; or `base` with a method
+            that has none.
         """
         if kwargs:
             given = replace(self, function=partial(self.function, **kwargs))
@@ -514,6 +557,17 @@ def friendly_sam(
       groups: parts of the batch.
       layer_of: name of a leaf's layer.
 
+    Raises:
+      ValueError: a value out of range, or an unknown name.
+
+    Example:
+      >>> import jax.numpy as jnp, llqr
+      >>> oracle = llqr.friendly_sam(0.5)(lambda w: 0.5 * jnp.sum(w**2))
+      >>> w = jnp.array([3.0, 4.0])
+      >>> loss, grads, state = oracle.step(w, oracle.init(w))
+      >>> [round(float(g), 3) for g in state.average]  # gbar after one step
+      [0.3, 0.4]
+
     References:
       Li et al., Friendly Sharpness-Aware Minimization, arXiv 2403.12350.
     """
@@ -546,6 +600,20 @@ def past_friendly_sam(
       epsilon: under every root.
       start: the first perturbed step.
       layer_of: name of a leaf's layer.
+
+    Raises:
+      ValueError: a value out of range, or an unknown name.
+
+    Example:
+      >>> import jax.numpy as jnp, llqr
+      >>> oracle = llqr.past_friendly_sam(0.5)(lambda w: 0.5 * jnp.sum(w**2))
+      >>> w = jnp.array([3.0, 4.0])
+      >>> loss, grads, state = oracle.step(w, oracle.init(w))
+      >>> grads.tolist()
+      [3.0, 4.0]
+      >>> loss, grads, state = oracle.step(w, state)
+      >>> [round(float(g), 3) for g in grads], int(state.info.evaluations)
+      ([3.3, 4.4], 2)
     """
     return Sharpness(
         kind="past_friendly", rho=rho, beta=beta, direction=direction, norm=norm,
@@ -564,6 +632,15 @@ def asam(
       start: the first perturbed step.
       groups: parts of the batch, see `sam`.
 
+    Raises:
+      ValueError: a value out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, llqr
+      >>> value, grad = llqr.asam(0.5, eta=0.0)(lambda w: jnp.sum(w))(jnp.array([3.0, 4.0]))
+      >>> round(float(value), 3)  # 7 + 0.5 |w|
+      9.5
+
     References:
       Kwon et al., ASAM, arXiv 2102.11600.
     """
@@ -580,6 +657,15 @@ def fisher_sam(
       eta: >= 0, added to the squared gradient.
       start: the first perturbed step.
       groups: parts of the batch, see `sam`.
+
+    Raises:
+      ValueError: a value out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, llqr
+      >>> value, grad = llqr.fisher_sam(0.5, eta=0.0)(lambda w: jnp.sum(w))(jnp.zeros(4))
+      >>> round(float(value), 3)  # f = 1: eps = 0.5 / sqrt(4) for each entry
+      1.0
 
     References:
       Kim et al., Fisher SAM, arXiv 2206.04920.

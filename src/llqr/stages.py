@@ -63,7 +63,12 @@ class Segment:
         return {name: params[name] for name in names if name in params}
 
     def __call__(self, control: Mapping[str, PyTree], state: PyTree) -> PyTree:
-        """Run the members in order."""
+        """Run the members in order.
+
+        Args:
+          control: parameters by stage name; passive members have none.
+          state: what the first member takes.
+        """
         for member in self.members:
             state = member.function(member.parameters(control), state)
         return state
@@ -84,7 +89,12 @@ class StagedModel:
         return tuple(member.name for segment in self.segments for member in segment.members)
 
     def __call__(self, params: Mapping[str, PyTree], inputs: PyTree) -> PyTree:
-        """Return the final state."""
+        """Return the final state.
+
+        Args:
+          params: parameters by stage name.
+          inputs: x_0, what the first stage takes.
+        """
         for segment in self.segments:
             inputs = segment(segment.control(params), inputs)
         return inputs
@@ -146,6 +156,18 @@ class StagedModel:
           watch: stages whose states are returned as well; outputs are then a dict with the
             key "output" and one for each of these names, so that a metric can be placed on
             any of them.
+
+        Raises:
+          ValueError: an unknown stage in `watch`.
+
+        Example:
+          >>> import jax.numpy as jnp, llqr
+          >>> staged = llqr.stages.stages_from_functions([
+          ...     ("dense", lambda w, x: x @ w), ("double", lambda _, x: 2 * x)])
+          >>> forward = staged.as_forward(inputs=lambda batch: batch["x"], watch=["dense"])
+          >>> seen = forward({"dense": jnp.ones((2, 1))}, {"x": jnp.ones((1, 2))})
+          >>> {name: state.tolist() for name, state in seen.items()}
+          {'output': [[4.0]], 'dense': [[2.0]]}
         """
         for name in watch:
             if name not in self.names:
@@ -179,7 +201,12 @@ class StagedForward:
         return self.staged if self.context is None else self.staged.bind(self.context(batch))
 
     def __call__(self, params: Mapping[str, PyTree], batch: Any) -> PyTree:
-        """Return the final state, or a dict with the watched ones."""
+        """Return the final state, or a dict with the watched ones.
+
+        Args:
+          params: parameters by stage name.
+          batch: what `inputs` and `context` take.
+        """
         state, staged, seen = self.inputs(batch), self.bound(batch), {}
         if not self.watch:
             return staged(params, state)
@@ -191,7 +218,7 @@ class StagedForward:
         return {"output": state, **seen}
 
     def rematerialized(self, policy: Any) -> "StagedForward":
-        """Return the same function, each segment a `jax.checkpoint` of its own."""
+        """Return the same function, each segment a `jax.checkpoint` of its own, with a policy."""
         return replace(self, staged=self.staged.rematerialized(policy))
 
 

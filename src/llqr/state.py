@@ -30,6 +30,12 @@ def find(state: Any) -> LLQRState:
 
     Raises:
       ValueError: there is none.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, llqr
+      >>> tx = optax.chain(optax.clip(1.0), llqr.llqr(optax.adam(1e-3)))
+      >>> int(llqr.find(tx.init(jnp.ones(2))).count)
+      0
     """
     found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
     if not found:
@@ -55,16 +61,28 @@ class Visited(NamedTuple):
 recorder: ContextVar[list[Visited] | None] = ContextVar("recorder", default=None)
 
 
-def plans_of(tx: optax.GradientTransformation, params: Params) -> tuple[plans.Plan, ...]:
+def plans_of(tx: optax.GradientTransformation, params: PyTree) -> tuple[plans.Plan, ...]:
     """Return the plan of every LLQR transformation inside `tx`, however it is composed.
 
     A composed optax transformation does not show its parts; its `init` visits them all.
+
+    Args:
+      tx: any optimizer.
+      params: the parameters, or their shapes.
+
+    Returns:
+      The plans in the order in which `init` comes by them; empty where there are none.
     """
     return tuple(visited.plan for visited in visited(tx, params))
 
 
-def visited(tx: optax.GradientTransformation, params: Params) -> tuple[Visited, ...]:
-    """Return what `init` of every LLQR transformation inside `tx` has recorded."""
+def visited(tx: optax.GradientTransformation, params: PyTree) -> tuple[Visited, ...]:
+    """Return what `init` of every LLQR transformation inside `tx` has recorded.
+
+    Args:
+      tx: any optimizer.
+      params: the parameters, or their shapes.
+    """
     leaves, treedef = jax.tree.flatten(params)
     shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
     return _visit(tx, treedef, shapes)
@@ -83,7 +101,14 @@ def _visit(tx: Any, treedef: Any, shapes: tuple[Any, ...]) -> tuple[Visited, ...
 
 
 def product(plan: plans.Plan, blocks: Blocks, identity_scaling: float, vector: Params) -> Params:
-    """Return P v, where sigma P is stored."""
+    """Return P v, where sigma P is stored.
+
+    Args:
+      plan: the blocks.
+      blocks: their arrays, for sigma P.
+      identity_scaling: sigma > 0.
+      vector: v, like the parameters.
+    """
     stored = plans.multiply(plan, blocks, vector)
     if identity_scaling == 1:
         return stored

@@ -10,7 +10,7 @@ import optax
 from llqr import _loops, metrics
 from llqr._errors import check_choice, check_integer, check_range
 from llqr._tree import check_inexact, freeze
-from llqr._types import Array, Int, Number, Params
+from llqr._types import Array, Bool, Int, Number, Params
 from llqr.curvature.route import Route
 from llqr.graft import Graft, grafted
 from llqr.metrics import MetricLike, Reduction
@@ -34,7 +34,7 @@ class _Only(enum.Enum):
 
 ONLY_REFIT = _Only.REFIT
 
-Refresh: TypeAlias = bool | Array | _Only | None
+Refresh: TypeAlias = bool | Bool[Array, ""] | _Only | None
 Precondition: TypeAlias = Literal["gradient", "update"]
 
 
@@ -87,7 +87,23 @@ def scale_by_llqr(
       `llqr.refresh` outside.
 
     Raises:
-      ValueError: unknown name or value out of range.
+      ValueError: unknown name or value out of range; in `update`, a missing objective or
+        params where a refit can happen.
+      TypeError: an option of a wrong type, such as a schedule of the damping; in `init`, a
+        parameter that is not floating-point.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, llqr
+      >>> objective = llqr.Objective(
+      ...     forward=lambda w, x: x @ w, loss=lambda z, x: jnp.mean((z - 1.0) ** 2))
+      >>> w, x = jnp.zeros((2, 1)), jnp.array([[1.0, 0.0], [0.0, 3.0]])
+      >>> preconditioner = llqr.scale_by_llqr(structure="diagonal", metric="gauss_newton")
+      >>> tx = optax.chain(preconditioner, optax.scale_by_learning_rate(0.1))
+      >>> state, grads = tx.init(w), jax.grad(objective)(w, x)
+      >>> updates, state = tx.update(grads, state, w, objective=objective.bind(x))
+      >>> updates, state = tx.update(grads, state, w, refresh=False)  # P as it is
+      >>> int(llqr.find(state).count), int(llqr.find(state).refit.refits)
+      (2, 1)
 
     References:
       Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
@@ -213,6 +229,11 @@ def llqr(
       `apply` (see `scale_by_llqr`). All other keywords, and none of these, reach `base`:
       line searches are strict about theirs.
 
+    Raises:
+      ValueError: as `scale_by_llqr`; or options that would swallow the learning rate; in
+        `init`, a base that averages gradients behind streaming refits.
+      TypeError: as `scale_by_llqr`.
+
     Example:
       >>> import jax, jax.numpy as jnp, optax, llqr
       >>> objective = llqr.Objective(
@@ -337,6 +358,11 @@ def streaming_llqr(
       A transformation as from `llqr.llqr`: `update` takes `objective` where a refit can happen,
       and `refresh`.
 
+    Raises:
+      ValueError: unknown name or value out of range; in `init`, a structure or a metric that
+        cannot be streamed.
+      TypeError: an option of a wrong type.
+
     Example:
       >>> import jax, jax.numpy as jnp, llqr
       >>> objective = llqr.Objective(
@@ -350,6 +376,9 @@ def streaming_llqr(
       ...     w = jax.tree.map(jnp.add, w, updates)
       >>> bool(loss < 1e-3)
       True
+
+    References:
+      Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
     """
     decay = [optax.add_decayed_weights(weight_decay, mask)] if weight_decay else []
     return llqr(
@@ -419,7 +448,7 @@ def _check_refit_inputs(objective: Any, params: Any, refresh: Any) -> BoundObjec
 
 
 def check_unmasked(tree: Any) -> None:
-    """Raise ValueError if a wrapper hides leaves of a tree."""
+    """Raise ValueError if a wrapper of optax hides leaves of a tree like the parameters."""
     is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
     if any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked))):
         raise ValueError(

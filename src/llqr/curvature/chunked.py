@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from llqr import _loops, metrics
 from llqr._tree import Frozen, accurate_dtype, freeze, vdot, widen
-from llqr._types import Array, Float, Params, PyTree
+from llqr._types import Array, Bool, Float, Params, PyTree
 from llqr.curvature.operators import LinearOperator, SymmetricOperator
 from llqr.curvature.whole import GaussNewton, Hessian, Linearization, OutputHessian, Potential
 from llqr.objective import BoundObjective, Chunks
@@ -29,9 +29,9 @@ def chunked(
     Args:
       objective: forward function, loss and batch.
       params: the current parameters.
-      metric: see `llqr.metrics`.
-      reduction: over rows.
-      size: examples in a chunk.
+      metric: a resolved metric, see `llqr.metrics`.
+      reduction: "sum" or "mean" over rows.
+      size: bound on the examples in a chunk, >= 1.
 
     Raises:
       ValueError: an output without the examples on its first axis.
@@ -100,7 +100,14 @@ class Chunked(LinearOperator):
     def sum(
         self, function: Any, shared: tuple[PyTree, ...], rows: tuple[PyTree, ...], like: PyTree
     ) -> PyTree:
-        """Sum function(chunk, params, *shared, *rows of the chunk) over the chunks."""
+        """Sum function(chunk, params, *shared, *rows of the chunk) over the chunks.
+
+        Args:
+          function: of a chunk's objective, the parameters, `shared` and a chunk's `rows`.
+          shared: trees that every chunk sees.
+          rows: trees of arrays [rows, ...] that are cut as the outputs are.
+          like: a tree in the shapes and dtypes of the sum.
+        """
         cut = [self._cut(tree) for tree in rows]
 
         def one(i: Any) -> PyTree:
@@ -157,8 +164,8 @@ class _GaussNewton(SymmetricOperator):
     """
 
     jacobian: Chunked
-    kept: tuple[Array | None, ...]
-    weights: tuple[Array | None, ...]
+    kept: tuple[Bool[Array, "..."] | None, ...]
+    weights: tuple[Float[Array, ""] | None, ...]
     metric: Frozen = field(metadata={"static": True})
 
     @property
@@ -178,8 +185,8 @@ class _GaussNewton(SymmetricOperator):
 
 
 def _q_chunk(
-    metric: Frozen, outputs: PyTree, v: PyTree, weights: tuple[Array | None, ...],
-    kept: tuple[Array | None, ...],
+    metric: Frozen, outputs: PyTree, v: PyTree, weights: tuple[Float[Array, ""] | None, ...],
+    kept: tuple[Bool[Array, "..."] | None, ...],
 ) -> PyTree:  # fmt: skip
     """Q v of one chunk, whose outputs are their own reference."""
     treedef = jax.tree.structure(outputs)
@@ -189,7 +196,7 @@ def _q_chunk(
     return treedef.unflatten([_weighted(x, w) for x, w in zip(q, weights, strict=True)])
 
 
-def _weighted(x: Array, weight: Array | None) -> Array:
+def _weighted(x: Float[Array, "*shape"], weight: Float[Array, ""] | None) -> Float[Array, "*shape"]:
     if weight is None:
         return x
     wide = accurate_dtype(x)  # 1 / rows underflows in float16
@@ -198,8 +205,9 @@ def _weighted(x: Array, weight: Array | None) -> Array:
 
 @partial(jax.jit, static_argnums=0)
 def _gauss_newton_chunk(
-    metric: Frozen, chunk: BoundObjective, params: Params, weights: tuple[Array | None, ...],
-    u: Params, kept: tuple[Array | None, ...],
+    metric: Frozen, chunk: BoundObjective, params: Params,
+    weights: tuple[Float[Array, ""] | None, ...], u: Params,
+    kept: tuple[Bool[Array, "..."] | None, ...],
 ) -> Params:  # fmt: skip
     outputs, tangent = jax.linearize(chunk.outputs, params)
     q = _q_chunk(metric, outputs, tangent(u), weights, kept)
@@ -208,8 +216,9 @@ def _gauss_newton_chunk(
 
 @partial(jax.jit, static_argnums=0)
 def _bilinear_chunk(
-    metric: Frozen, chunk: BoundObjective, params: Params, weights: tuple[Array | None, ...],
-    pair: tuple[Params, ...], kept: tuple[Array | None, ...],
+    metric: Frozen, chunk: BoundObjective, params: Params,
+    weights: tuple[Float[Array, ""] | None, ...], pair: tuple[Params, ...],
+    kept: tuple[Bool[Array, "..."] | None, ...],
 ) -> Float[Array, ""]:  # fmt: skip
     outputs, tangent = jax.linearize(chunk.outputs, params)
     tangents = [tangent(u) for u in pair]

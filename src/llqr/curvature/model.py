@@ -60,6 +60,19 @@ class QuadraticModel(SymmetricOperator):
       damping: lambda.
       top_eigenvalue: top, by which C is divided: 1, or with divergence_reduction="unit" the
         largest eigenvalue of C.
+
+    Example:
+      >>> import jax.numpy as jnp, llqr
+      >>> objective = llqr.Objective(
+      ...     forward=lambda w, x: x @ w, loss=lambda z, x: jnp.sum((z - 1.0) ** 2) / 2)
+      >>> model = llqr.linearize(
+      ...     objective.bind(jnp.eye(2)), jnp.zeros(2), "gauss_newton", damping=1.0)
+      >>> u = jnp.full(2, 0.5)  # the minimiser, -(C + lambda I)^-1 g
+      >>> float(model.value(u)), model.product(u).tolist(), model.gradient.tolist()
+      (-0.5, [1.0, 1.0], [-1.0, -1.0])
+
+    References:
+      Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
     """
 
     loss: Float[Array, ""]
@@ -77,7 +90,7 @@ class QuadraticModel(SymmetricOperator):
         return self.gradient
 
     def value(self, u: Params) -> Float[Array, ""]:
-        """Return J(u)."""
+        """Return J(u), u like the parameters; its least value is at -(C / top + lambda I)^-1 g."""
         curved = self.bilinear(u, u)
         return vdot(self.gradient, u).astype(curved.dtype) + 0.5 * curved
 
@@ -90,7 +103,12 @@ class QuadraticModel(SymmetricOperator):
         )
 
     def bilinear(self, u: Params, w: Params) -> Float[Array, ""]:
-        """Return u.(C / top + lambda I) w, from tangent sweeps alone where C = J^T Q J."""
+        """Return u.(C / top + lambda I) w, from tangent sweeps alone where C = J^T Q J.
+
+        Args:
+          u: a control, like the parameters.
+          w: another; where it is the same object, one sweep is enough.
+        """
         curved = self.curvature.bilinear(u, w) / self.top_eigenvalue
         return curved + (self.damping * vdot(u, w)).astype(curved.dtype)
 
@@ -133,6 +151,9 @@ def linearize(
       >>> model = llqr.linearize(objective.bind(jnp.eye(2)), jnp.ones((2, 1)), "gauss_newton")
       >>> model.product(jnp.ones((2, 1))).tolist()
       [[1.0], [1.0]]
+
+    References:
+      Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
     """
     check_inexact(params)
     check_range("damping", damping, low=0)
@@ -166,7 +187,20 @@ def layerwise_model(
     forward: Any, objective: BoundObjective, params: Params, metric: PyTree,
     damping: Number, reduction: str, route: Route,
 ) -> QuadraticModel:  # fmt: skip
-    """Return the model by the layerwise route; `llqr.lqr` knows how, for staged models."""
+    """Return the model by the layerwise route; `llqr.lqr` knows how, for staged models.
+
+    Args:
+      forward: of the objective; its type chooses the implementation.
+      objective: forward function, loss and batch.
+      params: the current parameters.
+      metric: a resolved metric, see `llqr.metrics`.
+      damping: lambda >= 0.
+      reduction: "sum" or "mean" over rows.
+      route: a layerwise one.
+
+    Raises:
+      ValueError: a forward function without stages, or one that watches some of them.
+    """
     raise ValueError(
         "the layerwise route needs the stages of the model: make the objective with "
         "forward=staged.as_forward(), staged being an llqr.lqr.StagedModel; or use the fused "

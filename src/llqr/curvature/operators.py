@@ -34,10 +34,10 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def jvp(self, u: PyTree) -> PyTree:
-        """Return L u."""
+        """Return L u, for u like `domain`."""
 
     def vjp(self, w: PyTree) -> PyTree:
-        """Return L^T w."""
+        """Return L^T w, for w like the range."""
         return jax.linear_transpose(self.jvp, self.domain)(w)[0]
 
     def as_matrix(self) -> Float[Array, "range domain"]:
@@ -55,7 +55,12 @@ class SymmetricOperator(LinearOperator):
         """Return C u."""
 
     def bilinear(self, u: Params, w: Params) -> Float[Array, ""]:
-        """Return u.C w."""
+        """Return u.C w.
+
+        Args:
+          u: like `domain`.
+          w: likewise.
+        """
         return vdot(u, self.product(w))
 
     def jvp(self, u: Params) -> Params:
@@ -75,6 +80,12 @@ class FunctionOperator(LinearOperator):
     Attributes:
       apply: the map.
       domain: a point of its domain.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> total = FunctionOperator(lambda x: x[:1] + 2 * x[1:], jnp.zeros(2))
+      >>> total.as_matrix().tolist(), total.vjp(jnp.array([3.0])).tolist()
+      ([[1.0, 2.0]], [3.0, 6.0])
     """
 
     apply: Callable[[PyTree], PyTree]

@@ -28,6 +28,17 @@ class Route:
 
     Raises:
       ValueError: an unknown word, or options that exclude each other.
+      TypeError: a chunk_size that is no Python int.
+
+    Example:
+      >>> import jax.numpy as jnp, llqr
+      >>> objective = llqr.Objective(
+      ...     forward=lambda w, x: x @ w, loss=lambda z, x: jnp.mean(z**2))
+      >>> model = llqr.linearize(
+      ...     objective.bind(jnp.ones((4, 2))), jnp.ones((2, 1)), "gaussian",
+      ...     route=llqr.Route(chunk_size=2))
+      >>> model.product(jnp.ones((2, 1))).tolist()
+      [[8.0], [8.0]]
     """
 
     layerwise: bool = False

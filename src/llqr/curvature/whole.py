@@ -35,7 +35,7 @@ def whole(
       objective: forward function, loss and batch.
       params: the current parameters.
       metric: see `llqr.metrics`.
-      reduction: over rows.
+      reduction: "sum" or "mean" over rows.
       route: neither layerwise nor in chunks.
     """
     full = metrics.is_full(metric)
@@ -67,7 +67,7 @@ class Potential:
     reduction: str = field(metadata={"static": True})
 
     def __call__(self, outputs: PyTree) -> Float[Array, ""]:
-        """Return the reduced divergence of `outputs` from the reference."""
+        """Return the reduced divergence of `outputs` [..., K] from the reference."""
         metric = self.metric.tree
         if metrics.uses_loss(metric):
             return self.objective.loss(outputs)
@@ -123,7 +123,12 @@ class GaussNewton(SymmetricOperator):
         return self.jacobian.vjp(self.output_hessian(self.jacobian.jvp(u)))
 
     def bilinear(self, u: Params, w: Params) -> Float[Array, ""]:
-        """Return u.C w, from tangent sweeps alone."""
+        """Return u.C w, from tangent sweeps alone.
+
+        Args:
+          u: like the parameters.
+          w: likewise; where it is the same object, one sweep is enough.
+        """
         v = self.jacobian.jvp(w)
         other = v if u is w else self.jacobian.jvp(u)
         return vdot(other, self.output_hessian(v))

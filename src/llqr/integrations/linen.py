@@ -16,7 +16,15 @@ def objective(
       apply: (variables, batch) -> outputs, e.g. a wrapper of `module.apply` in inference
         mode: `lambda v, batch: model.apply(v, batch["x"], train=False)`.
       loss: (outputs, batch) -> scalar.
-      mask: (batch) -> which rows count.
+      mask: (batch) -> which rows count; None: all.
+
+    Example:
+      >>> import flax.linen as nn, jax.numpy as jnp
+      >>> model = nn.Dense(1, use_bias=False)
+      >>> mean_square = objective(
+      ...     lambda variables, x: model.apply(variables, x), lambda z, x: jnp.mean(z**2))
+      >>> float(bind(mean_square, jnp.eye(2))({"kernel": jnp.ones((2, 1))}))
+      1.0
     """
     return Objective(
         lambda params, data: apply({"params": params, **data[1]}, data[0]),
@@ -26,5 +34,11 @@ def objective(
 
 
 def bind(objective: Objective, batch: Any, **collections: Any) -> BoundObjective:
-    """Bind a batch and the other collections: `bind(objective, batch, batch_stats=...)`."""
+    """Return the objective on a batch, with the other collections as data.
+
+    Args:
+      objective: from `objective`.
+      batch: what its functions take.
+      **collections: by name, such as batch_stats=variables["batch_stats"].
+    """
     return objective.bind((batch, collections))

@@ -20,6 +20,23 @@ def objective(
 
     The model's mode is kept: build it from a model in evaluation mode (`model.eval()`) so
     that the curvature uses running statistics and no dropout. Bind it with `bind`.
+
+    Args:
+      model: the module; its structure is kept, its variables are not.
+      call: (model, batch) -> outputs.
+      loss: (outputs, batch) -> scalar.
+      mask: (batch) -> which rows count; None: all.
+      wrt: filter of the variables that are parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> model = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
+      >>> model.kernel[...] = jnp.ones((2, 1))
+      >>> mean_square = objective(
+      ...     model, lambda model, x: model(x), lambda z, x: jnp.mean(z**2))
+      >>> params = nnx.as_pure(nnx.state(model, nnx.Param))
+      >>> float(bind(mean_square, model, jnp.eye(2))(params))
+      1.0
     """
     graphdef = nnx.split(model, wrt, ...)[0]
     return Objective(
@@ -32,12 +49,28 @@ def objective(
 def bind(
     objective: Objective, model: nnx.Module, batch: Any, wrt: Any = nnx.Param
 ) -> BoundObjective:
-    """Bind a batch and the model's other state (batch statistics, keys), which is data."""
+    """Return the objective on a batch, with the model's other state as data.
+
+    Args:
+      objective: from `objective`.
+      model: the module, whose batch statistics and keys are taken as they are now.
+      batch: what the objective's functions take.
+      wrt: as in `objective`.
+    """
     return objective.bind((batch, nnx.as_pure(nnx.split(model, wrt, ...)[2])))
 
 
 def refresh(optimizer: nnx.Optimizer, model: nnx.Module, objective: BoundObjective) -> None:
-    """Refit the preconditioner inside an `nnx.Optimizer`, in place."""
+    """Refit the preconditioner inside an `nnx.Optimizer`, in place.
+
+    Args:
+      optimizer: around an LLQR transformation.
+      model: with the current parameters.
+      objective: the curvature objective on the refit batch, from `bind`.
+
+    Raises:
+      ValueError: there is no LLQR state in the optimizer.
+    """
     params = nnx.as_pure(nnx.state(model, optimizer.wrt))
     state = _refresh(optimizer.tx, nnx.as_pure(optimizer.opt_state), params, objective)
     nnx.update(optimizer.opt_state, nnx.state(state))

@@ -30,6 +30,29 @@ def cost_and_gradient(problem: LQRProblem, controls: Control) -> tuple[Float[Arr
     nu_N = c + W_N delta_N; then for i = N-1 .. 0
     dJ/du_i = (R_i + lambda) u_i + M_i delta_i + B_i^T nu_{i+1},
     nu_i = Q_i delta_i + M_i^T u_i + A_i^T nu_{i+1} + W_i delta_i.
+
+    Args:
+      problem: the regulator.
+      controls: u, shaped like the parameters.
+
+    Returns:
+      J(u), and dJ/du shaped like the parameters: g + (C + lambda I) u.
+
+    Raises:
+      ValueError: `controls` is not shaped like the parameters.
+
+    Example:
+      >>> import jax.numpy as jnp, llqr
+      >>> staged = llqr.lqr.stages_from_functions([("linear", lambda w, x: x @ w)])
+      >>> problem = llqr.lqr.linearize(
+      ...     staged, {"linear": jnp.ones((2, 1))}, jnp.eye(2),
+      ...     loss=lambda z: jnp.sum(z**2) / 2, metric="gauss_newton")
+      >>> value, slope = llqr.lqr.cost_and_gradient(problem, {"linear": -jnp.ones((2, 1))})
+      >>> float(value), slope["linear"].tolist()
+      (-1.0, [[0.0], [0.0]])
+
+    References:
+      Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
     """
     us = problem.split(controls)
     total, deltas = _rollout(problem, us)
@@ -53,7 +76,15 @@ def cost_and_gradient(problem: LQRProblem, controls: Control) -> tuple[Float[Arr
 
 
 def final_state(problem: LQRProblem, controls: Control) -> Tangent:
-    """Return delta_N, the perturbation of the outputs: J u of the whole network."""
+    """Return delta_N, the perturbation of the outputs: J u of the whole network.
+
+    Args:
+      problem: the regulator.
+      controls: u, shaped like the parameters.
+
+    Raises:
+      ValueError: `controls` is not shaped like the parameters.
+    """
     final = _rollout(problem, problem.split(controls))[1][-1]
     assert final is not None
     return final
@@ -65,7 +96,9 @@ def gradient(problem: LQRProblem) -> Control:
     return cost_and_gradient(problem, zeros)[1]
 
 
-def _rollout(problem: LQRProblem, us: list[Control]) -> tuple[Array, list[Tangent | None]]:
+def _rollout(
+    problem: LQRProblem, us: list[Control]
+) -> tuple[Float[Array, ""], list[Tangent | None]]:
     """Return J and delta_0 .. delta_N."""
     total = 0.0
     deltas: list[Tangent | None] = [None]

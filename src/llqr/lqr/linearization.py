@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from llqr import metrics
 from llqr._errors import check_choice, check_range, unknown
 from llqr._tree import check_inexact
-from llqr._types import Array, Number, PyTree
+from llqr._types import Array, Float, Number, PyTree
 from llqr.curvature.route import Memory
 from llqr.lqr.problem import LQRProblem, Stage, Tangent
 from llqr.metrics import Reduction
@@ -21,7 +21,7 @@ def linearize(
     params: Mapping[str, PyTree],
     inputs: PyTree,
     *,
-    loss: Callable[[PyTree], Array],
+    loss: Callable[[PyTree], Float[Array, ""]],
     metric: Any = "ngd",
     damping: Number = 0.0,
     divergence_reduction: Reduction = "sum",
@@ -46,7 +46,9 @@ def linearize(
         again at every product. The same numbers.
 
     Raises:
-      ValueError: unknown metric or stage, or a parameter of no stage.
+      ValueError: unknown metric or stage, a parameter of no stage, a value out of range, or a
+        metric at a stage where it cannot be.
+      TypeError: a parameter that is not floating-point.
 
     Example:
       >>> import jax, jax.numpy as jnp, llqr
@@ -56,6 +58,9 @@ def linearize(
       ...     loss=lambda z: jnp.sum(z**2) / 2, metric="gauss_newton")
       >>> llqr.lqr.solve(problem)["linear"].tolist()
       [[-1.0], [-1.0]]
+
+    References:
+      Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
     """
     check_choice("memory", memory, get_args(Memory))
     check_choice("divergence_reduction", divergence_reduction, ("sum", "mean"))
@@ -90,10 +95,10 @@ def linearize(
 def _place(
     staged: StagedModel,
     metric: Any,
-    loss: Callable[[PyTree], Array],
+    loss: Callable[[PyTree], Float[Array, ""]],
     mask: PyTree | None,
     reduction: Reduction,
-) -> tuple[dict[str, Callable[[PyTree, PyTree], Array]], bool]:
+) -> tuple[dict[str, Callable[[PyTree, PyTree], Float[Array, ""]]], bool]:
     """Return the potential (state, reference) -> scalar of each stage with a metric."""
     last = staged.segments[-1].name
     ends = [segment.name for segment in staged.segments]
@@ -143,7 +148,7 @@ def _stage(
     y: PyTree,
     moving: bool,
     costate: Tangent | None,
-    potential: Callable[[PyTree, PyTree], Array] | None,
+    potential: Callable[[PyTree, PyTree], Float[Array, ""]] | None,
     memory: Memory,
 ) -> Stage:
     function = _on_leaves(segment, x)

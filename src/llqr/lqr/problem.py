@@ -28,10 +28,10 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from llqr._types import Array, Number, PyTree
+from llqr._types import Array, Float, Number, PyTree
 from llqr.curvature.operators import FunctionOperator
 
-Tangent: TypeAlias = tuple[Array, ...]
+Tangent: TypeAlias = tuple[Float[Array, "..."], ...]
 """Perturbation of a state: one array for each inexact leaf, in flattening order."""
 
 Control: TypeAlias = dict[str, PyTree]
@@ -67,7 +67,7 @@ class Stage:
     costate: Tangent | None
 
     def own(self, control: Control) -> Control:
-        """The part of a control that no earlier stage has."""
+        """The part of a control, by member, that no earlier stage has."""
         return {name: value for name, value in control.items() if name not in self.shared}
 
     @property
@@ -134,7 +134,7 @@ class LQRProblem:
     stages: tuple[Stage, ...]
     cotangent: Tangent
     damping: Number
-    loss: Array
+    loss: Float[Array, ""]
 
     @property
     def params(self) -> Control:
@@ -143,6 +143,9 @@ class LQRProblem:
 
     def split(self, controls: Control) -> list[Control]:
         """Return the control of each stage.
+
+        Args:
+          controls: shaped like the parameters.
 
         Raises:
           ValueError: `controls` is not shaped like the parameters.

@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from llqr._linalg import NonConvexError
 from llqr._linalg import solve as solve_quadratic
-from llqr._types import Array
+from llqr._types import Array, Float, Number
 from llqr.lqr.cost import cost_and_gradient
 from llqr.lqr.problem import Control, LQRProblem, Stage
 
@@ -25,8 +25,8 @@ MAX_SIZE = 4096
 class Feedback(NamedTuple):
     """The optimal law of one stage: u_i = -(gain delta_i + offset)."""
 
-    gain: Array | None  # K_i = S_i^-1 G_i, [control, state]; None where delta_i = 0
-    offset: Array  # k_i = S_i^-1 B_i^T v_{i+1}, [control]
+    gain: Float[Array, "control state"] | None  # K_i = S_i^-1 G_i; None where delta_i = 0
+    offset: Float[Array, " control"]  # k_i = S_i^-1 B_i^T v_{i+1}
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Solution:
     Attributes:
       controls: the minimiser u of J, shaped like the parameters: the step to *add*.
       feedback: by stage with a control.
-      values: V_i and v_i, i = 1 .. N: J from stage i on is 1/2 d.V_i d + v_i.d + constant;
-        None while no control has acted.
+      values: V_i [state, state] and v_i [state], i = 1 .. N: J from stage i on is
+        1/2 d.V_i d + v_i.d + constant; None while no control has acted.
       objective: J(u).
     """
 
     controls: Control
     feedback: dict[str, Feedback]
-    values: list[tuple[Array, Array] | None]
-    objective: Array
+    values: list[tuple[Float[Array, "_ _"], Float[Array, " _"]] | None]
+    objective: Float[Array, ""]
 
 
 def solve(
@@ -52,9 +52,14 @@ def solve(
 ) -> Control:
     """Return the controls that minimise J: -(C + lambda I)^-1 g; see `riccati`.
 
+    Args:
+      problem: the regulator.
+      gradient: in place of g, shaped like the parameters.
+      max_size: bound on the number of entries of any state (batch included) or control.
+
     Raises:
-      ValueError: a state or control is larger than `max_size`.
-      NonConvexError: J has no minimum.
+      ValueError: a state or control is larger than `max_size`, or stages share parameters.
+      NonConvexError: J has no minimum. Inside `jit` the controls are NaN instead.
     """
     return riccati(problem, gradient=gradient, max_size=max_size).controls
 
@@ -62,7 +67,7 @@ def solve(
 def riccati(
     problem: LQRProblem, *, gradient: Control | None = None, max_size: int = MAX_SIZE
 ) -> Solution:
-    """Solve by the Riccati recursion (arXiv 2605.04230).
+    """Solve by the Riccati recursion.
 
     V_N = W_N, v_N = c, and for i = N-1 .. 0
 
@@ -83,6 +88,19 @@ def riccati(
         says which, and what to do instead.
       NonConvexError: some S_i is not positive definite; names the stage and the eigenvalue.
         Inside `jit`, where nothing can be raised, the controls are NaN instead.
+
+    Example:
+      >>> import jax.numpy as jnp, llqr
+      >>> staged = llqr.lqr.stages_from_functions([("linear", lambda w, x: x @ w)])
+      >>> problem = llqr.lqr.linearize(
+      ...     staged, {"linear": jnp.ones((2, 1))}, jnp.eye(2),
+      ...     loss=lambda z: jnp.sum(z**2) / 2, metric="gauss_newton", damping=3.0)
+      >>> solution = riccati(problem)
+      >>> solution.controls["linear"].tolist(), float(solution.objective)
+      ([[-0.25], [-0.25]], -0.25)
+
+    References:
+      Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
     """
     _check(problem, max_size)
     v = ravel_pytree(problem.cotangent)[0]
@@ -111,8 +129,12 @@ def riccati(
 
 
 def _backward(
-    stage: Stage, V: Array, v: Array, r: Control | None, damping: Array | float
-) -> tuple[Array, Array, Feedback | None, Array]:
+    stage: Stage,
+    V: Float[Array, "next next"],
+    v: Float[Array, " next"],
+    r: Control | None,
+    damping: Number,
+) -> tuple[Float[Array, "state state"], Float[Array, " state"], Feedback | None, Float[Array, ""]]:
     """One step of the recursion: (V_i without W_i, v_i, law, change of the constant)."""
     zero = jnp.zeros((), v.dtype)
     if stage.passive:
@@ -166,6 +188,15 @@ def solve_cg(
     Raises:
       NonConvexError: a direction of non-positive curvature was met.
       ValueError: it did not converge. Inside `jit` the controls are NaN in both cases.
+
+    Example:
+      >>> import jax.numpy as jnp, llqr
+      >>> staged = llqr.lqr.stages_from_functions([("linear", lambda w, x: x @ w)])
+      >>> problem = llqr.lqr.linearize(
+      ...     staged, {"linear": jnp.ones((2, 1))}, jnp.eye(2),
+      ...     loss=lambda z: jnp.sum(z**2) / 2, metric="gauss_newton", damping=1.0)
+      >>> llqr.lqr.solve_cg(problem)["linear"].tolist()
+      [[-0.5], [-0.5]]
     """
     zeros = jax.tree.map(jnp.zeros_like, problem.params)
     _, g = cost_and_gradient(problem, zeros)
@@ -196,7 +227,9 @@ def _check(problem: LQRProblem, limit: int) -> None:
                 )
 
 
-def _cholesky(name: str, S: Array) -> tuple[Array, bool]:
+def _cholesky(
+    name: str, S: Float[Array, "control control"]
+) -> tuple[Float[Array, "control control"], bool]:
     factor = jax.scipy.linalg.cho_factor(S, lower=True)
     if not isinstance(S, Tracer) and not jnp.all(jnp.isfinite(factor[0])):
         lowest = jnp.linalg.eigvalsh(S)[0]

@@ -21,7 +21,7 @@ import optax
 
 from llqr import _loops, metrics
 from llqr._tree import norm, normal_like
-from llqr._types import Array, Int, Params, PyTree
+from llqr._types import Array, Int, Params, PRNGKeyArray, PyTree
 from llqr.curvature.model import QuadraticModel
 from llqr.objective import BoundObjective
 from llqr.refit.setup import Inputs, Setup
@@ -41,7 +41,7 @@ class Directions(NamedTuple):
 
 def directions(
     setup: Setup, inputs: Inputs, model: QuadraticModel, objective: BoundObjective,
-    key: Array, probes: int,
+    key: PRNGKeyArray, probes: int,
 ) -> Directions:  # fmt: skip
     """Return the directions of one step.
 
@@ -51,7 +51,10 @@ def directions(
       model: the quadratic model of the step's batch, or a stack of those of its examples.
       objective: on that batch.
       key: of random directions.
-      probes: how many of them.
+      probes: how many of them, >= 1; not used where the direction is the gradient's.
+
+    Returns:
+      h and l, with a leading axis of directions where `setup.refit.batched`.
     """
     refit = setup.refit
     if refit.probe == "gradient":
@@ -65,7 +68,13 @@ def directions(
 
 
 def base_direction(setup: Setup, inputs: Inputs, gradient: Params) -> Params:
-    """Return -g, or the update that the base optimizer would make of g: both descend."""
+    """Return -g, or the update that the base optimizer would make of g: both descend.
+
+    Args:
+      setup: of the refit.
+      inputs: of the refit, with the base optimizer's state.
+      gradient: g, like the parameters.
+    """
     if setup.base is None:
         direction = jax.tree.map(jnp.negative, gradient)
     else:
@@ -81,7 +90,14 @@ def base_direction(setup: Setup, inputs: Inputs, gradient: Params) -> Params:
 def each(
     model: QuadraticModel, batched: bool, function: Callable[..., Any], *arguments: Any
 ) -> Any:
-    """Return function(model, *arguments), for each direction if there are several."""
+    """Return function(model, *arguments), for each direction if there are several.
+
+    Args:
+      model: one quadratic model, or a stack of one for each direction.
+      batched: whether the arguments have a leading axis of directions; so has the result then.
+      function: of a single model and direction.
+      *arguments: trees of arrays.
+    """
     if not batched:
         return function(model, *arguments)
     if has_axis(model):  # one model for each example
@@ -90,7 +106,13 @@ def each(
 
 
 def over(model: QuadraticModel, function: Callable[..., Any], *stacked: Any) -> Any:
-    """Map over the leading axis; in Python where the model's own products loop there."""
+    """Map over the leading axis; in Python where the model's own products loop there.
+
+    Args:
+      model: whose products `function` takes.
+      function: of one slice of each tree.
+      *stacked: trees of arrays with one leading axis in common.
+    """
     python = not model.compiles and _loops.in_python(model.gradient, stacked)
     return _loops.mapped(function, *stacked, python=python)
 
@@ -101,11 +123,18 @@ def has_axis(model: QuadraticModel) -> bool:
 
 
 def take(objective: BoundObjective, step: int | Int[Array, ""]) -> BoundObjective:
-    """Return the objective on the batch of one step, of those that are stacked."""
+    """Return the objective on the batch of one step, of those that are stacked.
+
+    Args:
+      objective: its batch with one more axis in front.
+      step: position on that axis.
+    """
     return jax.tree.map(lambda x: x[step], objective)
 
 
-def _draw(setup: Setup, model: QuadraticModel, objective: BoundObjective, key: Array) -> Params:
+def _draw(
+    setup: Setup, model: QuadraticModel, objective: BoundObjective, key: PRNGKeyArray
+) -> Params:
     """One random direction."""
     probe = setup.refit.probe
     if probe == "gaussian":
@@ -121,7 +150,7 @@ def _draw(setup: Setup, model: QuadraticModel, objective: BoundObjective, key: A
     return jax.tree.map(lambda x, n: (x / top + floor * n).astype(x.dtype), h, noise)
 
 
-def _subset(cotangent: PyTree, key: Array) -> PyTree:
+def _subset(cotangent: PyTree, key: PRNGKeyArray) -> PyTree:
     """Minus the loss's gradient in the outputs, of a random part of the rows."""
     count = max(c.shape[0] if c.ndim else 1 for c in jax.tree.leaves(cotangent))
     rows = jax.random.bernoulli(key, SUBSET, (count,))

@@ -48,8 +48,8 @@ def judge(
       h: the direction of descent.
       old: arrays before the refit.
       new: arrays as the inner solver left them.
-      ema_decay: d.
-      before: Phi at the start, where it is known.
+      ema_decay: d in [0, 1].
+      before: Phi at the start, where it is known; None: it is computed.
     """
     refit, plan = setup.refit, setup.plan
     if setup.averages:
@@ -107,7 +107,10 @@ def _same(a: Arrays, b: Arrays) -> Bool[Array, ""]:
     return jnp.all(jnp.stack([jnp.all(a[slot] == b[slot]) for slot in a]))
 
 
-def _status(finite: Array, upright: Array, decreased: Array, same: Array) -> Int[Array, ""]:
+def _status(
+    finite: Bool[Array, ""], upright: Bool[Array, ""], decreased: Bool[Array, ""],
+    same: Bool[Array, ""],
+) -> Int[Array, ""]:  # fmt: skip
     code = {word: i for i, word in enumerate(STATUS)}
     choice = jnp.where(decreased, code["updated"], code["rejected"])
     choice = jnp.where(upright, choice, code["inverted"])
@@ -115,7 +118,7 @@ def _status(finite: Array, upright: Array, decreased: Array, same: Array) -> Int
     return jnp.where(same, code["kept"], choice)
 
 
-def _choose(flags: list[Array], new: Blocks, old: Blocks) -> Blocks:
+def _choose(flags: list[Bool[Array, ""]], new: Blocks, old: Blocks) -> Blocks:
     return tuple(
         jax.tree.map(lambda n, o, flag=flag: jnp.where(flag, n, o), ns, os)
         for flag, ns, os in zip(flags, new, old, strict=True)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llqr import _loops, metrics
-from llqr._types import Array, Bool, Float, Int
+from llqr._types import Array, Bool, Float, Int, PRNGKeyArray
 from llqr.curvature import model as quadratic
 from llqr.curvature.model import QuadraticModel
 from llqr.objective import BoundObjective
@@ -33,7 +33,7 @@ class Linearized(NamedTuple):
     """What stays the same over the inner steps of one refit: a pytree."""
 
     start: Blocks  # arrays from which it starts
-    key: Array
+    key: PRNGKeyArray
     model: QuadraticModel  # with fresh batches, on the first one
     inputs: Inputs
 
@@ -59,6 +59,12 @@ def learn(setup: Setup, inputs: Inputs) -> tuple[Blocks, RefitInfo]:
     Returns:
       The arrays to install and the new record. Never anything that is not finite, unless
       the old arrays were not.
+
+    Raises:
+      ValueError: fresh batches that are not stacked, one for each inner step.
+
+    References:
+      Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
     """
     if setup.refit.fresh_batches:
         _check_stacked(inputs.objective, setup.refit.steps)
@@ -151,7 +157,13 @@ def _at_step(
 
 
 def phi_at(setup: Setup, fixed: Linearized, step: Int[Array, ""]) -> Phi:
-    """Return the objective of one inner step."""
+    """Return the objective of one inner step.
+
+    Args:
+      setup: what stays the same over a run.
+      fixed: what stays the same over the refit.
+      step: number of the inner step, from 0.
+    """
     model, objective = _at_step(setup, fixed, step)
     # Solvers that compare steps need the same directions at every one.
     same = setup.refit.solver in DETERMINISTIC

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import optax
 
 from llqr._tree import Frozen
-from llqr._types import Array, Number, Params
+from llqr._types import Array, Int, Number, Params
 from llqr.curvature.route import Route
 from llqr.metrics import Reduction
 from llqr.objective import BoundObjective
@@ -25,7 +25,7 @@ class Method(NamedTuple):
     check: Callable[[plans.Plan], None]  # raises where a block cannot be learned so
     init: Callable[[plans.Plan, Params, tuple[str, ...]], Any]  # -> what it remembers besides P
     # (plan, that, updates, count) -> that, and what P sees
-    observe: Callable[[plans.Plan, Any, Params, Array], tuple[Any, Params]]
+    observe: Callable[[plans.Plan, Any, Params, Int[Array, ""]], tuple[Any, Params]]
     # (plan, (blocks, info, stream), params, objective, count, base) -> blocks, info, stream
     refit: Callable[..., tuple[Blocks, RefitInfo, Any]]
 
@@ -33,13 +33,26 @@ class Method(NamedTuple):
 def learned(
     metric: Frozen, damping: Number, reduction: Reduction, sigma: float, route: Route, refit: Refit
 ) -> Method:
-    """Return the published way: refits that minimise Phi, for which training stops."""
+    """Return the published way: refits that minimise Phi, for which training stops.
+
+    Args:
+      metric: a resolved metric, or a tree of them, flattened by `freeze`.
+      damping: lambda >= 0.
+      reduction: over rows.
+      sigma: P is stored as sigma P.
+      route: how curvature products are computed.
+      refit: the options.
+
+    References:
+      Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
+    """
 
     def setup_of(plan: plans.Plan, base: optax.GradientTransformation | None = None) -> Setup:
         return Setup(plan, metric, reduction, sigma, refit, route, base)
 
     def run(
-        plan: plans.Plan, held: Any, params: Params, objective: BoundObjective, count: Array,
+        plan: plans.Plan, held: Any, params: Params, objective: BoundObjective,
+        count: Int[Array, ""],
         base: tuple[optax.GradientTransformation, Any] | None,
     ) -> tuple[Blocks, RefitInfo, Any]:  # fmt: skip
         blocks, info, stream = held
@@ -60,17 +73,29 @@ def streamed(
     metric: Frozen, damping: Number, reduction: Reduction, two_sided: bool, route: Route,
     options: Streaming,
 ) -> Method:  # fmt: skip
-    """Return the streaming way: statistics at every step, a probe now and then."""
+    """Return the streaming way: statistics at every step, a probe now and then.
+
+    Args:
+      metric: a resolved metric, or a tree of them, flattened by `freeze`, from which
+        labels can be drawn.
+      damping: lambda > 0.
+      reduction: over rows.
+      two_sided: whether a rule has a structure of two sides without a spectrum.
+      route: how the network is linearised.
+      options: of the refits.
+    """
 
     def setup_of(plan: plans.Plan) -> StreamSetup:
         return StreamSetup(plan, metric, reduction, options, two_sided, route)
 
-    def observe(plan: plans.Plan, stream: Any, updates: Params, count: Array) -> tuple[Any, Params]:
+    def observe(
+        plan: plans.Plan, stream: Any, updates: Params, count: Int[Array, ""]
+    ) -> tuple[Any, Params]:
         return streaming.observe(setup_of(plan), stream, updates, count)
 
     def run(
-        plan: plans.Plan, held: Any, params: Params, objective: BoundObjective, count: Array,
-        base: Any,
+        plan: plans.Plan, held: Any, params: Params, objective: BoundObjective,
+        count: Int[Array, ""], base: Any,
     ) -> tuple[Blocks, RefitInfo, Any]:  # fmt: skip
         del count, base
         blocks, info, stream = held

@@ -54,7 +54,7 @@ class Phi:
     batched: bool
 
     def value(self, blocks: Blocks) -> Float[Array, ""]:
-        """Return Phi of P with these arrays."""
+        """Return Phi of P with these arrays, of all slots."""
 
         def one(model: QuadraticModel, h: Params, linear: Params) -> Array:
             u = plans.multiply(self.plan, blocks, h)
@@ -63,7 +63,7 @@ class Phi:
         return jnp.mean(each(self.model, self.batched, one, *self.directions))
 
     def value_and_gradient(self, learned: Blocks) -> tuple[Float[Array, ""], Blocks]:
-        """Return Phi and its gradient: one product with C."""
+        """Return Phi and its gradient in what is learned: one product with C."""
 
         def one(model: QuadraticModel, u: Params, linear: Params) -> tuple[Array, Params]:
             curved = model.product(u)
@@ -82,7 +82,13 @@ class Phi:
     def along(
         self, learned: Blocks, direction: Blocks, t: Float[Array, ""]
     ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-        """Return Phi, its slope and u'.(C + lambda) u' along a line: tangent sweeps alone."""
+        """Return Phi, its slope and u'.(C + lambda) u' along a line: tangent sweeps alone.
+
+        Args:
+          learned: where the line starts.
+          direction: d, like `learned`.
+          t: position: at learned + t d.
+        """
 
         def controls(t: Array) -> Params:
             moved = jax.tree.map(lambda b, d: b + t * d, learned, direction)

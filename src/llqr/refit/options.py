@@ -72,6 +72,16 @@ class Refit:
     Raises:
       ValueError: a value outside its range, or options that exclude each other.
       TypeError: a value of a wrong type.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, llqr
+      >>> refit = llqr.Refit(every=100, until=1000, steps=20, probe="fisher", probes=2)
+      >>> tx = llqr.llqr(optax.sgd(0.1), structure="kfac", refit=refit)
+      >>> [count for count in (0, 50, 900, 1000) if refit.is_due(jnp.asarray(count))]
+      [0, 900]
+
+    References:
+      Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
     """
 
     every: int | Schedule = 1000
@@ -156,7 +166,17 @@ class Refit:
 
 
 def check_options(refit: Refit, metric: PyTree, reduction: Reduction, route: Route) -> None:
-    """Raise ValueError if options of a refit exclude each other."""
+    """Check the options of a refit against those around it.
+
+    Args:
+      refit: the options.
+      metric: a resolved metric, or a tree of them.
+      reduction: over rows.
+      route: how curvature products are computed.
+
+    Raises:
+      ValueError: they exclude each other.
+    """
     why = None
     if refit.probe == "fisher" and not metrics.can_sample(metric):
         why = (

@@ -14,7 +14,15 @@ the direction, or the objective did not decrease."""
 
 
 class RefitInfo(NamedTuple):
-    """What the last refit did; zeros and NaN before the first."""
+    """What the last refit did; zeros and NaN before the first.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, llqr
+      >>> tx = llqr.llqr(optax.sgd(0.1), structure="diagonal")
+      >>> info = llqr.find(tx.init({"w": jnp.ones((2, 2)), "b": jnp.ones(2)})).refit
+      >>> info.words, int(info.guarded)
+      (('none', 'none'), 0)
+    """
 
     refits: Int[Array, ""]  # how many so far
     steps: Int[Array, ""]  # inner steps of the last one
@@ -25,7 +33,11 @@ class RefitInfo(NamedTuple):
     cosines: Float[Array, " blocks"]  # of P h and h in each block; 0 where h or P h is zero
 
     def count(self, *words: str) -> Int[Array, ""]:
-        """Return how many blocks have one of these words of `STATUS`."""
+        """Return how many blocks have one of these words of `STATUS`.
+
+        Raises:
+          ValueError: a word that is not in `STATUS`.
+        """
         found = [jnp.sum(self.status == STATUS.index(w), dtype=jnp.int32) for w in words]
         return sum(found, start=jnp.zeros((), jnp.int32))
 

@@ -96,7 +96,13 @@ class Numbers(NamedTuple):
 
 
 def numbers_at(refit: Refit, count: Int[Array, ""], damping: Number) -> Numbers:
-    """Return the numbers of a refit at `count`."""
+    """Return the numbers of a refit, schedules evaluated.
+
+    Args:
+      refit: the options.
+      count: update calls before the refit.
+      damping: lambda >= 0.
+    """
 
     def at(value: Any) -> Any:
         return value(count) if callable(value) else value

@@ -77,6 +77,10 @@ def make(
       momentum: mu.
       clip_norm: largest L2 norm of each array of G; None: no clipping.
       clip_value: largest absolute entry of G; None: no clipping.
+
+    References:
+      Hager and Zhang, A Survey of Nonlinear Conjugate Gradient Methods (2006), for cg_zoom_hz.
+      Li, Preconditioned Stochastic Gradient Descent, arXiv 1512.04202, for relative.
     """
     if solver == "cg":
         return Solver(_cg_init, _cg_step, needs_first_gradient=True)
@@ -131,6 +135,9 @@ def scale_by_relative() -> optax.GradientTransformation:
       >>> updates, _ = tx.update([jnp.array([2.0, 0.0])], tx.init(None), [jnp.array([1.0, 1.0])])
       >>> updates[0].tolist()
       [1.0, 0.0]
+
+    References:
+      Li, Preconditioned Stochastic Gradient Descent, arXiv 1512.04202.
     """
 
     def one(path: Any, g: Array, s: Array) -> Array:

@@ -51,7 +51,7 @@ import jax.numpy as jnp
 from llqr import _loops, metrics
 from llqr._errors import check_integer, check_range
 from llqr._tree import Frozen, all_finite, cosine, divide, norm, normal_like, vdot
-from llqr._types import Array, Bool, Float, Int, Number, Params, PyTree
+from llqr._types import Array, Bool, Float, Int, Number, Params, PRNGKeyArray, PyTree
 from llqr.curvature import model as quadratic
 from llqr.curvature.model import QuadraticModel
 from llqr.curvature.route import Route
@@ -107,6 +107,11 @@ class Streaming:
       >>> tx = llqr.llqr(optax.sgd(0.01), structure="e-kfac", refit=llqr.Streaming())
       >>> [step for step in range(50) if llqr.Streaming().is_due(step) and step >= 20]
       [20, 30, 40]
+
+    References:
+      Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230, for the
+      objective. Vyas et al., SOAP, arXiv 2409.11321, for the bases. Li, Preconditioned
+      Stochastic Gradient Descent, arXiv 1512.04202, for kfac's relative steps.
     """
 
     every: int = 10
@@ -191,7 +196,13 @@ def check_streamable(structures: Iterable[Structure], metric: PyTree) -> None:
 
 
 def kind_of(structure: Structure) -> str | None:
-    """Return how a structure is streamed: "spectrum", "sides", or None for not at all."""
+    """Return how a structure is streamed: "spectrum", "sides", or None for not at all.
+
+    Example:
+      >>> from llqr.structures import STRUCTURES
+      >>> [kind_of(STRUCTURES[name]) for name in ("e-kfac", "kfac", "sym-kfac")]
+      ['spectrum', 'sides', None]
+    """
     plain = not (structure.positive or structure.normalize) and structure.view == "leaf"
     known = {structure.left, structure.right} <= {"identity", "dense", "diagonal"}
     if not (plain and known):
@@ -221,6 +232,9 @@ def init(setup: StreamSetup, params: Params, slots: tuple[str, ...]) -> StreamSt
       setup: of the run.
       params: the parameters.
       slots: of the preconditioner's state, so that trees of both are alike.
+
+    Returns:
+      Zeros; for kfac A and B the identity, and a normal draw for the power steps.
     """
     zeros = _zeros_like(params)
     arrays = [
@@ -249,6 +263,15 @@ def observe(
     """Return the state after one more gradient, momentum and second moments, and what P sees.
 
     A block whose gradient is not finite keeps its moments.
+
+    Args:
+      setup: of the run.
+      stream: the state so far.
+      gradient: G, like the parameters.
+      count: steps so far.
+
+    Returns:
+      The state, and m or, with `nesterov`, G + mu m: like the parameters, float32 at least.
     """
     options, statistics = setup.options, _unpack(setup.plan, stream.statistics, gradient)
     momentum = jax.tree.map(
@@ -310,6 +333,10 @@ def refit(
       params: the current parameters.
       objective: on the training batch.
       damping: lambda > 0.
+
+    Returns:
+      The arrays of P, the record and the state; a block whose probe is not finite keeps its
+      curvature.
     """
     python = _loops.in_python(params)
     run = _loops.compiled if python and not setup.route.layerwise else _loops.direct
@@ -386,7 +413,7 @@ def _linearize(
 
 
 def _probe(
-    setup: StreamSetup, model: QuadraticModel, objective: BoundObjective, key: Array
+    setup: StreamSetup, model: QuadraticModel, objective: BoundObjective, key: PRNGKeyArray
 ) -> Params:
     """The gradient for labels drawn from the model: one pull-back."""
     rows = metrics.over_rows(setup.reduction)
@@ -485,7 +512,7 @@ def _power_step(
 
 def _relative_step(
     setup: StreamSetup, model: QuadraticModel, blocks: list[Arrays], statistics: list[Arrays],
-    h: Params, noise: Array,
+    h: Params, noise: PRNGKeyArray,
 ) -> tuple[list[Arrays], list[Arrays], Float[Array, ""], Float[Array, ""]]:  # fmt: skip
     """Move Q along its relative gradient; also Phi on this probe, before and after."""
     root, floor = jnp.sqrt(model.top_eigenvalue), jnp.sqrt(FISHER_FLOOR * model.damping)
@@ -527,7 +554,7 @@ def _between(factors: Arrays, x: Array) -> Array:
     return x @ factors["right"].T if "right" in factors else x
 
 
-def _spectral_norm(e: Array) -> Float[Array, ""]:
+def _spectral_norm(e: Float[Array, "d d"]) -> Float[Array, ""]:
     """|E|_2 of a symmetric E, from below: a few power steps from its longest row."""
     v = e[jnp.argmax(jnp.sum(e * e, axis=1))]
     for _ in range(NORM_STEPS):
@@ -539,7 +566,7 @@ def _spectral_norm(e: Array) -> Float[Array, ""]:
 
 
 def _record(
-    plan: Plan, blocks: Blocks, info: RefitInfo, momentum: Params, keep: list[Array],
+    plan: Plan, blocks: Blocks, info: RefitInfo, momentum: Params, keep: list[Bool[Array, ""]],
     before: Float[Array, ""], after: Float[Array, ""],
 ) -> RefitInfo:  # fmt: skip
     leaves = jax.tree.leaves(momentum)

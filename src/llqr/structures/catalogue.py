@@ -88,6 +88,10 @@ def get(name: str | Structure) -> Structure:
 
     Raises:
       ValueError: unknown name; the message names the nearest.
+
+    Example:
+      >>> get("kfac").slots
+      ('left', 'right')
     """
     if isinstance(name, Structure):
         return name

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from llqr._tree import leaf_names, replicate, shard_like
-from llqr._types import Array, PyTree
+from llqr._types import Array, Float, PRNGKeyArray, PyTree
 from llqr.structures import catalogue
 from llqr.structures import matrix as mx
 from llqr.structures.matrix import Arrays, Structure
@@ -39,6 +39,16 @@ class Rule:
       structure: a name or a `Structure`.
       rows: how many leading axes form the rows of the matrix view. None decides by shape:
         all but the last, and the first alone for attention's query, key and value.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, llqr
+      >>> table = [llqr.Rule(match="embedding", structure="diagonal"),
+      ...          llqr.Rule(match=lambda path, shape: len(shape) == 4, structure="kfac", rows=3),
+      ...          ("*", "diagonal")]
+      >>> tx = llqr.llqr(optax.sgd(0.1), structure=table)
+      >>> params = {"embedding": jnp.zeros((9, 2)), "conv": jnp.zeros((3, 3, 2, 4))}
+      >>> [(row.leaf, row.structure, row.view) for row in llqr.describe(tx, params).rows]
+      [('conv', 'kfac', (18, 4)), ('embedding', 'diagonal', (9, 2))]
     """
 
     match: Match
@@ -46,7 +56,12 @@ class Rule:
     rows: int | None = None
 
     def matches(self, path: str, shape: tuple[int, ...]) -> bool:
-        """Whether this rule decides for a leaf."""
+        """Whether this rule decides for a leaf.
+
+        Args:
+          path: of the leaf, "encoder/0/kernel".
+          shape: of the leaf.
+        """
         if callable(self.match):
             return bool(self.match(path, shape))
         return self.match == "*" or re.search(self.match, path) is not None
@@ -57,7 +72,16 @@ StructureLike: TypeAlias = str | Structure | Sequence[Rule | tuple[Match, str | 
 
 
 def matrix_like(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether a leaf is seen as a matrix: two axes longer than 1, and not a bias or scale."""
+    """Whether a leaf is seen as a matrix: two axes longer than 1, and not a bias or scale.
+
+    Args:
+      path: of the leaf.
+      shape: of the leaf.
+
+    Example:
+      >>> matrix_like("dense/kernel", (4, 3)), matrix_like("attention/query/bias", (4, 16))
+      (True, False)
+    """
     return sum(side > 1 for side in shape) >= 2 and not _VECTORS.search(path)
 
 
@@ -70,6 +94,10 @@ def rule_table(rules: StructureLike) -> tuple[Rule, ...]:
 
     Raises:
       ValueError: unknown structure, empty table, or no catch-all in the last line.
+
+    Example:
+      >>> [rule.structure.name for rule in rule_table([("bias$", "diagonal"), ("*", "kfac")])]
+      ['diagonal', 'kfac']
     """
     if isinstance(rules, str | Structure):
         chosen = catalogue.get(rules)
@@ -115,15 +143,27 @@ class Block:
     shape: tuple[int, ...]
 
     def init(self, sigma: float) -> Arrays:
-        """Return the arrays for which P = sigma * identity."""
+        """Return the arrays for which P = sigma * identity, sigma > 0."""
         return mx.init(self.structure, self.shape, sigma, jnp.dtype(self.dtype))
 
-    def start(self, arrays: Arrays, key: Array) -> Arrays:
-        """Return what a refit learns, at its start."""
+    def start(self, arrays: Arrays, key: PRNGKeyArray) -> Arrays:
+        """Return what a refit learns, at its start.
+
+        Args:
+          arrays: of the block, from which the refit starts.
+          key: of fresh vectors.
+        """
         return mx.start(self.structure, arrays, self.shape, key)
 
-    def multiply(self, arrays: Arrays, xs: Sequence[Array]) -> list[Array]:
-        """Return P x for the block's leaves, each in its own shape and dtype."""
+    def multiply(
+        self, arrays: Arrays, xs: Sequence[Float[Array, "..."]]
+    ) -> list[Float[Array, "..."]]:
+        """Return P x for the block's leaves, each in its own shape and dtype.
+
+        Args:
+          arrays: of the block.
+          xs: one array in the shape of each leaf.
+        """
         dtype = jnp.dtype(self.dtype)
         if self.structure.elementwise:
             out = [mx.multiply(self.structure, arrays, x.astype(dtype)) for x in xs]
@@ -135,12 +175,15 @@ class Block:
             out = [part.reshape(shape) for part, shape in zip(out, self.shapes, strict=True)]
         return [shard_like(y.astype(x.dtype), x) for y, x in zip(out, xs, strict=True)]
 
-    def matrix(self, x: Array) -> Array:
-        """Return the view of the block's one leaf on which P acts, in the block's dtype."""
+    def matrix(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return the view of the block's one leaf on which P acts, in the block's dtype.
+
+        [m, n], or the leaf's own shape for elementwise structures.
+        """
         x = x.astype(jnp.dtype(self.dtype))
         return x if self.structure.elementwise else replicate(x).reshape(self.shape)
 
-    def as_matrix(self, arrays: Arrays) -> Array:
+    def as_matrix(self, arrays: Arrays) -> Float[Array, "size size"]:
         """Return P as a dense matrix on the concatenated, flattened leaves."""
         shape = self.shape
         if self.structure.elementwise:
@@ -201,6 +244,14 @@ def at_least_float32(dtype: Any) -> jnp.dtype:
 def matrix_view(name: str, shape: tuple[int, ...], rows: int | None = None) -> tuple[int, int]:
     """Return [m, n], the row-major matrix view of a leaf (`Rule.rows`).
 
+    Args:
+      name: path of the leaf.
+      shape: of the leaf.
+      rows: how many leading axes form the rows; None decides by name and shape.
+
+    Raises:
+      ValueError: `rows` is negative or larger than the number of axes.
+
     Example:
       >>> matrix_view("conv/kernel", (3, 3, 16, 32))
       (144, 32)
@@ -228,25 +279,55 @@ def _limit(chosen: Structure, shape: tuple[int, ...], max_dim: int) -> Structure
 
 
 def identity(plan: Plan, sigma: float) -> tuple[Arrays, ...]:
-    """Return arrays for which every block is sigma * identity."""
+    """Return arrays for which every block is sigma * identity.
+
+    Args:
+      plan: the blocks.
+      sigma: > 0.
+    """
     return tuple(block.init(sigma) for block in plan)
 
 
-def start(plan: Plan, arrays: Sequence[Arrays], key: Array) -> tuple[Arrays, ...]:
-    """Return what a refit learns, block by block; `key` is for fresh vectors."""
+def start(plan: Plan, arrays: Sequence[Arrays], key: PRNGKeyArray) -> tuple[Arrays, ...]:
+    """Return what a refit learns, block by block.
+
+    Args:
+      plan: the blocks.
+      arrays: of each block, from which the refit starts.
+      key: of fresh vectors.
+    """
     keys = jax.random.split(key, max(len(plan), 1))
     return tuple(b.start(a, k) for b, a, k in zip(plan, arrays, keys, strict=True))
 
 
 def install(plan: Plan, arrays: Sequence[Arrays], learned: Sequence[Arrays]) -> tuple[Arrays, ...]:
-    """Return the arrays of every block with what was learned in them."""
+    """Return the arrays of every block with what was learned in them.
+
+    Args:
+      plan: the blocks.
+      arrays: of each block, from which the refit started.
+      learned: like the result of `start`.
+    """
     return tuple(
         mx.install(b.structure, a, x) for b, a, x in zip(plan, arrays, learned, strict=True)
     )
 
 
 def multiply(plan: Plan, arrays: Sequence[Arrays], tree: PyTree) -> PyTree:
-    """Return P applied to a tree shaped like the parameters, sigma included."""
+    """Return P applied to a tree, sigma included.
+
+    Args:
+      plan: the blocks.
+      arrays: of each block.
+      tree: shaped like the parameters; leaves keep their dtypes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"w": jnp.ones((3, 2))}
+      >>> plan = make_plan(params, rule_table("kfac"), max_dim=100)
+      >>> multiply(plan, identity(plan, 4.0), params)["w"].tolist()
+      [[4.0, 4.0], [4.0, 4.0], [4.0, 4.0]]
+    """
     leaves, treedef = jax.tree.flatten(tree)
     out = list(leaves)
     for block, values in zip(plan, arrays, strict=True):
@@ -260,7 +341,14 @@ def multiply(plan: Plan, arrays: Sequence[Arrays], tree: PyTree) -> PyTree:
 def pack(
     plan: Plan, arrays: Sequence[Arrays], like: PyTree, slot_names: Sequence[str]
 ) -> dict[str, PyTree]:
-    """Return one tree for each slot in the shape of `like`: an array or None for each leaf."""
+    """Return one tree for each slot in the shape of `like`: an array or None for each leaf.
+
+    Args:
+      plan: the blocks.
+      arrays: of each block.
+      like: a tree with the structure of the parameters.
+      slot_names: of the trees: at least the slots of all blocks.
+    """
     treedef = jax.tree.structure(like)
     trees: dict[str, list[Array | None]] = {s: [None] * treedef.num_leaves for s in slot_names}
     for block, values in zip(plan, arrays, strict=True):
@@ -275,7 +363,14 @@ def unpack(
     like: PyTree,
     slots_of: Callable[[Block], Sequence[str]] = lambda block: block.structure.slots,
 ) -> tuple[Arrays, ...]:
-    """Return the arrays of each block, those of its structure by default: the inverse of `pack`."""
+    """Return the arrays of each block: the inverse of `pack`.
+
+    Args:
+      plan: the blocks.
+      trees: from `pack`.
+      like: a tree with the structure of the parameters.
+      slots_of: the slots that a block has; by default those of its structure.
+    """
     treedef = jax.tree.structure(like)
     columns = {slot: treedef.flatten_up_to(tree) for slot, tree in trees.items()}
     return tuple(

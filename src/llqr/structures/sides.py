@@ -32,10 +32,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from llqr._types import Array
+from llqr._types import Array, Float
 
-SideArrays = Mapping[str, Array]
+SideArrays = Mapping[str, Float[Array, "..."]]
 """Local name ("main", "values", ...) -> array."""
 
 Shapes = dict[str, tuple[int, ...]]
@@ -68,8 +69,8 @@ class Side:
     """
 
     shapes: Callable[[int, int], Shapes]
-    init: Callable[[float, int, int, jnp.dtype], dict[str, Array]]
-    times: Callable[[SideArrays, Array, bool], Array]
+    init: Callable[[float, int, int, DTypeLike], dict[str, Array]]
+    times: Callable[[SideArrays, Float[Array, "d k"], bool], Float[Array, "d k"]]
     cost: Callable[[int, int], int]
     square: bool = False
     linear: bool = False
@@ -86,12 +87,12 @@ def _square(d: int, r: int) -> Shapes:
     return {"main": (d, d)}
 
 
-def _eye(value: float, d: int, r: int, dtype: jnp.dtype) -> dict[str, Array]:
+def _eye(value: float, d: int, r: int, dtype: DTypeLike) -> dict[str, Array]:
     del r
     return {"main": value * jnp.eye(d, dtype=dtype)}
 
 
-def _root_eye(value: float, d: int, r: int, dtype: jnp.dtype) -> dict[str, Array]:
+def _root_eye(value: float, d: int, r: int, dtype: DTypeLike) -> dict[str, Array]:
     return _eye(value**0.5, d, r, dtype)
 
 
@@ -99,32 +100,38 @@ def _lower(arrays: SideArrays) -> dict[str, Array]:
     return {**arrays, "main": jnp.tril(arrays["main"])}
 
 
-def _symmetric_times(arrays: SideArrays, x: Array, transpose: bool) -> Array:
+def _symmetric_times(
+    arrays: SideArrays, x: Float[Array, "d k"], transpose: bool
+) -> Float[Array, "d k"]:
     del transpose
     t = arrays["main"]
     return (jnp.tril(t) + jnp.tril(t, -1).T) @ x
 
 
-def _definite_times(arrays: SideArrays, x: Array, transpose: bool) -> Array:
+def _definite_times(
+    arrays: SideArrays, x: Float[Array, "d k"], transpose: bool
+) -> Float[Array, "d k"]:
     del transpose
     t = jnp.tril(arrays["main"])
     return t @ (t.T @ x)
 
 
-def _congruent_times(arrays: SideArrays, x: Array, transpose: bool, *, unit: bool) -> Array:
+def _congruent_times(
+    arrays: SideArrays, x: Float[Array, "d k"], transpose: bool, *, unit: bool
+) -> Float[Array, "d k"]:
     del transpose
     t, s = jnp.tril(arrays["main"]), arrays["values"]
     s = _unit_max(s) if unit else s
     return t @ (s[:, None] * (t.T @ x))
 
 
-def _unit_max(s: Array) -> Array:
+def _unit_max(s: Float[Array, " d"]) -> Float[Array, " d"]:
     largest = jnp.max(jnp.abs(s))
     return s / jnp.where(largest > 0, largest, 1)
 
 
 def _congruent_init(
-    value: float, d: int, r: int, dtype: jnp.dtype, *, unit: bool
+    value: float, d: int, r: int, dtype: DTypeLike, *, unit: bool
 ) -> dict[str, Array]:
     # The size of a normalised s would be lost: T carries it.
     main, s = (value**0.5, 1.0) if unit else (1.0, value)
@@ -148,14 +155,16 @@ def _congruent(unit: bool) -> Side:
     )
 
 
-def _householder_init(value: float, d: int, r: int, dtype: jnp.dtype) -> dict[str, Array]:
+def _householder_init(value: float, d: int, r: int, dtype: DTypeLike) -> dict[str, Array]:
     # Q (value I) Q^T = value I for every Q. From zero vectors, Q could never move.
     del r
     vectors = jax.random.normal(jax.random.key(42), (REFLECTIONS, d), dtype)
     return {"vectors": vectors, "values": jnp.full((d,), value, dtype)}
 
 
-def _householder_times(arrays: SideArrays, x: Array, transpose: bool) -> Array:
+def _householder_times(
+    arrays: SideArrays, x: Float[Array, "d k"], transpose: bool
+) -> Float[Array, "d k"]:
     del transpose
     units = [v / jnp.sqrt(jnp.maximum(jnp.sum(v * v), _TINY**2)) for v in arrays["vectors"]]
     for v in units:  # Q^T x
@@ -166,7 +175,7 @@ def _householder_times(arrays: SideArrays, x: Array, transpose: bool) -> Array:
     return x
 
 
-def _reflect(v: Array, x: Array) -> Array:
+def _reflect(v: Float[Array, " d"], x: Float[Array, "d k"]) -> Float[Array, "d k"]:
     return x - 2 * v[:, None] * (v @ x)[None, :]
 
 
@@ -193,11 +202,15 @@ def _rank_one(pair: bool) -> Side:
     )
 
 
-def _dense_times(arrays: SideArrays, x: Array, transpose: bool) -> Array:
+def _dense_times(
+    arrays: SideArrays, x: Float[Array, "d k"], transpose: bool
+) -> Float[Array, "d k"]:
     return (arrays["main"].T if transpose else arrays["main"]) @ x
 
 
-def _low_rank_times(arrays: SideArrays, x: Array, transpose: bool) -> Array:
+def _low_rank_times(
+    arrays: SideArrays, x: Float[Array, "d k"], transpose: bool
+) -> Float[Array, "d k"]:
     us, vs = arrays["main"], arrays.get("other", arrays["main"])
     for j in reversed(range(len(us))) if transpose else range(len(us)):
         u, v = (vs[j], us[j]) if transpose else (us[j], vs[j])
