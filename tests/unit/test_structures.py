@@ -55,8 +55,8 @@ SLOTS = {
     "sym_swm_sep-e-kfac": (
         "left_fresh_u right_fresh_u left_spectrum right_spectrum", "left right",
     ),
-    "low-rank-memory": ("left_fresh_u", "left scale"),
-    "low-rank-memory-asym": ("left_fresh_u left_fresh_v", "left left_other scale"),
+    "low-rank-memory": ("left_fresh_u", "left sigma"),
+    "low-rank-memory-asym": ("left_fresh_u left_fresh_v", "left left_other sigma"),
 }  # fmt: skip
 NAMES = tuple(SLOTS)
 MODULE = {"scalar", "dense", "low-rank-memory", "low-rank-memory-asym"}
@@ -358,7 +358,7 @@ class TestMemory:
         structure = replace(llqr.STRUCTURES[name], rank=3)
         arrays = mx.init(structure, (6, 1), 0.5, jnp.float64)
         zero = np.zeros(6)
-        vectors: dict = {slot: [zero] * 3 for slot in structure.slots if slot != "scale"}
+        vectors: dict = {slot: [zero] * 3 for slot in structure.slots if slot != "sigma"}
         for seed in range(5):
             learned = fresh(structure, arrays, seed)
             arrays = mx.install(structure, arrays, jaxed(learned))

@@ -113,7 +113,7 @@ class Structure:
     def for_leaf(self, path: str) -> "Structure":
         """Return the structure of one leaf: with `diagonal` applied."""
         sides = [slot for pattern, slot in self.diagonal if re.search(pattern, path)]
-        return replace(self, diagonal=(), **dict.fromkeys(sides, "diagonal"))
+        return replace(self, **dict.fromkeys(sides, "diagonal")) if sides else self
 
     @property
     def elementwise(self) -> bool:
