@@ -1,4 +1,4 @@
-.PHONY: help check format lint types layers test slow docs lock bench
+.PHONY: help check format lint types layers test typed slow docs lock bench
 RUN = uv run --no-sync
 
 help:  ## Show this list
@@ -18,8 +18,17 @@ types:  ## Types
 layers:  ## Imports only go down
 	$(RUN) lint-imports
 
-test:  ## Tests, without the slow ones
-	$(RUN) pytest -n 2 -m "not slow"
+# These touch every numerical module, and run with every function of the library under jaxtyping and
+# beartype: annotations of shapes are checked where they run.
+TYPED = $(addprefix tests/unit/test_,metrics.py quadratic.py routes.py describe.py operators.py streaming.py)
+
+test: typed  ## Tests, without the slow ones
+	$(RUN) pytest -n 2 -m "not slow" $(addprefix --ignore=,$(TYPED))
+	$(RUN) pytest -m "wrong_type and not slow" $(TYPED)
+
+typed:  ## Those that run under the type checker
+	PYTHONPATH=tests $(RUN) pytest -n 2 -m "not slow and not wrong_type" \
+		--jaxtyping-packages=llqr,typechecking.check $(TYPED)
 
 slow:  ## The slow tests
 	$(RUN) pytest -m slow

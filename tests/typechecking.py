@@ -1,4 +1,4 @@
-"""The type checker of `make typecheck`: beartype, where an int is a float as PEP 484 says."""
+"""The type checker of `make typed`: beartype, where an int is a float as PEP 484 says."""
 
 from beartype import BeartypeConf, beartype
 

@@ -1,6 +1,7 @@
 """The optax transformation: apply P at every step, refit it when due."""
 
 import enum
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -19,11 +20,11 @@ from llqr.refit import methods
 from llqr.refit.options import Refit, check_options
 from llqr.refit.record import RefitInfo, no_refit
 from llqr.refit.setup import Blocks
-from llqr.refit.streaming import DAMPING, Streaming, check_streamable, kind_of
+from llqr.refit.stream import DAMPING, Streaming, check_streamable, kind_of
 from llqr.state import LLQRState, Visited, product, recorder
 from llqr.structures import catalogue
 from llqr.structures import plan as plans
-from llqr.structures.plan import StructureLike
+from llqr.structures.plan import Rule, StructureLike
 
 
 class _Only(enum.Enum):
@@ -117,16 +118,7 @@ def scale_by_llqr(
     _check_options(damping, reduction, identity_scaling, max_dim, graft, refit)
     table, resolved = plans.rule_table(structure), metrics.resolve(metric)
     slots = plans.slots(table)
-    if isinstance(refit, Streaming):
-        structures = [catalogue.get(rule.structure) for rule in table]
-        check_streamable(structures, resolved)
-        two_sided = any(kind_of(structure) == "sides" for structure in structures)
-        method = methods.streamed(freeze(resolved), damping, reduction, two_sided, route, refit)
-    else:
-        check_options(refit, resolved, reduction, route)
-        method = methods.learned(
-            freeze(resolved), damping, reduction, identity_scaling, route, refit
-        )
+    method = _method(table, resolved, damping, reduction, identity_scaling, route, refit)
 
     def init(params: Params) -> Any:
         check_inexact(params)
@@ -175,6 +167,20 @@ def scale_by_llqr(
         return updates, LLQRState(_increment(state.count), packed, info, stream)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _method(
+    table: Sequence[Rule], metric: PyTree, damping: Number, reduction: Reduction, sigma: float,
+    route: Route, refit: Refit | Streaming,
+) -> methods.Method:  # fmt: skip
+    """How P is learned, its options checked."""
+    if isinstance(refit, Streaming):
+        structures = [catalogue.get(rule.structure) for rule in table]
+        check_streamable(structures, metric)
+        two_sided = any(kind_of(structure) == "sides" for structure in structures)
+        return methods.streamed(freeze(metric), damping, reduction, two_sided, route, refit)
+    check_options(refit, metric, reduction, route)
+    return methods.learned(freeze(metric), damping, reduction, sigma, route, refit)
 
 
 class ChainState(NamedTuple):

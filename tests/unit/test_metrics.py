@@ -105,6 +105,7 @@ def test_a_function_is_a_divergence():
         ({"a": "gauss_newton"}, TypeError, "'gauss_newton' belongs to the whole model"),
     ],
 )
+@pytest.mark.wrong_type
 def test_messages(metric, error, message):
     with pytest.raises(error, match=message):
         metrics.resolve(metric)

@@ -252,6 +252,7 @@ def test_low_precision(name: str, dtype: Any, rtol: float) -> None:
     close(oracle.flat(got[0]).astype(float), expected, rtol=rtol)
 
 
+@pytest.mark.wrong_type
 def test_errors() -> None:
     case = cases.MLP_MASKED
     integers = {**case.params, "steps": jnp.arange(3)}
@@ -264,6 +265,7 @@ def test_errors() -> None:
         llqr.Objective(case.objective.forward, 3)
 
 
+@pytest.mark.wrong_type
 def test_unknown_reduction_is_an_error() -> None:
     case = cases.MLP_TANH
     with pytest.raises(ValueError, match="divergence_reduction"):

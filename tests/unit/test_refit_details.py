@@ -78,6 +78,7 @@ def test_beta_of_hager_and_zhang_and_of_polak_and_ribiere() -> None:
     )
 
 
+@pytest.mark.wrong_type
 def test_cg_starts_again_where_phi_curves_down() -> None:
     """No step along such a direction, and none of it in the next one."""
     phi = Quadratic(np.diag([-1.0, 2.0]), np.array([1.0, 0.1]))

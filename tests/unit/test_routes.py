@@ -268,6 +268,7 @@ def test_chunks_are_as_small_as_their_count_allows() -> None:
 # --- what cannot be split -------------------------------------------------------------------------
 
 
+@pytest.mark.wrong_type
 def test_errors() -> None:
     case = cases.MLP_TANH
     with pytest.raises(ValueError, match="needs the stages of the model"):

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import llqr
 from llqr import metrics
-from llqr.refit.streaming import Streaming
+from llqr.refit.stream import Streaming
 from llqr.structures import plan as plans
 from tests import cases
 from tests.cases import Case

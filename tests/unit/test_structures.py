@@ -586,6 +586,7 @@ class TestMaxDim:
         ({"left": "low_rank", "rank": 1.5}, r"needs a rank >= 1, not 1.5"),
     ],
 )
+@pytest.mark.wrong_type
 def test_bad_structures_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         llqr.Structure(name="x", **options)

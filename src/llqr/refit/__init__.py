@@ -2,6 +2,6 @@
 
 from llqr.refit.options import Refit
 from llqr.refit.record import STATUS, RefitInfo
-from llqr.refit.streaming import Streaming, StreamState
+from llqr.refit.stream import Streaming, StreamState
 
 __all__ = ["STATUS", "Refit", "RefitInfo", "StreamState", "Streaming"]

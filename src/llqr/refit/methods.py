@@ -15,7 +15,7 @@ from llqr.refit.learn import learn
 from llqr.refit.options import Refit
 from llqr.refit.record import RefitInfo
 from llqr.refit.setup import Blocks, Inputs, Setup, numbers_at
-from llqr.refit.streaming import Streaming, StreamSetup
+from llqr.refit.stream import Streaming, StreamSetup
 from llqr.structures import plan as plans
 
 

@@ -1,0 +1,83 @@
+"""Two sides without a spectrum, moved by relative steps: kfac in `llqr.refit.streaming`."""
+
+import jax
+import jax.numpy as jnp
+
+from llqr._tree import all_finite, divide, norm, normal_like, vdot
+from llqr._types import Array, Float, Number, Params, PRNGKeyArray
+from llqr.curvature.model import QuadraticModel
+from llqr.refit.directions import FISHER_FLOOR
+from llqr.refit.stream import StreamSetup, StreamState, dense_sides, kind_of
+from llqr.structures import plan as plans
+from llqr.structures.matrix import Arrays
+from llqr.structures.plan import Block
+
+NORM_STEPS = 4
+"""Power steps behind |E|_2: with eta = 0.3, an estimate three times too small would still do."""
+
+
+def power_step(
+    setup: StreamSetup, model: QuadraticModel, stream: StreamState
+) -> tuple[Params, Number]:
+    """One step of the power iteration; its length estimates the largest eigenvalue."""
+    if setup.reduction != "unit":
+        return stream.power, 1.0
+    length = norm(stream.power)
+    unit = jax.tree.map(lambda v: divide(v, length.astype(v.dtype)), stream.power)
+    power = model.curvature.product(unit)
+    length = norm(power)
+    usable = jnp.isfinite(length) & (length > 0)
+    power = jax.tree.map(lambda new, old: jnp.where(usable, new, old), power, stream.power)
+    return power, jnp.where(usable, length, stream.top.astype(length.dtype))
+
+
+def relative_step(
+    setup: StreamSetup, model: QuadraticModel, blocks: list[Arrays], statistics: list[Arrays],
+    h: Params, noise: PRNGKeyArray,
+) -> tuple[list[Arrays], list[Arrays], Float[Array, ""], Float[Array, ""]]:  # fmt: skip
+    """Move Q along its relative gradient; also Phi on this probe, before and after."""
+    root, floor = jnp.sqrt(model.top_eigenvalue), jnp.sqrt(FISHER_FLOOR * model.damping)
+    h = jax.tree.map(lambda x, n: (x / root + floor * n).astype(x.dtype), h, normal_like(h, noise))
+
+    def phi(arrays: list[Arrays]) -> tuple[Params, Float[Array, ""]]:
+        u = plans.multiply(setup.plan, arrays, h)
+        return u, 0.5 * model.bilinear(u, u) - vdot(h, u)
+
+    u, before = phi(blocks)
+    residual = jax.tree.map(jnp.subtract, model.product(u), h)
+    rs, hs, new, found = jax.tree.leaves(residual), jax.tree.leaves(h), list(blocks), []
+    for i, block in enumerate(setup.plan):
+        own = statistics[i]
+        if kind_of(block.structure) == "sides":
+            r, x = (block.matrix(tree[block.leaves[0]]) for tree in (rs, hs))
+            own = _moved(setup.options.rate, block, own, r, x)
+            new[i] = new[i] | {slot: own[slot].T @ own[slot] for slot in dense_sides(block)}
+        found.append(own)
+    return new, found, before.astype(jnp.float32), phi(new)[1].astype(jnp.float32)
+
+
+def _moved(rate: float, block: Block, factors: Arrays, r: Array, h: Array) -> Arrays:
+    """A and B after one relative step."""
+    w, a = _between(factors, h), _between(factors, r)
+    out = dict(factors)
+    for slot in dense_sides(block):
+        e = a @ w.T if slot == "left" else a.T @ w
+        e = 0.5 * (e + e.T)
+        size = jnp.maximum(_spectral_norm(e), jnp.sum(w * w) / e.shape[0])
+        step = factors[slot] - rate * divide(e, size) @ factors[slot]
+        out[slot] = jnp.where(all_finite([step]), step, factors[slot])
+    return out
+
+
+def _between(factors: Arrays, x: Array) -> Array:
+    """A X B^T."""
+    x = factors["left"] @ x if "left" in factors else x
+    return x @ factors["right"].T if "right" in factors else x
+
+
+def _spectral_norm(e: Float[Array, "d d"]) -> Float[Array, ""]:
+    """|E|_2 of a symmetric E, from below: a few power steps from its longest row."""
+    v = e[jnp.argmax(jnp.sum(e * e, axis=1))]
+    for _ in range(NORM_STEPS):
+        v = e @ divide(v, jnp.sqrt(jnp.sum(v * v)))
+    return jnp.sqrt(jnp.sum(v * v))

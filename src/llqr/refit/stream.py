@@ -1,0 +1,181 @@
+"""What streaming refits are asked for, and what they remember; `llqr.refit.streaming` is how."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from llqr import metrics
+from llqr._errors import check_integer, check_range
+from llqr._tree import Frozen
+from llqr._types import Array, Bool, Float, Int, Params, PyTree
+from llqr.curvature.route import Route
+from llqr.metrics import Reduction
+from llqr.refit.setup import WHOLE
+from llqr.structures import plan as plans
+from llqr.structures.matrix import Arrays, Structure
+from llqr.structures.plan import Block, Plan
+
+DAMPING = 1e-4
+"""Default lambda, in units of the largest eigenvalue of C."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streaming:
+    """How P follows the training: `refit=llqr.Streaming()` in place of `llqr.Refit`.
+
+    A step with a refit costs one more transpose sweep of the network, so that the default takes
+    1.1 gradients a step. It works for the structures e-kfac (with its embedding rules, e-kfac-gpt),
+    diagonal and kfac, which takes 1.3; the metric must be one from which labels can be drawn.
+
+    Args:
+      every: k, steps from refit to refit, after the warm-up.
+      warmup: so many steps from `start` on have a refit each.
+      start: no refit before this count.
+      until: no refit at or after this count; None: never stops.
+      momentum: mu in [0, 1); P multiplies the momentum m.
+      nesterov: it multiplies G + mu m instead.
+      basis_decay: b in [0, 1), of the second moments of the gradient.
+      spectrum_decay: a in [0, 1], of the curvature c: a mean over the first refits, and then a
+        running mean; 1: the mean over all.
+      probes: h drawn at each refit.
+      wide: sides longer than this turn and follow more rarely.
+      rate: eta in (0, 1), of kfac.
+      seed: of the probes; the number of the refit is folded into it.
+
+    Raises:
+      ValueError: a value outside its range.
+      TypeError: a value of a wrong type.
+
+    Example:
+      >>> import optax, llqr
+      >>> tx = llqr.llqr(optax.sgd(0.01), structure="e-kfac", refit=llqr.Streaming())
+      >>> [step for step in range(50) if llqr.Streaming().is_due(step) and step >= 20]
+      [20, 30, 40]
+
+    References:
+      Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230, for the
+      objective. Vyas et al., SOAP, arXiv 2409.11321, for the bases. Li, Preconditioned
+      Stochastic Gradient Descent, arXiv 1512.04202, for kfac's relative steps.
+    """
+
+    every: int = 10
+    warmup: int = 20
+    start: int = 0
+    until: int | None = None
+    momentum: float = 0.9
+    nesterov: bool = True
+    basis_decay: float = 0.95
+    spectrum_decay: float = 0.9
+    probes: int = 1
+    wide: int = 256
+    rate: float = 0.3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("every", 1), ("warmup", 0), ("start", 0), ("until", 0),
+                          ("probes", 1), ("wide", 1), ("seed", 0)):  # fmt: skip
+            check_integer(f"Streaming: {name}", getattr(self, name), low=low)
+        for name, high in (("momentum", 1), ("basis_decay", 1), ("spectrum_decay", 1), ("rate", 1)):
+            value = getattr(self, name)
+            check_range(f"Streaming: {name}", value, low=0, high=high)
+            if value == 1 and name != "spectrum_decay":
+                raise ValueError(f"Streaming: {name} must be below 1, got {value!r}.")
+        if self.until is not None and self.until < self.start:
+            raise ValueError(f"Streaming: until={self.until} lies before start={self.start}.")
+
+    def is_due(self, count: int | Int[Array, ""]) -> bool | Bool[Array, ""]:
+        """Return whether step number `count`, from 0, has a refit; for an int, a Python bool."""
+        offset = count - self.start
+        due = (offset >= 0) & ((offset < self.warmup) | (offset % self.every == 0))
+        return due if self.until is None else due & (count < self.until)
+
+
+class StreamState(NamedTuple):
+    """What streaming refits remember besides P: arrays only, float32 at least."""
+
+    momentum: Params  # m, like params
+    # slot -> tree shaped like params, an array or None: S_L and S_R ("left", "right") and c
+    # ("spectrum"); for kfac A and B ("left", "right")
+    statistics: dict[str, Any]
+    power: Params | None  # C v / |v| of the last power step, like params; None without kfac
+    top: Float[Array, ""]  # by which C was last divided: the largest of all blocks
+
+
+@dataclass(frozen=True)
+class StreamSetup:
+    """What stays the same over a run: static and hashable.
+
+    Attributes:
+      plan: the blocks.
+      metric: a resolved metric, or a tree of them, flattened by `freeze`.
+      reduction: over rows; "unit" divides C by `top`.
+      options: of the refits.
+      two_sided: whether a rule has a structure of two sides without a spectrum.
+      route: how the network is linearised.
+    """
+
+    plan: Plan
+    metric: Frozen
+    reduction: Reduction
+    options: Streaming
+    two_sided: bool = False
+    route: Route = WHOLE
+
+
+def check_streamable(structures: Iterable[Structure], metric: PyTree) -> None:
+    """Raise ValueError for a structure or a resolved metric that cannot be streamed."""
+    if not metrics.can_sample(metric):
+        raise ValueError(
+            "streaming refits need a metric from which labels can be drawn: ngd, reverse_kl, "
+            "renyi or gaussian (for a mean of squares, it is gauss_newton times a number)."
+        )
+    for structure in structures:
+        if kind_of(structure) is None:
+            raise ValueError(
+                f"structure {structure.name!r} cannot be streamed: the closed form needs one "
+                "spectrum between fixed bases (e-kfac, e-kfac-gpt, diagonal), and the relative "
+                "steps two sides (kfac). Use one of these, or refits that learn any structure, "
+                "llqr.Refit."
+            )
+
+
+def kind_of(structure: Structure) -> str | None:
+    """Return how a structure is streamed: "spectrum", "sides", or None for not at all.
+
+    Example:
+      >>> from llqr.structures import STRUCTURES
+      >>> [kind_of(STRUCTURES[name]) for name in ("e-kfac", "kfac", "sym-kfac")]
+      ['spectrum', 'sides', None]
+    """
+    plain = not (structure.positive or structure.normalize) and structure.view == "leaf"
+    known = {structure.left, structure.right} <= {"identity", "dense", "diagonal"}
+    if not (plain and known):
+        return None
+    return {"full": "spectrum", "none": "sides"}.get(structure.spectrum)
+
+
+def dense_sides(block: Block) -> tuple[str, ...]:
+    """Slots of the sides that are learned: a diagonal side of a long axis stays the identity."""
+    sides = {"left": block.structure.left, "right": block.structure.right}
+    return tuple(slot for slot, name in sides.items() if name == "dense")
+
+
+def statistics_of(block: Block) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each array that a block's statistics hold, by slot."""
+    shapes = {}
+    for slot in dense_sides(block):
+        size = block.shape[0] if slot == "left" else block.shape[1]
+        shapes[slot] = (size, size)
+    return shapes | ({"spectrum": block.shape} if kind_of(block.structure) == "spectrum" else {})
+
+
+def pack(
+    setup: StreamSetup, arrays: list[Arrays], stream: StreamState, like: Params
+) -> dict[str, Any]:
+    """Return the statistics of all blocks as one tree for each slot."""
+    return plans.pack(setup.plan, arrays, like, tuple(stream.statistics))
+
+
+def unpack(plan: Plan, trees: dict[str, Any], like: Params) -> tuple[Arrays, ...]:
+    """Return the statistics of each block: the inverse of `pack`."""
+    return plans.unpack(plan, trees, like, lambda block: tuple(statistics_of(block)))
