@@ -11,7 +11,7 @@ import optax
 from llqr import _loops, metrics
 from llqr._errors import check_choice, check_integer, check_range
 from llqr._tree import check_inexact, freeze
-from llqr._types import Array, Bool, Int, Number, Params
+from llqr._types import Array, Bool, Int, Number, Params, PyTree
 from llqr.curvature.route import Route
 from llqr.graft import Graft, grafted
 from llqr.metrics import MetricLike, Reduction
