@@ -110,7 +110,7 @@ def main() -> int:
         interrupt(folder / "killed")
         resumed["resumed"] = folder / "killed"
         if given.against:
-            resumed["resumed from the other's checkpoint"] = given.against / "killed"
+            resumed["resumed from the other checkpoint"] = given.against / "killed"
     for name, killed in resumed.items():
         failures[name] = resume(killed, folder / name)
     for name, text in failures.items():

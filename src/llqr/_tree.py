@@ -48,7 +48,7 @@ def vdot(a: PyTree, b: PyTree) -> Float[Array, ""]:
     explicit mesh axes.
     """
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return jnp.asarray(sum(jnp.sum(x * y) for x, y in pairs))
+    return jnp.asarray(sum((jnp.sum(x * y) for x, y in pairs), start=0.0))
 
 
 def accurate_dtype(tree: PyTree) -> Any:

@@ -139,7 +139,7 @@ def test_layerwise_equals_fused(case: staged.Staged, metric: str, memory: Any) -
     @partial(jax.jit, static_argnames="route")
     def found(route: Route) -> Any:
         model = llqr.linearize(objective.bind(batch), params, metric, damping=0.2, route=route)
-        return numbers(model, u), model.pull_back(jax.tree.map(jnp.cos, model.outputs))
+        return numbers(model, u), model.jacobian.vjp(jax.tree.map(jnp.cos, model.outputs))
 
     layerwise = found(Route(layerwise=True, memory=memory))
     oracle.close(oracle.flat(layerwise), oracle.flat(found(Route())))
@@ -157,7 +157,7 @@ def test_a_rematerialized_staged_model_is_cut_at_its_segments() -> None:
     objective, batch = staged_objective(case, inputs, loss)
     route = Route(memory="recomputed", checkpoint_policy="dots_no_batch_dims")
     model = llqr.linearize(objective.bind(batch), params, route=route)
-    text = str(jax.make_jaxpr(lambda u: model.pull_back(model.network.tangent(u)))(params))
+    text = str(jax.make_jaxpr(lambda u: model.jacobian.vjp(model.jacobian.jvp(u)))(params))
     assert text.count("checkpoint") + text.count("remat") >= len(case.model.segments)
     for chosen in (route, replace(route, layerwise=True)):
         other = llqr.linearize(objective.bind(batch), params, route=chosen)

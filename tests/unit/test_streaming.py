@@ -57,6 +57,7 @@ def probe(params: Any, bound: Any, options: Streaming, number: int) -> list[Any]
     """The library's draws of labels, pulled back by a dense Jacobian."""
     key = jax.random.fold_in(jax.random.key(options.seed), number)
     key = jax.random.split(key)[0]
+    params = jax.tree.map(jnp.asarray, params)
     outputs = bound.outputs(params)
     jacobian = jax.jacobian(bound.outputs)(params)
     found = []
