@@ -19,6 +19,7 @@ import llqr
 from llqr_experiments import data
 from llqr_experiments.command import look
 from llqr_experiments.errors import ConfigError, TrainingError
+from llqr_experiments.record import run_folder
 from llqr_experiments.run import checkpoint, phases, preemption
 from llqr_experiments.run.checkpoint import BEST, LATEST, Checkpoints
 from llqr_experiments.run.preemption import Interrupted
@@ -536,3 +537,12 @@ def test_a_checkpoint_from_before_slots_were_renamed_is_read(structure, tmp_path
     found = checkpoint.Checkpoints(tmp_path, 1, print).restore(state)
     assert found is not None
     jax.tree.map(np.testing.assert_array_equal, found.state, state)
+
+
+def test_a_run_from_before_an_option_existed_goes_on():
+    """It had the default of every option that is younger; any other value is refused."""
+    here = run_folder.options(support.config("experiment=quick-local-test"))
+    there = {name: value for name, value in here.items() if not name.startswith("precond_stream")}
+    run_folder.check_same(there, here, ROOT)
+    with pytest.raises(ConfigError, match="precond_stream_every=10 there, 5 here"):
+        run_folder.check_same(there, here | {"precond_stream_every": 5}, ROOT)

@@ -70,15 +70,18 @@ def options(config: Config) -> dict[str, Any]:
 def check_same(there: Any, here: dict[str, Any], out_dir: Path) -> None:
     """Raise ConfigError if two runs differ in what decides their numbers.
 
+    An option that is younger than the run in the folder had its default there.
+
     Args:
       there: options of the run in the folder.
       here: options of this one.
       out_dir: the folder, for the message.
     """
+    there = options(Config()) | dict(there)
     differ = [
-        f"{name}={there.get(name)} there, {here[name]} here"
+        f"{name}={there[name]} there, {here[name]} here"
         for name in here
-        if name not in INCIDENTAL and there.get(name) != here[name]
+        if name not in INCIDENTAL and there[name] != here[name]
     ]
     if differ:
         listed = "; ".join(differ[:4]) + (f"; and {len(differ) - 4} more" if differ[4:] else "")
