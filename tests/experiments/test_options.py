@@ -27,6 +27,7 @@ def names(owner):
 OWNERS = {
     "refit": names(llqr.Refit),
     "route": names(llqr.Route),
+    "streaming": names(llqr.Streaming),
     "llqr": names(llqr.llqr),
     "sam": names(llqr.Sharpness),
     "asam": names(llqr.asam),
@@ -49,6 +50,7 @@ def test_every_field_of_a_refit_and_of_its_route_is_an_option():
     config = Config()
     assert set(become(config, "refit")) == OWNERS["refit"]
     assert set(become(config, "route")) == OWNERS["route"]
+    assert set(become(config, "streaming")) == OWNERS["streaming"]
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,12 @@ class Config:
         high=1,
         becomes="streaming.spectrum_decay",
     )
+    precond_stream_nesterov: bool = option(
+        True, "P multiplies the Nesterov momentum", becomes="streaming.nesterov"
+    )
+    precond_stream_wide: int = option(
+        256, "sides longer than this follow more rarely", low=1, becomes="streaming.wide"
+    )
     precond_stream_rate: float = option(
         0.3, "relative step of kfac's sides", low=0, below=1, becomes="streaming.rate"
     )
