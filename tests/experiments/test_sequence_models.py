@@ -323,7 +323,7 @@ def test_both_routes_give_the_products_of_jax(case, metric):
         return (value, gradient), layerwise
 
     @jax.jit
-    def oracle(params, u):
+    def dense(params, u):
         outputs = lambda p: net.model(p, batch["x"])  # noqa: E731
         whole = lambda p: loss(outputs(p), batch)  # noqa: E731
         g = jax.grad(whole)(params)
@@ -339,7 +339,7 @@ def test_both_routes_give_the_products_of_jax(case, metric):
         return dot(g, u) + (dot(u, cu) + damping * dot(u, u)) / 2, slope
 
     fused, layerwise = routes(net.params, u)
-    expected = oracle(net.params, u)
+    expected = dense(net.params, u)
     close(fused, layerwise)
     close(fused, expected)
 
