@@ -17,6 +17,7 @@ from llqr import lqr
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.models import MODELS, make, network
 from llqr_experiments.models.transformer import Attention, sinusoidal_positions, sinusoids
+from tests import oracle
 from tests.experiments.sequences import (
     CASES,
     GPT,
