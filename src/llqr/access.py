@@ -80,7 +80,7 @@ def precondition(tx: optax.GradientTransformation, state: Any, vector: Params) -
     """
     found = find(state)
     check_unmasked(found.blocks)
-    plan, scaling, _ = visited(tx, vector)[0]
+    plan, scaling = visited(tx, vector)[0]
     blocks = plans.unpack(plan, found.blocks, vector)
     return product(plan, blocks, scaling, vector)
 

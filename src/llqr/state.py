@@ -55,7 +55,6 @@ class Visited(NamedTuple):
 
     plan: plans.Plan
     identity_scaling: float
-    streams: bool
 
 
 recorder: ContextVar[list[Visited] | None] = ContextVar("recorder", default=None)
@@ -73,7 +72,7 @@ def plans_of(tx: optax.GradientTransformation, params: PyTree) -> tuple[plans.Pl
     Returns:
       The plans in the order in which `init` comes by them; empty where there are none.
     """
-    return tuple(visited.plan for visited in visited(tx, params))
+    return tuple(found.plan for found in visited(tx, params))
 
 
 def visited(tx: optax.GradientTransformation, params: PyTree) -> tuple[Visited, ...]:

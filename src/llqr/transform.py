@@ -123,12 +123,11 @@ def scale_by_llqr(
     def init(params: Params) -> Any:
         check_inexact(params)
         plan = plans.make_plan(params, table, max_dim)
-        method.check(plan)
+        stream = method.init(plan, params, slots)
         if (found := recorder.get()) is not None:
-            found.append(Visited(plan, identity_scaling, streams))
+            found.append(Visited(plan, identity_scaling))
         blocks = plans.identity(plan, identity_scaling)
         packed = plans.pack(plan, blocks, params, slots)
-        stream = method.init(plan, params, slots)
         return LLQRState(jnp.zeros((), jnp.int32), packed, no_refit(len(plan)), stream)
 
     def update(

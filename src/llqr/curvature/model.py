@@ -216,14 +216,20 @@ def with_unit_top(model: QuadraticModel) -> QuadraticModel:
     """
     python = _loops.in_python(model.gradient)
     run = _loops.compiled if python and model.compiles else _loops.direct
-    step = lambda v: run(_power_step, None, model.curvature, v)  # noqa: E731
+    step = lambda v: run(power_step, None, model.curvature, v)  # noqa: E731
     start = normal_like(model.gradient, jax.random.key(0))
     length = norm(_loops.repeat(step, start, POWER_STEPS, python=python))
     usable = jnp.isfinite(length) & (length > 0)
     return replace(model, top_eigenvalue=jnp.where(usable, length, 1.0))
 
 
-def _power_step(_: None, curvature: SymmetricOperator, v: Params) -> Params:
+def power_step(_: None, curvature: SymmetricOperator, v: Params) -> Params:
+    """Return C v / |v|: its length tends to the largest absolute eigenvalue of C.
+
+    Args:
+      curvature: C.
+      v: not zero; the last power step.
+    """
     length = norm(v)
     length = jnp.where(length > 0, length, 1.0)
     return curvature.product(jax.tree.map(lambda x: (x / length).astype(x.dtype), v))

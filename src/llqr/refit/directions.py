@@ -23,6 +23,7 @@ from llqr import _loops, metrics
 from llqr._tree import norm, normal_like
 from llqr._types import Array, Int, Params, PRNGKeyArray, PyTree
 from llqr.curvature.model import QuadraticModel
+from llqr.metrics import Reduction
 from llqr.objective import BoundObjective
 from llqr.refit.setup import Inputs, Setup
 
@@ -141,12 +142,38 @@ def _draw(
         return normal_like(model.gradient, key)
     if probe == "minibatch":
         return model.jacobian.vjp(_subset(model.cotangent, key))
-    reduction = metrics.over_rows(setup.reduction)
-    mask, (key, isotropic) = objective.mask(), jax.random.split(key)
-    cotangent = metrics.sample(setup.metric.tree, key, model.outputs, mask, reduction)
-    h = model.jacobian.vjp(cotangent)
+    key, isotropic = jax.random.split(key)
+    h = fisher_probe(setup.metric.tree, setup.reduction, model, objective, key)
+    return floored(model, h, isotropic)
+
+
+def fisher_probe(
+    metric: PyTree, reduction: Reduction, model: QuadraticModel, objective: BoundObjective,
+    key: PRNGKeyArray,
+) -> Params:  # fmt: skip
+    """Return the gradient for labels drawn from the model, with covariance C: one pull-back.
+
+    Args:
+      metric: resolved, one from which labels can be drawn.
+      reduction: over rows.
+      model: at the current parameters.
+      objective: on its batch.
+      key: of the labels.
+    """
+    rows = metrics.over_rows(reduction)
+    return model.jacobian.vjp(metrics.sample(metric, key, model.outputs, objective.mask(), rows))
+
+
+def floored(model: QuadraticModel, h: Params, key: PRNGKeyArray) -> Params:
+    """Return h in units of the largest eigenvalue, with a tenth of the damping on top.
+
+    Args:
+      model: whose eigenvalue and damping are meant.
+      h: a Fisher probe.
+      key: of the normal numbers that keep directions without curvature where they are.
+    """
     top, floor = jnp.sqrt(model.top_eigenvalue), jnp.sqrt(FISHER_FLOOR * model.damping)
-    noise = normal_like(model.gradient, isotropic)
+    noise = normal_like(h, key)
     return jax.tree.map(lambda x, n: (x / top + floor * n).astype(x.dtype), h, noise)
 
 

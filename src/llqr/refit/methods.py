@@ -22,8 +22,8 @@ from llqr.structures import plan as plans
 class Method(NamedTuple):
     """How P is learned: all that differs between published and streaming refits."""
 
-    check: Callable[[plans.Plan], None]  # raises where a block cannot be learned so
-    init: Callable[[plans.Plan, Params, tuple[str, ...]], Any]  # -> what it remembers besides P
+    # -> what it remembers besides P; raises where a block cannot be learned so
+    init: Callable[[plans.Plan, Params, tuple[str, ...]], Any]
     # (plan, that, updates, count) -> that, and what P sees
     observe: Callable[[plans.Plan, Any, Params, Int[Array, ""]], tuple[Any, Params]]
     # (plan, (blocks, info, stream), params, objective, count, base) -> blocks, info, stream
@@ -61,9 +61,13 @@ def learned(
         inputs = Inputs(blocks, info, params, objective, numbers, base_state)
         return *learn(setup_of(plan, optimizer), inputs), stream
 
+    def init(plan: plans.Plan, params: Params, slots: tuple[str, ...]) -> Any:
+        del params, slots
+        setup_of(plan).check()
+        return ()
+
     return Method(
-        check=lambda plan: setup_of(plan).check(),
-        init=lambda plan, params, slots: (),
+        init=init,
         observe=lambda plan, stream, updates, count: (stream, updates),
         refit=run,
     )
@@ -103,7 +107,6 @@ def streamed(
         return streaming.refit(setup, blocks, info, stream, params, objective, damping)
 
     return Method(
-        check=lambda plan: None,
         init=lambda plan, params, slots: streaming.init(setup_of(plan), params, slots),
         observe=observe,
         refit=run,

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import all_finite, divide, norm, normal_like, vdot
+from llqr._tree import all_finite, divide, norm, vdot
 from llqr._types import Array, Float, Number, Params, PRNGKeyArray
+from llqr.curvature import model as quadratic
 from llqr.curvature.model import QuadraticModel
-from llqr.refit.directions import FISHER_FLOOR
+from llqr.refit.directions import floored
 from llqr.refit.stream import StreamSetup, StreamState, dense_sides, kind_of
 from llqr.structures import plan as plans
 from llqr.structures.matrix import Arrays
@@ -22,9 +23,7 @@ def power_step(
     """One step of the power iteration; its length estimates the largest eigenvalue."""
     if setup.reduction != "unit":
         return stream.power, 1.0
-    length = norm(stream.power)
-    unit = jax.tree.map(lambda v: divide(v, length.astype(v.dtype)), stream.power)
-    power = model.curvature.product(unit)
+    power = quadratic.power_step(None, model.curvature, stream.power)
     length = norm(power)
     usable = jnp.isfinite(length) & (length > 0)
     power = jax.tree.map(lambda new, old: jnp.where(usable, new, old), power, stream.power)
@@ -36,8 +35,7 @@ def relative_step(
     h: Params, noise: PRNGKeyArray,
 ) -> tuple[list[Arrays], list[Arrays], Float[Array, ""], Float[Array, ""]]:  # fmt: skip
     """Move Q along its relative gradient; also Phi on this probe, before and after."""
-    root, floor = jnp.sqrt(model.top_eigenvalue), jnp.sqrt(FISHER_FLOOR * model.damping)
-    h = jax.tree.map(lambda x, n: (x / root + floor * n).astype(x.dtype), h, normal_like(h, noise))
+    h = floored(model, h, noise)
 
     def phi(arrays: list[Arrays]) -> tuple[Params, Float[Array, ""]]:
         u = plans.multiply(setup.plan, arrays, h)

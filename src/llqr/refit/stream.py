@@ -16,7 +16,7 @@ from llqr.structures.matrix import Arrays, Structure
 from llqr.structures.plan import Block, Plan
 
 DAMPING = 1e-4
-"""Default lambda, in units of the largest eigenvalue of C."""
+"""Default lambda, in units of the largest curvature of each block."""
 
 
 @dataclass(frozen=True, kw_only=True)

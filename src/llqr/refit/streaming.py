@@ -47,10 +47,11 @@ import jax.numpy as jnp
 
 from llqr import _loops, metrics
 from llqr._tree import all_finite, cosine, normal_like
-from llqr._types import Array, Bool, Float, Int, Number, Params, PRNGKeyArray
+from llqr._types import Array, Bool, Float, Int, Number, Params
 from llqr.curvature import model as quadratic
 from llqr.curvature.model import QuadraticModel
 from llqr.objective import BoundObjective
+from llqr.refit.directions import fisher_probe
 from llqr.refit.record import STATUS, RefitInfo
 from llqr.refit.relative import power_step, relative_step
 from llqr.refit.setup import Blocks
@@ -117,20 +118,18 @@ def observe(
       The state, and m or, with `nesterov`, G + mu m: like the parameters, float32 at least.
     """
     options, statistics = setup.options, unpack(setup.plan, stream.statistics, gradient)
-    momentum = jax.tree.map(
-        lambda m, g: options.momentum * m + g.astype(m.dtype), stream.momentum, gradient
-    )
+
+    def decayed(m: Params) -> Params:
+        return jax.tree.map(lambda m, g: options.momentum * m + g.astype(m.dtype), m, gradient)
+
+    momentum = decayed(stream.momentum)
     leaves = jax.tree.leaves(gradient)
     often = (count < options.start + options.warmup) | (count % WIDE_FOLLOWS == 0)
     new = [
         observed(options, block, own, leaves[block.leaves[0]], often)
         for block, own in zip(setup.plan, statistics, strict=True)
     ]
-    seen = momentum
-    if options.nesterov:
-        seen = jax.tree.map(
-            lambda m, g: options.momentum * m + g.astype(m.dtype), momentum, gradient
-        )
+    seen = decayed(momentum) if options.nesterov else momentum
     statistics = pack(setup, new, stream, gradient)
     return stream._replace(momentum=momentum, statistics=statistics), seen
 
@@ -171,7 +170,10 @@ def _refit(
     keys = jax.random.split(key, options.probes)
     # One after the other, not a vmap: one probe is the rule, and a batch of pull-backs through
     # convolutions is slower than as many of them.
-    probes = [jax.tree.leaves(_probe(setup, model, objective, k)) for k in keys]
+    probes = [
+        jax.tree.leaves(fisher_probe(setup.metric.tree, setup.reduction, model, objective, k))
+        for k in keys
+    ]
     statistics = list(unpack(plan, stream.statistics, params))
     new, keep = list(blocks), [all_finite([h[b.leaves[0]] for h in probes]) for b in plan]
     number = info.refits + 1
@@ -226,15 +228,6 @@ def _linearize(
         objective, params, setup.metric.tree, damping=damping, divergence_reduction=rows,
         route=setup.route,
     )  # fmt: skip
-
-
-def _probe(
-    setup: StreamSetup, model: QuadraticModel, objective: BoundObjective, key: PRNGKeyArray
-) -> Params:
-    """The gradient for labels drawn from the model: one pull-back."""
-    rows = metrics.over_rows(setup.reduction)
-    drawn = metrics.sample(setup.metric.tree, key, model.outputs, objective.mask(), rows)
-    return model.jacobian.vjp(drawn)
 
 
 def _record(
