@@ -12,9 +12,9 @@ from llqr import _loops
 from llqr._errors import unknown
 from llqr._types import Array, Float, Params, PyTree
 from llqr.objective import BoundObjective
-from llqr.state import find, is_ours, product, visited
+from llqr.state import LLQRState, find, is_ours, product, visited
 from llqr.structures import plan as plans
-from llqr.transform import ONLY_REFIT, check_unmasked
+from llqr.transform import NoObjectiveError, OnlyRefit, check_unmasked
 
 
 def refresh(
@@ -36,7 +36,9 @@ def refresh(
       The state with new blocks.
 
     Raises:
-      ValueError: there is no LLQR state in `state`.
+      ValueError: there is no LLQR state in `state`; or a wrapper drops the request or throws
+        its result away. Inside `jit`, where nothing can be raised at run time, `RefitInfo.refits`
+        shows the latter.
       TypeError: `objective` is not bound to a batch.
 
     Example:
@@ -52,9 +54,43 @@ def refresh(
     tx = optax.with_extra_args_support(tx)
     zeros = jax.tree.map(jnp.zeros_like, params)
     find(state)
-    _, new = tx.update(zeros, state, params, objective=objective, refresh=ONLY_REFIT)
+    only = OnlyRefit()
+    try:
+        _, new = tx.update(zeros, state, params, objective=objective, refresh=only)
+    except NoObjectiveError:
+        if objective is None:
+            raise
+        raise ValueError(_UNREACHED) from None
+    _check_reached(_ours(state), _ours(new), only)
 
     return jax.tree.map(lambda old, new: new if is_ours(old) else old, state, new, is_leaf=is_ours)
+
+
+_UNREACHED = (
+    "llqr.refresh reached no refit: a wrapper around llqr.llqr does not pass `objective` and "
+    "`refresh` on, or holds updates back (optax.MultiSteps, optax.conditionally_transform). Let "
+    "a wrapper of your own pass **extra on to `update`; or refit what is inside, with its own "
+    "part of the state: llqr.refresh(inner_tx, state.inner_opt_state, params, objective)."
+)
+
+
+def _ours(state: Any) -> list[LLQRState]:
+    return [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+
+
+def _check_reached(old: list[LLQRState], new: list[LLQRState], only: OnlyRefit) -> None:
+    """Raise ValueError if a preconditioner was not refitted."""
+    known = {id(info) for info in only.reached}
+
+    def refitted(o: LLQRState, n: LLQRState) -> bool:
+        if id(n.refit) in known:  # no need to wait for the device
+            return True
+        if _loops.is_traced((o.refit, n.refit)):
+            return bool(known)
+        return int(n.refit.refits) > int(o.refit.refits)  # it went through a branch
+
+    if len(new) != len(old) or not all(map(refitted, old, new)):
+        raise ValueError(_UNREACHED)
 
 
 def precondition(tx: optax.GradientTransformation, state: Any, vector: Params) -> Params:

@@ -1,7 +1,7 @@
 """The optax transformation: apply P at every step, refit it when due."""
 
-import enum
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -27,15 +27,22 @@ from llqr.structures import plan as plans
 from llqr.structures.plan import Rule, StructureLike
 
 
-class _Only(enum.Enum):
-    """The value of `refresh` by which `llqr.refresh` asks for a refit and nothing else."""
+@dataclass(frozen=True, eq=False)
+class OnlyRefit:
+    """The value of `refresh` by which `llqr.refresh` asks for a refit and nothing else.
 
-    REFIT = enum.auto()
+    Attributes:
+      reached: what each preconditioner that heard of it did.
+    """
+
+    reached: list[RefitInfo] = field(default_factory=list)
 
 
-ONLY_REFIT = _Only.REFIT
+class NoObjectiveError(ValueError):
+    """No objective arrived where a refit can happen."""
 
-Refresh: TypeAlias = bool | Bool[Array, ""] | _Only | None
+
+Refresh: TypeAlias = bool | Bool[Array, ""] | OnlyRefit | None
 Precondition: TypeAlias = Literal["gradient", "update"]
 
 
@@ -80,7 +87,8 @@ def scale_by_llqr(
 
     Returns:
       A transformation whose `update` takes three more keywords. `objective`: a
-      `BoundObjective`, required unless refresh=False. `refresh`: None follows the schedule,
+      `BoundObjective`, required unless refresh=False or refits come from outside only
+      (`Refit(every=None)`). `refresh`: None follows the schedule,
       a Python bool decides at trace time, a bool array at run time. `apply`, a Python bool:
       False leaves the updates as they are, for steps that use P in another way
       (`precondition`). Unknown keywords are ignored. Called inside `jit`, the refit runs
@@ -144,9 +152,11 @@ def scale_by_llqr(
         del extra
         plan = plans.make_plan(updates, table, max_dim)
         blocks, info, stream = plans.unpack(plan, state.blocks, updates), state.refit, state.stream
-        vector = updates
-        if refresh is not ONLY_REFIT:
+        vector, only = updates, isinstance(refresh, OnlyRefit)
+        if not only:
             stream, vector = method.observe(plan, stream, updates, state.count)
+        if refresh is None and refit.every is None:  # from outside only
+            refresh = False
         if refresh is not False:
             bound = _check_refit_inputs(objective, params, refresh)
 
@@ -154,10 +164,11 @@ def scale_by_llqr(
                 return method.refit(plan, held, params, bound, state.count, base)
 
             due = refit.is_due(state.count) if refresh is None else refresh
-            due = True if due is ONLY_REFIT else due
+            due = True if only else due
             blocks, info, stream = _loops.when(due, run, blocks, info, stream)
         packed = plans.pack(plan, blocks, updates, slots)
-        if refresh is ONLY_REFIT:
+        if only:
+            refresh.reached.append(info)
             return updates, LLQRState(state.count, packed, info, stream)
         if apply:
             scaled = product(plan, blocks, identity_scaling, vector)
@@ -295,13 +306,14 @@ def llqr(
         **extra: Any,
     ) -> tuple[Params, Any]:
         ours = {"objective": objective, "refresh": refresh, "apply": apply}
+        only = isinstance(refresh, OnlyRefit)
         if precondition == "gradient":
             updates, learned = preconditioner.update(updates, state.preconditioner, params, **ours)
-            if refresh is ONLY_REFIT:
+            if only:
                 return updates, ChainState(learned, state.base)
             updates, base_state = base.update(updates, state.base, params, **extra)
             return updates, ChainState(learned, base_state)
-        if refresh is not ONLY_REFIT:
+        if not only:
             updates, base_state = base.update(updates, state.base, params, **extra)
         else:
             base_state = state.base
@@ -437,9 +449,12 @@ def _check_refit_inputs(objective: Any, params: Any, refresh: Any) -> BoundObjec
     if isinstance(refresh, str):
         raise TypeError(f"refresh must be None, a bool or a bool array, got {refresh!r}.")
     if objective is None:
-        raise ValueError(
-            "update() needs objective=objective.bind(batch) where a refit can happen. Pass it, "
-            "or pass refresh=False and refit with llqr.refresh(tx, state, params, objective)."
+        raise NoObjectiveError(
+            "update() needs objective=objective.bind(batch) where a refit can happen, and none "
+            "arrived. Pass it, or pass refresh=False and refit with llqr.refresh(tx, state, "
+            "params, objective). Where what calls update() passes no keywords on (Flax Linen's "
+            "TrainState, training loops of other libraries), make refits come from outside only: "
+            "refit=llqr.Refit(every=None), and llqr.refresh when one is due."
         )
     if not isinstance(objective, BoundObjective):
         raise TypeError(

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,13 @@ import llqr
 from tests.contract import problem as pb
 
 KFAC = pb.optimizer("scale_by_llqr(kfac)")
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """For parts of optax that mix dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def record(state: Any) -> llqr.RefitInfo:
@@ -393,3 +401,88 @@ def test_describe_several_and_parts() -> None:
     message = "there is no llqr.llqr or llqr.scale_by_llqr in this optimizer."
     with pytest.raises(ValueError, match=re.escape(message)):
         llqr.describe(optax.chain(optax.clip(1.0), optax.sgd(0.1)), params)
+
+
+# --- refresh through wrappers ---------------------------------------------------------------
+
+
+def dropping(inner: Any) -> Any:
+    return optax.GradientTransformation(
+        inner.init, lambda updates, state, params=None: inner.update(updates, state, params, refresh=False)
+    )  # fmt: skip
+
+
+HELD_BACK = {
+    "plain wrapper": dropping,
+    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, lambda count: count > 5),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    "one of two": lambda tx: optax.chain(tx, dropping(pb.optimizer("scale_by_llqr(diagonal)"))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HELD_BACK)
+def test_a_refresh_that_reaches_no_refit_raises(kind: str) -> None:
+    tx, params = HELD_BACK[kind](KFAC), pb.params()
+    with pytest.raises(ValueError, match=r"reached no refit.*MultiSteps"):
+        llqr.refresh(tx, tx.init(params), params, pb.bound())
+
+
+def test_a_refresh_that_is_dropped_raises_inside_jit_too() -> None:
+    tx, params = dropping(KFAC), pb.params()
+    with pytest.raises(ValueError, match="reached no refit"):
+        jax.jit(lambda state: llqr.refresh(tx, state, params, pb.bound()))(tx.init(params))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_refresh_of_what_multisteps_accumulates_for() -> None:
+    """Refit what is inside, with its own part of the state."""
+    single = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)  # noqa: E731
+    inner, params, grads = pb.optimizer("llqr(sgd)"), single(pb.params()), single(pb.gradient())
+    tx = optax.MultiSteps(inner, every_k_schedule=2)
+    state = tx.init(params)
+    bound = pb.bound(np.float32)
+    refitted = llqr.refresh(inner, state.inner_opt_state, params, bound)
+    state = state._replace(inner_opt_state=refitted)
+    for i in range(2):
+        updates, state = tx.update(grads, state, params, refresh=False)
+        assert bool(jnp.all(updates["temperature"] == 0)) == (i == 0)
+    expected, _ = inner.update(grads, refitted, params, refresh=False)
+    pb.assert_close(updates, expected, rtol=1e-6)
+    assert int(record(state.inner_opt_state).refits) == 1
+
+
+# --- loops that pass no keywords on ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "refit", [llqr.Refit(every=None, steps=2), llqr.Streaming(every=None)], ids=["llqr", "stream"]
+)
+def test_refits_from_outside_only(refit: Any) -> None:
+    """`update` as any loop calls it, with three arguments; the refit by `llqr.refresh`."""
+    tx = llqr.llqr(optax.sgd(0.1), structure="kfac", damping=0.1, refit=refit)
+    params, grads = pb.params(), pb.gradient()
+    step = jax.jit(tx.update)
+    _, state = step(grads, tx.init(params), params)
+    refitted = llqr.refresh(tx, state, params, pb.bound())
+    updates, new = step(grads, refitted, params)
+    assert (int(record(state).refits), int(record(new).refits)) == (0, 1)
+    expected, _ = tx.update(grads, refitted, params, refresh=False)
+    pb.assert_close(updates, expected)
+    assert pb.moved(updates, step(grads, state, params)[0])
+
+
+def test_a_loop_that_passes_nothing_on_is_told_of_refits_from_outside() -> None:
+    with pytest.raises(ValueError, match=r"TrainState.*every=None.*llqr.refresh"):
+        KFAC.update(pb.gradient(), KFAC.init(pb.params()), pb.params())
+
+
+def test_a_wrapper_written_by_hand_passes_everything_on() -> None:
+    inner = pb.optimizer("llqr(sgd)")
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        doubled = jax.tree.map(lambda g: 2 * g, updates)
+        return inner.update(doubled, state, params, **extra)
+
+    tx, params = optax.GradientTransformationExtraArgs(inner.init, update), pb.params()
+    state = llqr.refresh(tx, tx.init(params), params, pb.bound())
+    pb.assert_bitwise(state, llqr.refresh(inner, inner.init(params), params, pb.bound()))

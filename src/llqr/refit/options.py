@@ -33,7 +33,8 @@ class Refit:
 
     Args:
       every: a refit is due when (count - start) is a multiple of this number of update
-        calls; an int >= 1, or a schedule count -> int.
+        calls; an int >= 1, or a schedule count -> int. None: never, refits come from outside
+        only (`llqr.refresh`), and `update` needs no objective.
       start: no refit before this count.
       until: no refit at or after this count; None: never stops.
       steps: inner steps of one refit, a Python int; the most, with a tolerance.
@@ -84,7 +85,7 @@ class Refit:
       Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
     """
 
-    every: int | Schedule = 1000
+    every: int | Schedule | None = 1000
     start: int = 0
     until: int | None = None
     steps: int = 50
@@ -158,6 +159,8 @@ class Refit:
     def is_due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
         """Return whether a refit is due before update call number `count`, counted from 0."""
         every = self.every
+        if every is None:
+            return jnp.zeros_like(count, dtype=bool)
         if callable(every):  # a schedule gives floats
             every = jnp.maximum(jnp.round(every(count)), 1).astype(count.dtype)
         offset = count - self.start

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from llqr import metrics
 from llqr._errors import check_integer, check_range
 from llqr._tree import Frozen
@@ -28,7 +30,9 @@ class Streaming:
     diagonal and kfac, which takes 1.3; the metric must be one from which labels can be drawn.
 
     Args:
-      every: k, steps from refit to refit, after the warm-up.
+      every: k, steps from refit to refit, after the warm-up. None: none by themselves, not even
+        in the warm-up; they come from outside only (`llqr.refresh`), and `update` needs no
+        objective.
       warmup: so many steps from `start` on have a refit each.
       start: no refit before this count.
       until: no refit at or after this count; None: never stops.
@@ -58,7 +62,7 @@ class Streaming:
       Stochastic Gradient Descent, arXiv 1512.04202, for kfac's relative steps.
     """
 
-    every: int = 10
+    every: int | None = 10
     warmup: int = 20
     start: int = 0
     until: int | None = None
@@ -85,6 +89,8 @@ class Streaming:
 
     def is_due(self, count: int | Int[Array, ""]) -> bool | Bool[Array, ""]:
         """Return whether step number `count`, from 0, has a refit; for an int, a Python bool."""
+        if self.every is None:
+            return False if isinstance(count, int) else jnp.zeros_like(count, dtype=bool)
         offset = count - self.start
         due = (offset >= 0) & ((offset < self.warmup) | (offset % self.every == 0))
         return due if self.until is None else due & (count < self.until)
