@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.custom_batching import custom_vmap
 
 from llqr._tree import is_traced
 from llqr._types import Array, Bool, PyTree
@@ -106,10 +107,30 @@ def unrolled(count: int) -> int:
 
 
 def when(due: bool | Array, run: Callable[..., Any], *operands: Any) -> Any:
-    """Return run(*operands) if due, else the operands; decided in Python where that is known."""
-    if isinstance(due, Tracer):
-        return jax.lax.cond(due, run, lambda *kept: kept, *operands)
-    return run(*operands) if due else operands
+    """Return run(*operands) if due, else the operands; decided in Python where that is known.
+
+    Under `jax.vmap`, `run` runs if it is due for any member, and the others keep their operands: a
+    `lax.cond` over members would run it always.
+    """
+    if not isinstance(due, Tracer):
+        return run(*operands) if due else operands
+
+    def chosen(*kept: Any) -> Any:
+        return jax.tree.map(lambda new, old: jnp.where(due, new, old), run(*kept), kept)
+
+    return jax.lax.cond(_anywhere(due), chosen, lambda *kept: kept, *operands)
+
+
+@custom_vmap
+def _anywhere(due: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether it is due for any of the members of a `jax.vmap`: one answer for all."""
+    return due
+
+
+@_anywhere.def_vmap
+def _(size: int, batched: list[bool], due: Bool[Array, " members"]) -> tuple[Array, bool]:
+    del size, batched
+    return _anywhere(jnp.any(due)), False
 
 
 def _stack(found: list[PyTree]) -> PyTree:

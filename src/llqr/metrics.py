@@ -10,16 +10,22 @@ curvature at z = r is pulled back to the parameters.
   s        softmax of r                                                [..., K]
   J        Jacobian of the outputs in the parameters                   [rows K, n]
   F        diag(s) - s s^T, the Fisher matrix of one row's logits      [K, K]
+  p        sigmoid of r                                                [..., K]
 
   name           potential of one row                     curvature C (reduction "sum")
   ngd            -sum s b                                 sum_rows J^T F J
   reverse_kl     sum exp(b) (b - a)                       sum_rows J^T F J
   renyi          log sum exp(p a - (p-1) b) / (p-1)       p sum_rows J^T F J    (order p)
+  bernoulli      sum log(1 + e^z) - p z                   sum_rows J^T diag(p (1 - p)) J
   gaussian       |z - r|^2 / 2                            sum_rows J^T J
   gauss_newton   the loss itself                          J^T (d2 loss/dz2) J
   newton         the loss itself                          Hessian of the loss, indefinite
   renyi_zero     -sum b                                   its full Hessian, indefinite
   renyi_2        log sum w exp(a - b),  w = a / sum a     its full Hessian, indefinite
+
+The categorical metrics (ngd, reverse_kl and the Renyi family) take the last axis as classes, and
+refuse outputs of one column or one axis: one logit for each row is `bernoulli`'s, which takes every
+entry of the outputs as a binary prediction of its own.
 
 `newton` and `gauss_newton` take the loss with its own reduction (usually a mean); the
 divergences are reduced over rows by `divergence_reduction`: "sum" (the papers' runs), "mean",
@@ -89,15 +95,28 @@ MetricLike: TypeAlias = str | Metric | Divergence | dict | tuple | list | None
 """A name, a Metric, a divergence function, or a tree of them in the shape of the outputs."""
 
 
+def _check_classes(z: Array) -> None:
+    """Raise ValueError for outputs whose last axis cannot be classes."""
+    if z.ndim < 2 or z.shape[-1] < 2:
+        raise ValueError(
+            f"outputs of shape {z.shape} under a categorical metric (ngd, reverse_kl, renyi, ...): "
+            "its last axis holds the classes, two or more, and the axes before it the rows. "
+            "One logit for each row: metric='bernoulli'. One value for each row: "
+            "metric='gaussian', or 'gauss_newton'."
+        )
+
+
 def _ngd(
     z: Float[Array, "*rows classes"], r: Float[Array, "*rows classes"]
 ) -> Float[Array, "*rows"]:
+    _check_classes(z)
     return -jnp.sum(jax.nn.softmax(r) * jax.nn.log_softmax(z), axis=-1)
 
 
 def _reverse_kl(
     z: Float[Array, "*rows classes"], r: Float[Array, "*rows classes"]
 ) -> Float[Array, "*rows"]:
+    _check_classes(z)
     b = jax.nn.log_softmax(z)
     return jnp.sum(jnp.exp(b) * (b - jax.nn.log_softmax(r)), axis=-1)
 
@@ -105,6 +124,7 @@ def _reverse_kl(
 def _renyi(
     z: Float[Array, "*rows classes"], r: Float[Array, "*rows classes"], *, order: float
 ) -> Float[Array, "*rows"]:
+    _check_classes(z)
     a, b = jax.nn.log_softmax(r), jax.nn.log_softmax(z)
     if order == 1.0:  # the limit: Kullback-Leibler
         return jnp.sum(jnp.exp(a) * (a - b), axis=-1)
@@ -114,6 +134,7 @@ def _renyi(
 def _renyi_zero(
     z: Float[Array, "*rows classes"], r: Float[Array, "*rows classes"]
 ) -> Float[Array, "*rows"]:
+    _check_classes(z)
     del r
     return -jnp.sum(jax.nn.log_softmax(z), axis=-1)
 
@@ -121,6 +142,7 @@ def _renyi_zero(
 def _renyi_2(
     z: Float[Array, "*rows classes"], r: Float[Array, "*rows classes"]
 ) -> Float[Array, "*rows"]:
+    _check_classes(z)
     a, b = jax.nn.log_softmax(r), jax.nn.log_softmax(z)
     weights = a / jnp.sum(a, axis=-1, keepdims=True)
     return jnp.log(jnp.sum(weights * jnp.exp(a - b), axis=-1))
@@ -130,12 +152,24 @@ def _gaussian(z: Float[Array, "*shape"], r: Float[Array, "*shape"]) -> Float[Arr
     return 0.5 * jnp.sum((z - r) ** 2, axis=-1) if z.ndim > 1 else 0.5 * (z - r) ** 2
 
 
+def _bernoulli(z: Float[Array, "*shape"], r: Float[Array, "*shape"]) -> Float[Array, "..."]:
+    entries = jax.nn.softplus(z) - jax.nn.sigmoid(r) * z
+    return jnp.sum(entries, axis=-1) if z.ndim > 1 else entries
+
+
 def _sample_class(
     key: PRNGKeyArray, z: Float[Array, "*rows classes"], *, weight: float = 1.0
 ) -> Float[Array, "*rows classes"]:
     """The gradient of -log p(y) in the logits for y drawn from the model itself."""
+    _check_classes(z)
     drawn = jax.nn.one_hot(jax.random.categorical(key, z), z.shape[-1], dtype=z.dtype)
     return math.sqrt(weight) * (jax.nn.softmax(z) - drawn)
+
+
+def _sample_label(key: PRNGKeyArray, z: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The gradient of -log p(y) in one logit for y in {0, 1} drawn from the model itself."""
+    p = jax.nn.sigmoid(z)
+    return p - jax.random.bernoulli(key, p).astype(z.dtype)
 
 
 def _sample_normal(key: PRNGKeyArray, z: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -180,6 +214,7 @@ METRICS: dict[str, Metric] = {
     "renyi_half": renyi(0.5),
     "renyi_zero": Metric(_renyi_zero, full=True),
     "renyi_2": Metric(_renyi_2, full=True),
+    "bernoulli": Metric(_bernoulli, sample=_sample_label),
     "gaussian": Metric(_gaussian, sample=_sample_normal),
 }
 

@@ -152,8 +152,8 @@ def scale_by_llqr(
         del extra
         plan = plans.make_plan(updates, table, max_dim)
         blocks, info, stream = plans.unpack(plan, state.blocks, updates), state.refit, state.stream
-        vector, only = updates, isinstance(refresh, OnlyRefit)
-        if not only:
+        vector, only = updates, refresh if isinstance(refresh, OnlyRefit) else None
+        if only is None:
             stream, vector = method.observe(plan, stream, updates, state.count)
         if refresh is None and refit.every is None:  # from outside only
             refresh = False
@@ -164,11 +164,11 @@ def scale_by_llqr(
                 return method.refit(plan, held, params, bound, state.count, base)
 
             due = refit.is_due(state.count) if refresh is None else refresh
-            due = True if only else due
+            due = True if isinstance(due, OnlyRefit) else due
             blocks, info, stream = _loops.when(due, run, blocks, info, stream)
         packed = plans.pack(plan, blocks, updates, slots)
-        if only:
-            refresh.reached.append(info)
+        if only is not None:
+            only.reached.append(info)
             return updates, LLQRState(state.count, packed, info, stream)
         if apply:
             scaled = product(plan, blocks, identity_scaling, vector)

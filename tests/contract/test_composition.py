@@ -407,17 +407,20 @@ def test_describe_several_and_parts() -> None:
 
 
 def dropping(inner: Any) -> Any:
-    return optax.GradientTransformation(
-        inner.init, lambda updates, state, params=None: inner.update(updates, state, params, refresh=False)
-    )  # fmt: skip
+    """A wrapper as one writes it for other optimizers: it knows no keywords."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return inner.update(updates, state, params, refresh=False)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 HELD_BACK = {
     "plain wrapper": dropping,
-    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, lambda count: count > 5),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, lambda n: n > 5),
     "MultiSteps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
     "one of two": lambda tx: optax.chain(tx, dropping(pb.optimizer("scale_by_llqr(diagonal)"))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", HELD_BACK)

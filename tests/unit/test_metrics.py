@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import llqr
 from llqr import metrics
 
 Z = np.array([[0.3, -1.2, 2.0], [1.0, 0.5, -0.4]])
@@ -121,3 +122,42 @@ def test_the_order_is_honoured_by_both_names():
     for name in ("renyi", "stable_renyi"):
         found = metrics.resolve(name, order=3.0).divergence(jnp.asarray(Z), jnp.asarray(R))
         np.testing.assert_array_equal(found, rows(metrics.renyi(3.0), Z, R))
+
+
+def sigmoid(v):
+    return 1 / (1 + np.exp(-v))
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (6, 1), (6,)])
+def test_bernoulli_takes_every_entry_as_a_prediction_of_its_own(shape):
+    z, r = Z.reshape(shape), R.reshape(shape)
+    p, q = sigmoid(r), sigmoid(z)
+    entries = -p * np.log(q) - (1 - p) * np.log(1 - q)
+    expected = entries.sum(-1) if len(shape) > 1 else entries
+    np.testing.assert_allclose(rows("bernoulli", z, r), expected, rtol=1e-13)
+    potential = lambda z: metrics.potential(  # noqa: E731
+        metrics.resolve("bernoulli"), z, jnp.asarray(r), None, "sum"
+    )
+    hessian = jax.hessian(potential)(jnp.asarray(r)).reshape(6, 6)
+    np.testing.assert_allclose(hessian, np.diag((p * (1 - p)).ravel()), atol=1e-14)
+    np.testing.assert_allclose(jax.grad(potential)(jnp.asarray(r)), 0, atol=1e-14)
+
+
+def test_labels_drawn_for_bernoulli_have_its_curvature_as_covariance():
+    z, number = jnp.asarray([[-1.5], [0.3]]), 4000
+    draw = lambda key: metrics.sample(metrics.resolve("bernoulli"), key, z, None, "sum")  # noqa: E731
+    drawn = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), number)))[..., 0]
+    p = sigmoid(np.asarray(z))[:, 0]
+    np.testing.assert_allclose(drawn.mean(0), 0, atol=0.03)
+    np.testing.assert_allclose(np.cov(drawn.T), np.diag(p * (1 - p)), atol=0.01)
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (6,)])
+@pytest.mark.parametrize(
+    "metric", ["ngd", "reverse_kl", "renyi", metrics.renyi(1), "renyi_zero", "renyi_2"]
+)
+def test_one_column_is_no_categorical_distribution(metric, shape):
+    objective = llqr.Objective(lambda w, x: (x @ w).reshape(shape), lambda z, x: jnp.mean(z**2))
+    bound, w = objective.bind(jnp.ones((6, 2))), jnp.ones((2, 1))
+    with pytest.raises(ValueError, match=r"shape \(6,.*metric='bernoulli'"):
+        llqr.linearize(bound, w, metric)

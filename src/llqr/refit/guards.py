@@ -1,7 +1,8 @@
 r"""What of a refit is installed: EMA with the old arrays, projection, guards, in this order.
 
 A block keeps its old arrays if the new ones are not finite or turn its share of h.Ph
-non-positive, and every block does if Phi did not decrease.
+non-positive, and every block does if Phi did not decrease, or if C is zero along all of P h: Phi
+has then no minimum but that of the damping, and P would grow for nothing.
 """
 
 from typing import NamedTuple
@@ -67,9 +68,10 @@ def judge(
     before = phi.value(phi.blocks) if before is None else before
     after = phi.value(proposed)
     decreased = after < before  # False for NaN too
-    installed = _choose([decreased] * len(plan), proposed, old)
+    flat = phi.is_flat(proposed)
+    installed = _choose([decreased & ~flat] * len(plan), proposed, old)
     status = [
-        _status(f, u, decreased, _same(a, b))
+        _status(f, u, decreased, flat, _same(a, b))
         for f, u, a, b in zip(finite, upright, new, old, strict=True)
     ]
     pairs = _pairs(plan, installed, h)
@@ -109,10 +111,11 @@ def _same(a: Arrays, b: Arrays) -> Bool[Array, ""]:
 
 def _status(
     finite: Bool[Array, ""], upright: Bool[Array, ""], decreased: Bool[Array, ""],
-    same: Bool[Array, ""],
+    flat: Bool[Array, ""], same: Bool[Array, ""],
 ) -> Int[Array, ""]:  # fmt: skip
     code = {word: i for i, word in enumerate(STATUS)}
     choice = jnp.where(decreased, code["updated"], code["rejected"])
+    choice = jnp.where(flat, code["flat"], choice)
     choice = jnp.where(upright, choice, code["inverted"])
     choice = jnp.where(finite, choice, code["nonfinite"])
     return jnp.where(same, code["kept"], choice)

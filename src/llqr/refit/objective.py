@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from llqr._tree import vdot
-from llqr._types import Array, Float, Params
+from llqr._types import Array, Bool, Float, Params
 from llqr.curvature.model import QuadraticModel
 from llqr.refit.directions import Directions, each
 from llqr.refit.setup import Blocks
@@ -61,6 +61,16 @@ class Phi:
             return _phi(linear, u, model.bilinear(u, u))
 
         return jnp.mean(each(self.model, self.batched, one, *self.directions))
+
+    def is_flat(self, blocks: Blocks) -> Bool[Array, ""]:
+        """Return whether C, without damping, is zero along P h, and P h is not zero."""
+
+        def one(model: QuadraticModel, h: Params, _: Params) -> tuple[Array, Array]:
+            u = plans.multiply(self.plan, blocks, h)
+            return model.curvature.bilinear(u, u), vdot(u, u)
+
+        curved, squared = each(self.model, self.batched, one, *self.directions)
+        return jnp.all(curved == 0) & jnp.any(squared > 0)
 
     def value_and_gradient(self, learned: Blocks) -> tuple[Float[Array, ""], Blocks]:
         """Return Phi and its gradient in what is learned: one product with C."""

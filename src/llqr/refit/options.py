@@ -184,7 +184,7 @@ def check_options(refit: Refit, metric: PyTree, reduction: Reduction, route: Rou
     if refit.probe == "fisher" and not metrics.can_sample(metric):
         why = (
             "probe='fisher' needs a metric from which labels can be drawn: ngd, reverse_kl, "
-            "renyi or gaussian"
+            "renyi, bernoulli or gaussian"
         )
     elif refit.per_example and route.chunk_size is not None:
         why = "per_example splits the batch already: chunk_size must be None"

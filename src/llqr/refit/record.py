@@ -7,10 +7,11 @@ import jax.numpy as jnp
 
 from llqr._types import Array, Float, Int
 
-STATUS = ("none", "updated", "kept", "nonfinite", "inverted", "rejected")
+STATUS = ("none", "updated", "kept", "nonfinite", "inverted", "rejected", "flat")
 """What a refit did to a block, by the number in `RefitInfo.status`: not refitted yet; new arrays
 installed; nothing changed; or old arrays kept by a guard: new ones were not finite, turned
-the direction, or the objective did not decrease."""
+the direction, the objective did not decrease, or the metric has no curvature at all there (a
+loss that is linear in the outputs, outputs that do not depend on the parameters)."""
 
 
 class RefitInfo(NamedTuple):
@@ -44,7 +45,7 @@ class RefitInfo(NamedTuple):
     @property
     def guarded(self) -> Int[Array, ""]:
         """Blocks that kept their old arrays in the last refit because of a guard."""
-        return self.count("nonfinite", "inverted", "rejected")
+        return self.count("nonfinite", "inverted", "rejected", "flat")
 
     @property
     def words(self) -> tuple[str, ...]:

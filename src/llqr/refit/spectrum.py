@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 
+from llqr import _loops
 from llqr._tree import all_finite
 from llqr._types import Array, Bool, Float, Int, Number
 from llqr.refit.stream import Streaming, StreamSetup, dense_sides, kind_of
@@ -49,7 +49,7 @@ def now_or_rarely(
     """Run on a side now; on a wide one, only where that is due."""
     if len(side) <= options.wide:
         return run(side)
-    return jax.lax.cond(due, run, lambda kept: kept, side)
+    return _loops.when(due, lambda kept: (run(kept),), side)[0]
 
 
 def follow(

@@ -66,6 +66,7 @@ from llqr.refit.spectrum import (
 )
 from llqr.refit.stream import StreamSetup, StreamState, kind_of, pack, statistics_of, unpack
 from llqr.structures import plan as plans
+from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Plan
 
 
@@ -176,6 +177,9 @@ def _refit(
     ]
     statistics = list(unpack(plan, stream.statistics, params))
     new, keep = list(blocks), [all_finite([h[b.leaves[0]] for h in probes]) for b in plan]
+    # Labels drawn say nothing of these blocks: to follow would only lengthen their steps.
+    flat = [_all_zero([h[b.leaves[0]] for h in probes]) for b in plan]
+    keep = [k & ~f for k, f in zip(keep, flat, strict=True)]
     number = info.refits + 1
     for i, block in enumerate(plan):
         if kind_of(block.structure) == "spectrum":
@@ -202,6 +206,8 @@ def _refit(
             noise,
         )
     old = new
+    was = unpack(plan, stream.statistics, params)
+    statistics = [_unless(f, o, own) for f, o, own in zip(flat, was, statistics, strict=True)]
     new = [
         solved(block, arrays, own, own_top, damping)
         for block, arrays, own, own_top in zip(plan, new, statistics, tops, strict=True)
@@ -214,8 +220,17 @@ def _refit(
         statistics=pack(setup, statistics, stream, params), power=power,
         top=jnp.asarray(top, jnp.float32),
     )  # fmt: skip
-    record = _record(plan, tuple(new), info, stream.momentum, keep, before, after)
+    new = [_unless(f, b, arrays) for f, b, arrays in zip(flat, blocks, new, strict=True)]
+    record = _record(plan, tuple(new), info, stream.momentum, keep, flat, before, after)
     return tuple(new), record, stream
+
+
+def _unless(flat: Bool[Array, ""], old: Arrays, new: Arrays) -> Arrays:
+    return {slot: jnp.where(flat, old[slot], new[slot]) for slot in new}
+
+
+def _all_zero(arrays: list[Array]) -> Bool[Array, ""]:
+    return jnp.all(jnp.stack([jnp.all(x == 0) for x in arrays]))
 
 
 def _linearize(
@@ -232,13 +247,16 @@ def _linearize(
 
 def _record(
     plan: Plan, blocks: Blocks, info: RefitInfo, momentum: Params, keep: list[Bool[Array, ""]],
-    before: Float[Array, ""], after: Float[Array, ""],
+    flat: list[Bool[Array, ""]], before: Float[Array, ""], after: Float[Array, ""],
 ) -> RefitInfo:  # fmt: skip
     leaves = jax.tree.leaves(momentum)
     scaled = jax.tree.leaves(plans.multiply(plan, blocks, momentum))
     pairs = [(scaled[b.leaves[0]], leaves[b.leaves[0]]) for b in plan]
     code = {word: i for i, word in enumerate(STATUS)}
-    status = [jnp.where(k, code["updated"], code["nonfinite"]) for k in keep]
+    status = [
+        jnp.where(k, code["updated"], jnp.where(f, code["flat"], code["nonfinite"]))
+        for k, f in zip(keep, flat, strict=True)
+    ]
     return RefitInfo(
         refits=info.refits + 1,
         steps=jnp.ones((), jnp.int32),

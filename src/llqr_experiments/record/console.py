@@ -25,6 +25,7 @@ REASONS = {
     "nonfinite": "not finite",
     "inverted": "direction turned",
     "rejected": "objective not lower",
+    "flat": "no curvature",
 }
 """Why a block kept its old arrays, by the words of `llqr.STATUS`."""
 
