@@ -368,6 +368,48 @@ def test_vmap_over_seeds() -> None:
     assert info.refits.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("kind", ["llqr", "stream"])
+def test_an_ensemble_refits_when_it_is_due_and_not_at_every_step(kind: str) -> None:
+    """The branch of a refit stays a branch under vmap; members that are not due keep their P."""
+    calls = []
+
+    def forward(params: Any, x: Any) -> Any:
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.tanh(x @ params["w"])
+
+    bound = llqr.Objective(forward, lambda z, x: jnp.mean((z - x) ** 2)).bind(jnp.eye(3))
+    refits = {
+        "llqr": llqr.Refit(every=3, steps=2, learning_rate=0.1),
+        "stream": llqr.Streaming(every=3, warmup=0, wide=2),
+    }
+    tx = llqr.llqr(optax.sgd(0.1), structure="e-kfac", metric="gaussian", refit=refits[kind])
+    params = {"w": jnp.stack([jnp.ones((3, 3)), 2 * jnp.ones((3, 3))])}
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    @jax.jit
+    @jax.vmap
+    def step(g: Any, s: Any, p: Any) -> Any:
+        return tx.update(g, s, p, objective=bound)
+
+    state, seen = jax.vmap(tx.init)(params), []
+    for _ in range(4):
+        before = len(calls)
+        _, state = jax.block_until_ready(step(grads, state, params))
+        jax.effects_barrier()
+        seen.append(len(calls) - before)
+    assert seen[0] == seen[3] > 0
+    assert seen[1] == seen[2] == 0
+    assert record(state).refits.tolist() == [2, 2]
+
+    one = state.preconditioner._replace(count=jnp.array([3, 4], jnp.int32))  # due, and not
+    _, mixed = step(grads, state._replace(preconditioner=one), params)
+    assert record(mixed).refits.tolist() == [3, 2]
+    old, new = llqr.find(state).blocks, llqr.find(mixed).blocks
+    for i, same in ((0, False), (1, True)):
+        pick = lambda tree, i=i: jax.tree.map(lambda x: x[i], tree)  # noqa: E731
+        assert pb.moved(pick(old), pick(new)) != same
+
+
 # --- describe -------------------------------------------------------------------------------
 
 COMPOSED = {
