@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 
-from llqr._tree import is_traced
+from llqr._tree import is_traced, zeros_like
 from llqr._types import Array, Bool, PyTree
 
 
@@ -84,7 +84,7 @@ def stacked(function: Callable[[Any], PyTree], count: int, *, python: bool) -> P
 def total(function: Callable[[Any], PyTree], count: int, like: PyTree, *, python: bool) -> PyTree:
     """Return function(0) + .. + function(count - 1), shaped like `like`."""
     if not python:
-        zeros = jax.tree.map(jnp.zeros_like, like)
+        zeros = zeros_like(like)
         add = lambda sum_, i: (jax.tree.map(jnp.add, sum_, function(i)), None)  # noqa: E731
         return jax.lax.scan(add, zeros, jnp.arange(count))[0]
     sum_ = function(0)

@@ -86,6 +86,14 @@ def normal_like(tree: PyTree, key: Array) -> PyTree:
     return treedef.unflatten(drawn)
 
 
+def zeros_like(tree: PyTree) -> PyTree:
+    """Zeros to begin a sum with.
+
+    Over explicit mesh axes sharded as the tree is, under `jax.shard_map` each replica's own.
+    """
+    return jax.tree.map(lambda x: jnp.where(jnp.zeros((), bool), x, jnp.zeros_like(x)), tree)
+
+
 def all_finite(tree: PyTree) -> Array:
     """Whether no entry of any leaf is NaN or infinite: bool[]."""
     leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llqr import lqr, metrics
+from llqr import _replicas, lqr, metrics
 from llqr._errors import check_choice, check_range
 from llqr._linalg import solve
+from llqr._replicas import AxisName
 from llqr._types import Array, Float, Int, Number, Params
 from llqr.curvature.model import linearize
+from llqr.curvature.route import Route
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
 
@@ -35,6 +37,7 @@ def exact(
     tolerance: float = 1e-8,
     max_steps: int | None = None,
     max_size: int = lqr.MAX_SIZE,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optax optimizer: it sees (C + lambda I)^-1 g in place of the gradient g.
 
@@ -51,6 +54,7 @@ def exact(
       tolerance: of conjugate gradients, relative residual.
       max_steps: of conjugate gradients; None: ten times the number of parameters.
       max_size: of riccati, see `llqr.lqr.riccati`.
+      axis_name: of replicas under `jax.pmap` or `jax.shard_map`, see `llqr.Route`; with cg.
 
     Returns:
       A transformation whose `update` requires `objective` (a `BoundObjective`) and `params`.
@@ -77,6 +81,7 @@ def exact(
     check_choice("divergence_reduction", divergence_reduction, ("sum", "mean"))
     check_choice("solver", solver, get_args(Solver))
     base = optax.with_extra_args_support(base)
+    route = Route(axis_name=axis_name, layerwise=solver == "riccati")
 
     def init(params: Params) -> Any:
         return ExactState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), base.init(params))
@@ -91,6 +96,7 @@ def exact(
     ) -> tuple[Params, Any]:
         if objective is None or params is None:
             raise ValueError("exact: update() needs params and objective=objective.bind(batch).")
+        _replicas.check(axis_name)
         steps, residual = state.steps, state.residual
         if solver == "riccati":
             problem = _stage_by_stage(objective, params, resolved, damping, divergence_reduction)
@@ -103,6 +109,7 @@ def exact(
                 resolved,
                 damping=damping,
                 divergence_reduction=divergence_reduction,
+                route=route,
             )
             step, info = solve(
                 model.product, updates, tolerance=tolerance, max_steps=max_steps, converge=False

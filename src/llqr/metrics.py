@@ -47,7 +47,9 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from llqr import _replicas
 from llqr._errors import unknown
+from llqr._replicas import AxisName
 from llqr._tree import shard_like, spread
 from llqr._types import Array, Bool, Float, PRNGKeyArray, PyTree
 
@@ -295,7 +297,12 @@ def over_rows(reduction: Reduction) -> Literal["sum", "mean"]:
 
 
 def potential(
-    metric: PyTree, outputs: PyTree, reference: PyTree, mask: PyTree | None, reduction: str
+    metric: PyTree,
+    outputs: PyTree,
+    reference: PyTree,
+    mask: PyTree | None,
+    reduction: str,
+    axis_name: AxisName = None,
 ) -> Float[Array, ""]:
     """Return the reduced divergence of `outputs` from the frozen `reference`.
 
@@ -307,6 +314,8 @@ def potential(
       mask: bool arrays [...] (a prefix of the outputs), or None. Rows that are False add
         nothing, whatever they hold, and are not counted.
       reduction: "sum" or "mean" over the rows that count.
+      axis_name: of replicas: a mean is then over the mean number of their rows, so that the
+        mean of the replicas' potentials is that of the whole batch.
 
     Raises:
       ValueError: a metric or a mask that does not fit the outputs, or rows of another shape
@@ -321,7 +330,7 @@ def potential(
         strict=True,
     ):
         if m is not None:
-            total = total + _reduce(m.divergence, z, r, k, reduction)
+            total = total + _reduce(m.divergence, z, r, k, reduction, axis_name)
     return jnp.asarray(total)
 
 
@@ -359,20 +368,21 @@ def kept_rows(
 
 
 def row_weights(
-    kept: tuple[Bool[Array, "..."] | None, ...], reduction: str
+    kept: tuple[Bool[Array, "..."] | None, ...], reduction: str, axis_name: AxisName = None
 ) -> tuple[Float[Array, ""] | None, ...]:
     """Return what the rows of each output weigh in the potential.
 
     Args:
       kept: from `kept_rows`.
       reduction: "sum" or "mean".
+      axis_name: of replicas; see `potential`.
 
     Returns:
       For each output 1 / (rows that count); None for 1, and for an output without a metric.
     """
     if reduction == "sum":
         return (None,) * len(kept)
-    return tuple(None if k is None else 1 / jnp.maximum(jnp.sum(k), 1) for k in kept)
+    return tuple(None if k is None else 1 / _count(k, axis_name) for k in kept)
 
 
 def can_sample(metric: PyTree) -> bool:
@@ -382,7 +392,12 @@ def can_sample(metric: PyTree) -> bool:
 
 
 def sample(
-    metric: PyTree, key: PRNGKeyArray, outputs: PyTree, mask: PyTree | None, reduction: str
+    metric: PyTree,
+    key: PRNGKeyArray,
+    outputs: PyTree,
+    mask: PyTree | None,
+    reduction: str,
+    axis_name: AxisName = None,
 ) -> PyTree:
     """Return a random cotangent of the outputs whose covariance is the Hessian of `potential`.
 
@@ -395,6 +410,8 @@ def sample(
       outputs: output arrays [..., K].
       mask: as in `potential`.
       reduction: "sum" or "mean".
+      axis_name: of replicas: each draws for itself, and the mean of what they pull back has the
+        curvature of the whole batch.
 
     Returns:
       An array [..., K] for each output; zeros for one without a metric.
@@ -403,7 +420,7 @@ def sample(
       ValueError: a metric or a mask that does not fit the outputs.
     """
     leaves, treedef = jax.tree.flatten(outputs)
-    drawn = []
+    drawn, key, replicas = [], _replicas.own_key(key, axis_name), _replicas.count(axis_name)
     for i, (m, z, k) in enumerate(
         zip(_spread(metric, outputs), leaves, _spread(mask, outputs), strict=True)
     ):
@@ -414,8 +431,9 @@ def sample(
         rows = math.prod(jax.eval_shape(m.divergence, z, z).shape)
         if k is not None:
             c = jnp.where(k.reshape(k.shape + (1,) * (c.ndim - k.ndim)), c, 0.0)
-            rows = jnp.maximum(jnp.sum(k), 1).astype(c.dtype)
+            rows = _count(k, axis_name).astype(c.dtype)
         c = c / jnp.sqrt(rows).astype(c.dtype) if reduction == "mean" else c
+        c = c * (math.sqrt(replicas) if reduction == "mean" else replicas)
         drawn.append(shard_like(c, z))  # draws do not follow explicit mesh axes
     return treedef.unflatten(drawn)
 
@@ -432,7 +450,12 @@ def _spread(prefix: PyTree, outputs: PyTree) -> list[Any]:
 
 
 def _reduce(
-    divergence: Divergence, z: Array, r: Array, mask: Array | None, reduction: str
+    divergence: Divergence,
+    z: Array,
+    r: Array,
+    mask: Array | None,
+    reduction: str,
+    axis_name: AxisName,
 ) -> Float[Array, ""]:
     if mask is None:
         rows = divergence(z, r)
@@ -449,4 +472,13 @@ def _reduce(
     total = jnp.sum(jnp.where(mask, rows, 0.0))
     if reduction == "sum":
         return total
-    return total / jnp.maximum(jnp.sum(mask), 1).astype(total.dtype)
+    return total / _count(mask, axis_name).astype(total.dtype)
+
+
+def _count(mask: Bool[Array, "..."], axis_name: AxisName) -> Array:
+    """How many rows count, at least one; over replicas, in the mean."""
+    rows = jnp.sum(mask)
+    if axis_name:
+        rows = _replicas.mean(rows.astype(jnp.float32), axis_name)
+        return jnp.where(rows > 0, rows, 1)
+    return jnp.maximum(rows, 1)

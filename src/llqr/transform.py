@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llqr import _loops, metrics
+from llqr import _loops, _replicas, metrics
 from llqr._errors import check_choice, check_integer, check_range
 from llqr._tree import check_inexact, freeze
 from llqr._types import Array, Bool, Int, Number, Params, PyTree
@@ -159,6 +159,7 @@ def scale_by_llqr(
             refresh = False
         if refresh is not False:
             bound = _check_refit_inputs(objective, params, refresh)
+            _replicas.check(route.axis_name)
 
             def run(*held: Any) -> tuple[Blocks, RefitInfo, Any]:
                 return method.refit(plan, held, params, bound, state.count, base)

@@ -14,15 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from llqr import _loops, metrics
-from llqr._tree import Frozen, accurate_dtype, freeze, vdot, widen
+from llqr._replicas import AxisName
+from llqr._tree import Frozen, accurate_dtype, freeze, vdot, widen, zeros_like
 from llqr._types import Array, Bool, Float, Params, PyTree
 from llqr.curvature.operators import LinearOperator, SymmetricOperator
+from llqr.curvature.route import Route
 from llqr.curvature.whole import GaussNewton, Hessian, Linearization, OutputHessian, Potential
 from llqr.objective import BoundObjective, Chunks
 
 
 def chunked(
-    objective: BoundObjective, params: Params, metric: PyTree, reduction: str, size: int
+    objective: BoundObjective, params: Params, metric: PyTree, reduction: str, route: Route
 ) -> Linearization:
     """Linearise chunk by chunk.
 
@@ -31,11 +33,12 @@ def chunked(
       params: the current parameters.
       metric: a resolved metric, see `llqr.metrics`.
       reduction: "sum" or "mean" over rows.
-      size: bound on the examples in a chunk, >= 1.
+      route: with a bound on the examples in a chunk.
 
     Raises:
       ValueError: an output without the examples on its first axis.
     """
+    size = route.chunk_size or 1
     shapes = jax.eval_shape(objective.outputs, params)
     chunks = objective.split(size)
     for leaf in jax.tree.leaves(shapes):
@@ -47,20 +50,25 @@ def chunked(
     rows = tuple(leaf.shape[0] for leaf in jax.tree.leaves(shapes))
     jacobian = Chunked(chunks, params, rows)
     outputs = jacobian.outputs()
-    curvature = _curvature(jacobian, objective, outputs, metric, reduction)
+    curvature = _curvature(jacobian, objective, outputs, metric, reduction, route.axis_name)
     return Linearization(outputs, jacobian, curvature)
 
 
 def _curvature(
-    jacobian: "Chunked", objective: BoundObjective, outputs: PyTree, metric: PyTree, reduction: str
+    jacobian: "Chunked",
+    objective: BoundObjective,
+    outputs: PyTree,
+    metric: PyTree,
+    reduction: str,
+    axis_name: AxisName,
 ) -> SymmetricOperator:
     kept = None
     if not (metrics.uses_loss(metric) or metrics.is_full(metric)):
         kept = metrics.kept_rows(metric, outputs, objective.mask())
     if kept is not None:
-        weights = metrics.row_weights(kept, reduction)
+        weights = metrics.row_weights(kept, reduction, axis_name)
         return _GaussNewton(jacobian, kept, weights, freeze(metric))
-    potential = Potential(objective, outputs, freeze(metric), reduction)
+    potential = Potential(objective, outputs, freeze(metric), reduction, axis_name)
     output_hessian = OutputHessian(potential)
     if metrics.is_full(metric):
         costate = jax.grad(potential)(outputs)
@@ -180,7 +188,8 @@ class _GaussNewton(SymmetricOperator):
         pair = (u,) if u is w else (u, w)
         function = partial(_bilinear_chunk, self.metric)
         outputs = jax.eval_shape(_forward_chunk, self.jacobian.chunks[0], self.domain)
-        zero = jnp.zeros((), accurate_dtype(outputs))
+        first = jax.tree.leaves(self.domain)[0]
+        zero = zeros_like(jnp.sum(first)).astype(accurate_dtype(outputs))
         return self.jacobian.sum(function, (self.weights, pair), (self.kept,), zero)
 
 

@@ -27,12 +27,18 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from llqr import _loops, metrics
+from llqr import _loops, _replicas, metrics
 from llqr._errors import check_choice, check_range
+from llqr._replicas import AxisName
 from llqr._tree import check_inexact, norm, normal_like, vdot
 from llqr._types import Array, Float, Number, Params, PyTree
 from llqr.curvature.chunked import chunked
-from llqr.curvature.operators import LinearOperator, SymmetricOperator
+from llqr.curvature.operators import (
+    LinearOperator,
+    ReplicatedCurvature,
+    ReplicatedJacobian,
+    SymmetricOperator,
+)
 from llqr.curvature.route import Route
 from llqr.curvature.whole import Linearization, whole
 from llqr.metrics import Reduction
@@ -53,8 +59,8 @@ class QuadraticModel(SymmetricOperator):
     Attributes:
       loss: the loss at the current parameters.
       gradient: g.
-      outputs: of the forward function.
-      cotangent: c.
+      outputs: of the forward function; with replicas, of each one's own part of the batch.
+      cotangent: c, likewise.
       jacobian: J.
       curvature: C.
       damping: lambda.
@@ -160,15 +166,18 @@ def linearize(
     check_choice("divergence_reduction", divergence_reduction, get_args(Reduction))
     metric = metrics.resolve(metric)
     route = Route() if route is None else route
-    rows = metrics.over_rows(divergence_reduction)
+    rows, everywhere = metrics.over_rows(divergence_reduction), params
+    params = _replicas.own(params, route.axis_name)
     if route.layerwise:
         forward = objective.objective.forward
         model = layerwise_model(forward, objective, params, metric, damping, rows, route)
     elif route.chunk_size is not None:
-        size = route.chunk_size
-        model = _model(objective, chunked(objective, params, metric, rows, size), damping)
+        model = _model(objective, chunked(objective, params, metric, rows, route), damping)
     else:
         model = _model(objective, whole(objective, params, metric, rows, route), damping)
+    if route.axis_name:
+        adds = rows == "sum" and not metrics.uses_loss(metric)
+        model = _of_all(model, everywhere, route.axis_name, adds=adds)
     return with_unit_top(model) if divergence_reduction == "unit" else model
 
 
@@ -180,6 +189,19 @@ def _model(
     loss, cotangent = jax.value_and_grad(objective.loss)(outputs)
     gradient = jacobian.vjp(cotangent)
     return QuadraticModel(loss, gradient, outputs, cotangent, jacobian, curvature, damping)
+
+
+def _of_all(
+    model: QuadraticModel, params: Params, axis_name: AxisName, *, adds: bool
+) -> QuadraticModel:
+    """The model of the whole batch, from that of each replica's own part."""
+    return replace(
+        model,
+        loss=_replicas.mean(model.loss, axis_name),
+        gradient=_replicas.mean(model.gradient, axis_name),
+        jacobian=ReplicatedJacobian(model.jacobian, params, axis_name),
+        curvature=ReplicatedCurvature(model.curvature, params, axis_name, adds),
+    )
 
 
 @singledispatch

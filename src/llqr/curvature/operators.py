@@ -11,13 +11,15 @@ cross `jax.jit`, and none forms a matrix, except where a test asks for it (`as_m
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from llqr import _replicas
+from llqr._replicas import AxisName
 from llqr._tree import vdot
 from llqr._types import Array, Float, Params, PyTree
 
@@ -70,6 +72,62 @@ class SymmetricOperator(LinearOperator):
     def vjp(self, w: Params) -> Params:
         """Return C^T w, which is C w."""
         return self.product(w)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ReplicatedJacobian(LinearOperator):
+    """J of each replica's own part of the batch; its transpose is averaged over the replicas.
+
+    Attributes:
+      local: J at a replica's own copy of the parameters.
+      domain: the parameters, the same everywhere.
+      axis_name: of the replicas.
+    """
+
+    local: LinearOperator
+    domain: Params
+    axis_name: AxisName = field(metadata={"static": True})
+
+    def jvp(self, u: Params) -> PyTree:
+        """Return J u, of this replica's rows."""
+        return self.local.jvp(_replicas.own(u, self.axis_name))
+
+    def vjp(self, w: PyTree) -> Params:
+        """Return the mean of the replicas' J^T w, w their own."""
+        return _replicas.mean(self.local.vjp(w), self.axis_name)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ReplicatedCurvature(SymmetricOperator):
+    """C of the whole batch, of which each replica has a part.
+
+    Attributes:
+      local: C of a replica's own part.
+      domain: the parameters, the same everywhere.
+      axis_name: of the replicas.
+      adds: whether the parts add up to the whole; else it is their mean.
+    """
+
+    local: SymmetricOperator
+    domain: Params
+    axis_name: AxisName = field(metadata={"static": True})
+    adds: bool = field(metadata={"static": True})
+
+    def product(self, u: Params) -> Params:
+        """Return C u."""
+        return self._over(self.local.product(_replicas.own(u, self.axis_name)))
+
+    def bilinear(self, u: Params, w: Params) -> Float[Array, ""]:
+        """Return u.C w."""
+        mine = _replicas.own(u, self.axis_name)
+        other = mine if u is w else _replicas.own(w, self.axis_name)
+        return self._over(self.local.bilinear(mine, other))
+
+    def _over(self, tree: PyTree) -> PyTree:
+        combine = _replicas.total if self.adds else _replicas.mean
+        return combine(tree, self.axis_name)
 
 
 @jax.tree_util.register_dataclass

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from llqr._errors import check_choice, check_integer
+from llqr._replicas import AxisName
 
 Memory: TypeAlias = Literal["cached", "curvature_recomputed", "recomputed"]
 CheckpointPolicy: TypeAlias = Literal["none", "dots_no_batch_dims"]
@@ -25,6 +26,12 @@ class Route:
       chunk_size: examples whose activations are held at once; None: the whole batch. The
         forward function must treat examples one by one (no batch statistics), with all
         outputs example by example along their first axis, and a divergence row by row.
+      axis_name: of the mapped axis (or a tuple of them) under `jax.pmap` or `jax.shard_map`,
+        over whose replicas the batch is spread: losses, gradients, curvature and probes are
+        then those of the whole batch, and every replica learns the same P. Gradients that go
+        into `update` are averaged by the caller. The loss is taken as a mean of the replicas'
+        losses. (): replicas refit on their own; None: the same where there is one, and an
+        error where there are more.
 
     Raises:
       ValueError: an unknown word, or options that exclude each other.
@@ -45,6 +52,7 @@ class Route:
     memory: Memory = "cached"
     checkpoint_policy: CheckpointPolicy = "none"
     chunk_size: int | None = None
+    axis_name: AxisName = None
 
     def __post_init__(self) -> None:
         check_choice("Route: memory", self.memory, get_args(Memory))
@@ -60,5 +68,13 @@ class Route:
                 "Route: chunks keep nothing between products anyway: leave memory at 'cached' with "
                 f"chunk_size, not {self.memory!r}."
             )
+        names = (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name or ()
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise TypeError(
+                "Route: axis_name must be the name of a mapped axis, or a tuple of names, got "
+                f"{self.axis_name!r}."
+            )
+        if self.layerwise and self.axis_name:
+            raise ValueError("Route: axis_name needs the fused route, layerwise=False.")
         if self.layerwise and self.chunk_size is not None:
             raise ValueError("Route: chunk_size needs the fused route, layerwise=False.")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 
 from llqr import metrics
+from llqr._replicas import AxisName
 from llqr._tree import Frozen, freeze, vdot
 from llqr._types import Array, Float, Params, PyTree
 from llqr.curvature.operators import FunctionOperator, LinearOperator, SymmetricOperator
@@ -44,7 +45,7 @@ def whole(
     else:
         outputs, tangent = jax.linearize(objective.outputs, params)
         jacobian = FunctionOperator(tangent, params)
-    potential = Potential(objective, outputs, freeze(metric), reduction)
+    potential = Potential(objective, outputs, freeze(metric), reduction, route.axis_name)
     if full and route.memory == "cached":
         curvature = Hessian(jax.linearize(jax.grad(potential.of_params), params)[1], params)
     elif full:
@@ -65,6 +66,7 @@ class Potential:
     reference: PyTree
     metric: Frozen = field(metadata={"static": True})
     reduction: str = field(metadata={"static": True})
+    axis_name: AxisName = field(default=None, metadata={"static": True})
 
     def __call__(self, outputs: PyTree) -> Float[Array, ""]:
         """Return the reduced divergence of `outputs` [..., K] from the reference."""
@@ -72,7 +74,9 @@ class Potential:
         if metrics.uses_loss(metric):
             return self.objective.loss(outputs)
         mask = self.objective.mask()
-        return metrics.potential(metric, outputs, self.reference, mask, self.reduction)
+        return metrics.potential(
+            metric, outputs, self.reference, mask, self.reduction, self.axis_name
+        )
 
     def of_params(self, params: Params) -> Float[Array, ""]:
         """Return the same as a function of the parameters."""

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llqr import _loops, metrics
+from llqr import _loops, _replicas, metrics
+from llqr._replicas import AxisName
 from llqr._tree import norm, normal_like
 from llqr._types import Array, Int, Params, PRNGKeyArray, PyTree
 from llqr.curvature.model import QuadraticModel
@@ -141,15 +142,18 @@ def _draw(
     if probe == "gaussian":
         return normal_like(model.gradient, key)
     if probe == "minibatch":
-        return model.jacobian.vjp(_subset(model.cotangent, key))
+        own = _replicas.own_key(key, setup.route.axis_name)
+        return model.jacobian.vjp(_subset(model.cotangent, own))
     key, isotropic = jax.random.split(key)
-    h = fisher_probe(setup.metric.tree, setup.reduction, model, objective, key)
+    h = fisher_probe(
+        setup.metric.tree, setup.reduction, model, objective, key, setup.route.axis_name
+    )
     return floored(model, h, isotropic)
 
 
 def fisher_probe(
     metric: PyTree, reduction: Reduction, model: QuadraticModel, objective: BoundObjective,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray, axis_name: AxisName = None,
 ) -> Params:  # fmt: skip
     """Return the gradient for labels drawn from the model, with covariance C: one pull-back.
 
@@ -159,9 +163,11 @@ def fisher_probe(
       model: at the current parameters.
       objective: on its batch.
       key: of the labels.
+      axis_name: of replicas, each with its own part of the batch.
     """
-    rows = metrics.over_rows(reduction)
-    return model.jacobian.vjp(metrics.sample(metric, key, model.outputs, objective.mask(), rows))
+    rows, mask = metrics.over_rows(reduction), objective.mask()
+    drawn = metrics.sample(metric, key, model.outputs, mask, rows, axis_name)
+    return model.jacobian.vjp(drawn)
 
 
 def floored(model: QuadraticModel, h: Params, key: PRNGKeyArray) -> Params:

@@ -188,6 +188,8 @@ def check_options(refit: Refit, metric: PyTree, reduction: Reduction, route: Rou
         )
     elif refit.per_example and route.chunk_size is not None:
         why = "per_example splits the batch already: chunk_size must be None"
+    elif refit.per_example and route.axis_name:
+        why = "per_example has one problem for each example: axis_name must be None"
     elif refit.per_example and reduction == "unit":
         why = (
             "per_example has one curvature for each example: divergence_reduction='unit' needs "

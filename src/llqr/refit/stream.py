@@ -133,7 +133,7 @@ def check_streamable(structures: Iterable[Structure], metric: PyTree) -> None:
     if not metrics.can_sample(metric):
         raise ValueError(
             "streaming refits need a metric from which labels can be drawn: ngd, reverse_kl, "
-            "renyi, bernoulli or gaussian (for a mean of squares, it is gauss_newton times a number)."
+            "renyi, bernoulli or gaussian (of a mean of squares, gauss_newton times a number)."
         )
     for structure in structures:
         if kind_of(structure) is None:

@@ -172,7 +172,11 @@ def _refit(
     # One after the other, not a vmap: one probe is the rule, and a batch of pull-backs through
     # convolutions is slower than as many of them.
     probes = [
-        jax.tree.leaves(fisher_probe(setup.metric.tree, setup.reduction, model, objective, k))
+        jax.tree.leaves(
+            fisher_probe(
+                setup.metric.tree, setup.reduction, model, objective, k, setup.route.axis_name
+            )
+        )
         for k in keys
     ]
     statistics = list(unpack(plan, stream.statistics, params))
