@@ -10,6 +10,7 @@ from llqr import _replicas, lqr, metrics
 from llqr._errors import check_choice, check_range
 from llqr._linalg import solve
 from llqr._replicas import AxisName
+from llqr._tree import widen
 from llqr._types import Array, Float, Int, Number, Params
 from llqr.curvature.model import linearize
 from llqr.curvature.route import Route
@@ -103,17 +104,23 @@ def exact(
             step = lqr.solve(problem, gradient=updates, max_size=max_size)
             step = jax.tree.map(jnp.negative, step)
         else:
+            objective, wide = objective.widened(params)
             model = linearize(
                 objective,
-                params,
+                wide,
                 resolved,
                 damping=damping,
                 divergence_reduction=divergence_reduction,
                 route=route,
             )
             step, info = solve(
-                model.product, updates, tolerance=tolerance, max_steps=max_steps, converge=False
+                model.product,
+                widen(updates),
+                tolerance=tolerance,
+                max_steps=max_steps,
+                converge=False,
             )
+            step = jax.tree.map(lambda s, u: s.astype(u.dtype), step, updates)
             steps, residual = info.steps, info.residual.astype(jnp.float32)
         updates, base_state = base.update(step, state.base, params, **extra)
         return updates, ExactState(steps, residual, base_state)

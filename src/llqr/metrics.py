@@ -50,7 +50,7 @@ import jax.numpy as jnp
 from llqr import _replicas
 from llqr._errors import unknown
 from llqr._replicas import AxisName
-from llqr._tree import shard_like, spread
+from llqr._tree import shard_like, spread, widen
 from llqr._types import Array, Bool, Float, PRNGKeyArray, PyTree
 
 Divergence: TypeAlias = Callable[
@@ -457,6 +457,7 @@ def _reduce(
     reduction: str,
     axis_name: AxisName,
 ) -> Float[Array, ""]:
+    z, r = widen(z), widen(r)
     if mask is None:
         rows = divergence(z, r)
         return jnp.mean(rows) if reduction == "mean" else jnp.sum(rows)

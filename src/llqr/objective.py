@@ -7,14 +7,14 @@ structure, so a jitted function that takes an objective compiles once); the batc
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import is_none, spread
+from llqr._tree import is_none, spread, widen
 from llqr._types import Array, Float, Int, Params, PyTree
 
 
@@ -118,6 +118,19 @@ class BoundObjective:
         """Return which rows count, or None if all do."""
         return None if self.objective.mask is None else self.objective.mask(self.batch)
 
+    def widened(self, params: Params) -> tuple["BoundObjective", Params]:
+        """Return the parameters in float32 at least, and the objective that takes them.
+
+        The model runs in the parameters' own dtypes: its carries, masks and data may be in half
+        precision too. What is computed with its derivatives then has float32's.
+        """
+        dtypes = tuple(jnp.result_type(p).name for p in jax.tree.leaves(params))
+        wide = widen(params)
+        if all(x.dtype.name == d for x, d in zip(jax.tree.leaves(wide), dtypes, strict=True)):
+            return self, params
+        forward = InDtypes(self.objective.forward, dtypes)
+        return replace(self, objective=replace(self.objective, forward=forward)), wide
+
     def split(self, size: int) -> "Chunks":
         """Return the batch in equal chunks of at most `size` examples.
 
@@ -151,6 +164,31 @@ class BoundObjective:
             for x, a in zip(leaves, axes, strict=True)
         ]
         return Chunks(self.objective, tuple(stacked), tuple(axes), treedef, size, examples)
+
+
+@dataclass(frozen=True)
+class InDtypes:
+    """A forward function that casts its parameters first: `BoundObjective.widened`."""
+
+    forward: Callable[[Params, Any], PyTree]
+    dtypes: tuple[str, ...]  # of the parameters' leaves, in order
+
+    def __call__(self, params: Params, batch: Any) -> PyTree:
+        """Return the outputs.
+
+        Args:
+          params: in any dtypes.
+          batch: what the function takes.
+        """
+        leaves, treedef = jax.tree.flatten(params)
+        cast = [x.astype(dtype) for x, dtype in zip(leaves, self.dtypes, strict=True)]
+        return self.forward(treedef.unflatten(cast), batch)
+
+    @property
+    def rematerialized(self) -> Callable[[Any], "InDtypes"] | None:
+        """How to cut the function at its stages, where it has some."""
+        cut = getattr(self.forward, "rematerialized", None)
+        return None if cut is None else lambda policy: replace(self, forward=cut(policy))
 
 
 def _stack(x: Array, size: int, axis: int) -> Array:

@@ -17,6 +17,7 @@ from llqr import _loops, metrics
 from llqr._replicas import AxisName
 from llqr._tree import Frozen, accurate_dtype, freeze, vdot, widen, zeros_like
 from llqr._types import Array, Bool, Float, Params, PyTree
+from llqr.curvature import derivatives
 from llqr.curvature.operators import LinearOperator, SymmetricOperator
 from llqr.curvature.route import Route
 from llqr.curvature.whole import GaussNewton, Hessian, Linearization, OutputHessian, Potential
@@ -151,7 +152,7 @@ def _forward_chunk(chunk: BoundObjective, params: Params) -> PyTree:
 
 @jax.jit
 def _jvp_chunk(chunk: BoundObjective, params: Params, u: Params) -> PyTree:
-    return jax.jvp(chunk.outputs, (params,), (u,))[1]
+    return derivatives.jvp(chunk.outputs, params, u)
 
 
 @jax.jit
@@ -201,7 +202,7 @@ def _q_chunk(
     treedef = jax.tree.structure(outputs)
     mask = treedef.unflatten(kept)
     pull = jax.grad(lambda z: metrics.potential(metric.tree, z, outputs, mask, "sum"))
-    q = jax.tree.leaves(jax.jvp(pull, (outputs,), (v,))[1])
+    q = jax.tree.leaves(derivatives.symmetric_jvp(pull, outputs, v))
     return treedef.unflatten([_weighted(x, w) for x, w in zip(q, weights, strict=True)])
 
 
@@ -218,9 +219,9 @@ def _gauss_newton_chunk(
     weights: tuple[Float[Array, ""] | None, ...], u: Params,
     kept: tuple[Bool[Array, "..."] | None, ...],
 ) -> Params:  # fmt: skip
-    outputs, tangent = jax.linearize(chunk.outputs, params)
-    q = _q_chunk(metric, outputs, tangent(u), weights, kept)
-    return jax.linear_transpose(tangent, params)(q)[0]
+    outputs, jacobian = derivatives.linearize(chunk.outputs, params)
+    q = _q_chunk(metric, outputs, jacobian.jvp(u), weights, kept)
+    return jacobian.vjp(q)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -229,8 +230,8 @@ def _bilinear_chunk(
     weights: tuple[Float[Array, ""] | None, ...], pair: tuple[Params, ...],
     kept: tuple[Bool[Array, "..."] | None, ...],
 ) -> Float[Array, ""]:  # fmt: skip
-    outputs, tangent = jax.linearize(chunk.outputs, params)
-    tangents = [tangent(u) for u in pair]
+    outputs, jacobian = derivatives.linearize(chunk.outputs, params)
+    tangents = [jacobian.jvp(u) for u in pair]
     # In float32 at least: chunks are summed, and half-precision sums stop growing.
     q = _q_chunk(metric, outputs, tangents[-1], weights, kept)
     return vdot(widen(tangents[0]), widen(q))
@@ -241,7 +242,7 @@ def _hessian_chunk(
     chunk: BoundObjective, params: Params, u: Params, p: PyTree, q: PyTree
 ) -> Params:
     pull = lambda theta: jax.vjp(chunk.outputs, theta)[1](p)[0]  # noqa: E731
-    _, second = jax.jvp(pull, (params,), (u,))
+    second = derivatives.symmetric_jvp(pull, params, u)
     return jax.tree.map(jnp.add, second, _vjp_chunk(chunk, params, q))
 
 

@@ -12,9 +12,10 @@ import jax
 
 from llqr import metrics
 from llqr._replicas import AxisName
-from llqr._tree import Frozen, freeze, vdot
+from llqr._tree import Frozen, freeze, vdot, widen
 from llqr._types import Array, Float, Params, PyTree
-from llqr.curvature.operators import FunctionOperator, LinearOperator, SymmetricOperator
+from llqr.curvature import derivatives
+from llqr.curvature.operators import LinearOperator, SymmetricOperator
 from llqr.curvature.route import Route
 from llqr.objective import BoundObjective
 
@@ -43,15 +44,14 @@ def whole(
     if route.memory == "recomputed":
         outputs, jacobian = objective.outputs(params), _Recomputed(objective, params, route)
     else:
-        outputs, tangent = jax.linearize(objective.outputs, params)
-        jacobian = FunctionOperator(tangent, params)
+        outputs, jacobian = derivatives.linearize(objective.outputs, params)
     potential = Potential(objective, outputs, freeze(metric), reduction, route.axis_name)
     if full and route.memory == "cached":
-        curvature = Hessian(jax.linearize(jax.grad(potential.of_params), params)[1], params)
+        curvature = Hessian(derivatives.symmetric(jax.grad(potential.of_params), params), params)
     elif full:
         curvature = Hessian(_HessianRecomputed(potential, params), params)
     elif route.memory == "cached":
-        curvature = GaussNewton(jacobian, jax.linearize(jax.grad(potential), outputs)[1])
+        curvature = GaussNewton(jacobian, derivatives.symmetric(jax.grad(potential), outputs))
     else:
         curvature = GaussNewton(jacobian, OutputHessian(potential))
     return Linearization(outputs, jacobian, curvature)
@@ -93,7 +93,7 @@ class _Recomputed(LinearOperator):
     route: Route = field(metadata={"static": True})
 
     def jvp(self, u: Params) -> PyTree:
-        return jax.jvp(self._forward(), (self.domain,), (u,))[1]
+        return derivatives.jvp(self._forward(), self.domain, u)
 
     def vjp(self, w: PyTree) -> Params:
         return jax.vjp(self._forward(), self.domain)[1](w)[0]
@@ -135,7 +135,7 @@ class GaussNewton(SymmetricOperator):
         """
         v = self.jacobian.jvp(w)
         other = v if u is w else self.jacobian.jvp(u)
-        return vdot(other, self.output_hessian(v))
+        return vdot(widen(other), widen(self.output_hessian(v)))
 
 
 @jax.tree_util.register_dataclass
@@ -165,7 +165,7 @@ class OutputHessian:
 
 @jax.jit
 def _output_hessian(potential: Potential, v: PyTree) -> PyTree:
-    return jax.jvp(jax.grad(potential), (potential.reference,), (v,))[1]
+    return derivatives.symmetric_jvp(jax.grad(potential), potential.reference, v)
 
 
 @jax.tree_util.register_dataclass
@@ -177,4 +177,4 @@ class _HessianRecomputed:
     params: Params
 
     def __call__(self, u: Params) -> Params:
-        return jax.jvp(jax.grad(self.potential.of_params), (self.params,), (u,))[1]
+        return derivatives.symmetric_jvp(jax.grad(self.potential.of_params), self.params, u)

@@ -1,6 +1,7 @@
 """From a staged model, a batch and a metric to its LQR problem."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import jax
@@ -10,6 +11,7 @@ from llqr import metrics
 from llqr._errors import check_choice, check_range, unknown
 from llqr._tree import check_inexact
 from llqr._types import Array, Float, Number, PyTree
+from llqr.curvature import derivatives
 from llqr.curvature.route import Memory
 from llqr.lqr.problem import LQRProblem, Stage, Tangent
 from llqr.metrics import Reduction
@@ -179,8 +181,9 @@ def _linear(
     function: Callable[..., Any], point: tuple[Any, ...], cached: bool
 ) -> Callable[..., Any]:
     """Return the linearisation of `function` at `point`, its residuals kept or recomputed."""
-    if cached:
-        return jax.linearize(function, *point)[1]
+    with _forward_rules():
+        if cached:
+            return derivatives.checked(jax.linearize(function, *point)[1], *point)
     return jax.tree_util.Partial(_Recomputed(function), point)
 
 
@@ -191,7 +194,23 @@ class _Recomputed:
         self._function = function
 
     def __call__(self, point: tuple[Any, ...], *tangents: Any) -> Any:
-        return jax.jvp(self._function, point, tangents)[1]
+        with _forward_rules():
+            return jax.jvp(self._function, point, tangents)[1]
+
+
+@contextmanager
+def _forward_rules() -> Iterator[None]:
+    """Explain the error of JAX about functions that have a backward pass alone."""
+    try:
+        yield
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise ValueError(
+            "a stage (or the loss) uses a jax.custom_vjp, which has no forward-mode rule, and "
+            "stage by stage there is no way around one: define it with jax.custom_jvp, or take "
+            "the fused route, llqr.Route(layerwise=False)."
+        ) from error
 
 
 def _on_leaves(segment: Segment, x: PyTree) -> Callable[[Tangent, Any], Tangent]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llqr import _loops, metrics
+from llqr._tree import widen
 from llqr._types import Array, Bool, Float, Int, PRNGKeyArray
 from llqr.curvature import model as quadratic
 from llqr.curvature.model import QuadraticModel
@@ -109,8 +110,11 @@ def _learn(setup: Setup, inputs: Inputs) -> tuple[Blocks, RefitInfo]:
 def _linearized(setup: Setup, inputs: Inputs) -> Linearized:
     """Linearise once and choose the start."""
     # Curvature in float32 at least: in bfloat16, P h rounds away what a refit changes.
-    params = jax.tree.map(lambda p: p.astype(plans.at_least_float32(p.dtype)), inputs.params)
-    inputs = inputs._replace(params=params)
+    if setup.route.layerwise:  # stages are cut by the objective's own type
+        inputs = inputs._replace(params=widen(inputs.params))
+    else:
+        objective, params = inputs.objective.widened(inputs.params)
+        inputs = inputs._replace(params=params, objective=objective)
     objective = inputs.objective
     first = take(objective, 0) if setup.refit.fresh_batches else objective
     model = _linearize(setup, inputs, first)

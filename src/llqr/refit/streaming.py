@@ -47,6 +47,7 @@ import jax.numpy as jnp
 
 from llqr import _loops, metrics
 from llqr._tree import all_finite, cosine, normal_like
+from llqr._tree import widen as widened
 from llqr._types import Array, Bool, Float, Int, Number, Params
 from llqr.curvature import model as quadratic
 from llqr.curvature.model import QuadraticModel
@@ -241,7 +242,10 @@ def _linearize(
     setup: StreamSetup, params: Params, objective: BoundObjective, damping: Number, *, widen: bool
 ) -> QuadraticModel:
     if widen:  # products with C in half precision would lose what a step changes
-        params = jax.tree.map(lambda p: p.astype(plans.at_least_float32(p.dtype)), params)
+        if setup.route.layerwise:
+            params = widened(params)
+        else:
+            objective, params = objective.widened(params)
     rows = metrics.over_rows(setup.reduction)
     return quadratic.linearize(
         objective, params, setup.metric.tree, damping=damping, divergence_reduction=rows,
