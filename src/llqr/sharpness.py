@@ -50,8 +50,8 @@ class SharpnessInfo(NamedTuple):
     evaluations: Int[Array, ""]  # gradients of the whole batch
     guarded: Int[Array, ""]  # norms with w.Pw <= 0, which gave way to |w|
     perturbation_norm: Float[Array, ""]  # of the last step
-    clean_loss: Float[Array, ""]  # at theta; NaN where no pass went there
-    perturbed_loss: Float[Array, ""]  # at theta + eps; NaN where no pass went there
+    clean_loss: Float[Array, ""]  # at theta; inf where no pass went there
+    perturbed_loss: Float[Array, ""]  # at theta + eps; inf where no pass went there
 
 
 class SharpnessState(NamedTuple):
@@ -410,12 +410,11 @@ class SharpnessOracle:
             return (loss, grads), aux
 
         (loss, grads), aux = self._over_groups(part, args)
-        nowhere = jnp.float32(jnp.nan)
         info = state.info._replace(
             evaluations=state.info.evaluations + 1,
             perturbation_norm=jnp.float32(0),
             clean_loss=loss.astype(jnp.float32),
-            perturbed_loss=nowhere,
+            perturbed_loss=jnp.float32(jnp.inf),
         )
         return self._value(loss, aux), grads, state._replace(count=state.count + 1, info=info)
 
@@ -433,7 +432,7 @@ class SharpnessOracle:
         second = self.second_pass or (lambda args: args)
 
         def part(*args: Any) -> tuple[Any, Any]:
-            clean, gradient = jnp.float32(jnp.nan), state.last
+            clean, gradient = jnp.float32(0), state.last
             if not single:
                 clean, _, gradient = self._take(params, args)
             w = gradient if base is None else base
@@ -448,6 +447,7 @@ class SharpnessOracle:
 
         (loss, grads, gradient, clean, length), (aux, guarded) = self._over_groups(part, args)
         old = state.info
+        clean = jnp.float32(jnp.inf) if single else clean  # no pass went there
         info = SharpnessInfo(
             old.active + 1,
             old.evaluations + method.passes,

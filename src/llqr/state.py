@@ -60,6 +60,15 @@ class Visited(NamedTuple):
 recorder: ContextVar[list[Visited] | None] = ContextVar("recorder", default=None)
 
 
+def note(plan: plans.Plan, identity_scaling: float) -> None:
+    """Tell whoever visits an optimizer of a preconditioner inside it.
+
+    A function by itself: what `init` names is pickled with it, and a ContextVar cannot be.
+    """
+    if (found := recorder.get()) is not None:
+        found.append(Visited(plan, identity_scaling))
+
+
 def plans_of(tx: optax.GradientTransformation, params: PyTree) -> tuple[plans.Plan, ...]:
     """Return the plan of every LLQR transformation inside `tx`, however it is composed.
 

@@ -21,7 +21,7 @@ from llqr.refit.options import Refit, check_options
 from llqr.refit.record import RefitInfo, no_refit
 from llqr.refit.setup import Blocks
 from llqr.refit.stream import DAMPING, Streaming, check_streamable, kind_of
-from llqr.state import LLQRState, Visited, product, recorder
+from llqr.state import LLQRState, note, product
 from llqr.structures import catalogue
 from llqr.structures import plan as plans
 from llqr.structures.plan import Rule, StructureLike
@@ -132,8 +132,7 @@ def scale_by_llqr(
         check_inexact(params)
         plan = plans.make_plan(params, table, max_dim)
         stream = method.init(plan, params, slots)
-        if (found := recorder.get()) is not None:
-            found.append(Visited(plan, identity_scaling))
+        note(plan, identity_scaling)
         blocks = plans.identity(plan, identity_scaling)
         packed = plans.pack(plan, blocks, params, slots)
         return LLQRState(jnp.zeros((), jnp.int32), packed, no_refit(len(plan)), stream)

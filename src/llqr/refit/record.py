@@ -15,7 +15,7 @@ loss that is linear in the outputs, outputs that do not depend on the parameters
 
 
 class RefitInfo(NamedTuple):
-    """What the last refit did; zeros and NaN before the first.
+    """What the last refit did; zeros before the first, when `refits` is 0.
 
     Example:
       >>> import jax.numpy as jnp, optax, llqr
@@ -57,6 +57,7 @@ def no_refit(blocks: int) -> RefitInfo:
     """Return the record before the first refit, for a number of blocks."""
     # An array of its own for each field: a state that repeats a buffer cannot be donated.
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
-    nan = lambda *shape: jnp.full(shape, jnp.nan, jnp.float32)  # noqa: E731
+    # Zeros, not NaN: jax_debug_nans ends a program at the first one that it meets.
+    none = lambda *shape: jnp.zeros(shape, jnp.float32)  # noqa: E731
     status = jnp.zeros((blocks,), jnp.int32)
-    return RefitInfo(zero(), zero(), nan(), nan(), nan(), status, nan(blocks))
+    return RefitInfo(zero(), zero(), none(), none(), none(), status, none(blocks))

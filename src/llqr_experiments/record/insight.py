@@ -97,11 +97,11 @@ def sharpness_record(info: llqr.SharpnessInfo) -> dict[str, float]:
         "sam gradient evaluations": float(host.evaluations),
         "sam guarded norms": float(host.guarded),
         "sam perturbation norm": float(host.perturbation_norm),
-        "sam clean loss": float(host.clean_loss),
-        "sam perturbed loss": float(host.perturbed_loss),
-        "sam sharpness": float(host.perturbed_loss - host.clean_loss),
     }
-    return {name: value for name, value in record.items() if not math.isnan(value)}
+    clean, perturbed = float(host.clean_loss), float(host.perturbed_loss)
+    taken = {"sam clean loss": clean, "sam perturbed loss": perturbed}
+    taken["sam sharpness"] = perturbed - clean
+    return record | {name: value for name, value in taken.items() if math.isfinite(value)}
 
 
 def measure(config: Config, objective: llqr.BoundObjective, params: Params) -> llqr.Quality:
