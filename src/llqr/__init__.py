@@ -12,6 +12,7 @@ from llqr import stages as stages
 from llqr.access import blocks, install, precondition, refresh
 from llqr.accumulation import microbatched
 from llqr.curvature import QuadraticModel, Route, linearize
+from llqr.curvature import model as quadratic
 from llqr.diagnostics import Description, Quality, Report, describe, inspect, quality
 from llqr.exact import exact
 from llqr.metrics import Metric
@@ -73,6 +74,7 @@ __all__ = [
     "microbatched",
     "past_friendly_sam",
     "precondition",
+    "quadratic",
     "quality",
     "refresh",
     "sam",

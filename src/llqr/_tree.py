@@ -82,7 +82,10 @@ def normal_like(tree: PyTree, key: Array) -> PyTree:
     """Standard normal numbers in the shapes and dtypes of a tree."""
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, max(len(leaves), 1))
-    drawn = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=False)]
+    drawn = [  # draws do not follow explicit mesh axes
+        shard_like(jax.random.normal(k, x.shape, x.dtype), x)
+        for k, x in zip(keys, leaves, strict=False)
+    ]
     return treedef.unflatten(drawn)
 
 
@@ -117,6 +120,11 @@ def replicate(x: Array) -> Array:
 def shard_like(x: Array, like: Array) -> Array:
     """Give `x` the sharding of `like` if that is over explicit mesh axes."""
     return jax.sharding.reshard(x, jax.typeof(like).sharding.spec) if _is_explicit(like) else x
+
+
+def axis_devices(x: Array) -> int:
+    """How many devices the explicit mesh around an array has; 0 where there is none."""
+    return jax.typeof(x).sharding.mesh.size if _is_explicit(x) else 0
 
 
 def _is_explicit(x: Array) -> bool:

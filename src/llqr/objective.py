@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import is_none, spread, widen
+from llqr._tree import axis_devices, is_none, replicate, spread, widen
 from llqr._types import Array, Float, Int, Params, PyTree
 
 
@@ -134,7 +134,9 @@ class BoundObjective:
     def split(self, size: int) -> "Chunks":
         """Return the batch in equal chunks of at most `size` examples.
 
-        Where they do not divide the batch, the last one is filled up by repetition.
+        Chunk i of n holds the examples i, i + n, ...: with a batch that is sharded over devices,
+        every device holds its share of every chunk. Where chunks do not divide the batch, the last
+        example fills them up.
 
         Args:
           size: bound on the examples of a chunk, >= 1; the chunks are as even as it allows.
@@ -192,10 +194,42 @@ class InDtypes:
 
 
 def _stack(x: Array, size: int, axis: int) -> Array:
-    """[examples, ...] -> [chunks, ...] with `size` examples on `axis` of each chunk."""
+    """[examples, ...] -> [chunks, ...] with `size` examples on `axis` of each chunk.
+
+    Example number j * chunks + i is number j of chunk i.
+    """
     chunks = -(-x.shape[0] // size)
-    index = jnp.minimum(jnp.arange(chunks * size), x.shape[0] - 1)
-    return jnp.moveaxis(x[index].reshape(chunks, size, *x.shape[1:]), 1, axis + 1)
+    return jnp.moveaxis(strided(x, chunks, "edge"), 1, axis + 1)
+
+
+def row(x: Array, i: int | Int[Array, ""]) -> Array:
+    """x[i], whose sharding over explicit mesh axes is known for a traced i too."""
+    return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+
+def at_most(x: Array, n: int) -> Array:
+    """x[:n]."""
+    return x if len(x) == n else replicate(x)[:n]
+
+
+def strided(x: Array, chunks: int, fill: str = "constant") -> Array:
+    """[n, ...] -> [chunks, size, ...]: row j * chunks + i is number j of chunk i.
+
+    Args:
+      x: an array [n, ...].
+      chunks: their number; size is n / chunks, rounded up.
+      fill: how the last chunks are filled up, as `jnp.pad` says it: zeros or the last row.
+    """
+    size = -(-x.shape[0] // chunks)
+    if size * chunks != x.shape[0] or size % max(axis_devices(x), 1):
+        x = replicate(x)  # over explicit axes, rows must divide evenly
+    if size * chunks != x.shape[0]:
+        if fill == "edge":  # whatever the dtype: random keys cannot be padded
+            last = jnp.broadcast_to(x[-1:], (size * chunks - x.shape[0], *x.shape[1:]))
+            x = jnp.concatenate([x, last])
+        else:
+            x = jnp.pad(x, [(0, size * chunks - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+    return jnp.moveaxis(x.reshape(size, chunks, *x.shape[1:]), 1, 0)
 
 
 @partial(
@@ -209,11 +243,11 @@ class Chunks:
 
     Attributes:
       objective: of every chunk.
-      leaves: of the batch, [chunks, ...] where `axes` is not None.
+      leaves: of the batch, [chunks, ...] (strided) where `axes` is not None.
       axes: of the examples in each leaf.
       treedef: of the batch.
       size: examples in a chunk.
-      examples: in the whole batch; the last chunk may hold repetitions beyond them.
+      examples: in the whole batch; the last of some chunks may be a repetition.
     """
 
     objective: Objective
@@ -228,5 +262,7 @@ class Chunks:
 
     def __getitem__(self, i: int | Int[Array, ""]) -> BoundObjective:
         """Return the objective on chunk i; i may be traced."""
-        leaves = [x if a is None else x[i] for x, a in zip(self.leaves, self.axes, strict=True)]
+        leaves = [
+            x if a is None else row(x, i) for x, a in zip(self.leaves, self.axes, strict=True)
+        ]
         return BoundObjective(self.objective, self.treedef.unflatten(leaves))

@@ -21,7 +21,7 @@ from llqr.curvature import derivatives
 from llqr.curvature.operators import LinearOperator, SymmetricOperator
 from llqr.curvature.route import Route
 from llqr.curvature.whole import GaussNewton, Hessian, Linearization, OutputHessian, Potential
-from llqr.objective import BoundObjective, Chunks
+from llqr.objective import BoundObjective, Chunks, at_most, row, strided
 
 
 def chunked(
@@ -120,7 +120,7 @@ class Chunked(LinearOperator):
         cut = [self._cut(tree) for tree in rows]
 
         def one(i: Any) -> PyTree:
-            own = [jax.tree.map(lambda x: x[i], tree) for tree in cut]
+            own = [jax.tree.map(lambda x: row(x, i), tree) for tree in cut]
             return function(self.chunks[i], self.domain, *shared, *own)
 
         python = _loops.in_python(self.domain, shared, rows)
@@ -129,18 +129,20 @@ class Chunked(LinearOperator):
     def _concatenate(self, stacked: PyTree) -> PyTree:
         """[chunks, rows of a chunk, ...] -> [rows, ...], without the filling."""
         leaves, treedef = jax.tree.flatten(stacked)
-        return treedef.unflatten(
-            [x.reshape(-1, *x.shape[2:])[:n] for x, n in zip(leaves, self.rows, strict=True)]
-        )
+
+        def whole(x: Array, n: int) -> Array:
+            x = jnp.swapaxes(x.reshape(len(x), self.chunks.size, -1, *x.shape[2:]), 0, 1)
+            return at_most(x.reshape(-1, *x.shape[3:]), n)
+
+        return treedef.unflatten([whole(x, n) for x, n in zip(leaves, self.rows, strict=True)])
 
     def _cut(self, tree: PyTree) -> PyTree:
         """[rows, ...] -> [chunks, rows of a chunk, ...]; the filling gets zeros or False."""
         count = len(self.chunks)
 
         def cut(x: Array) -> Array:
-            per_chunk = x.shape[0] // self.chunks.examples * self.chunks.size
-            filling = [(0, count * per_chunk - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
-            return jnp.pad(x, filling).reshape(count, per_chunk, *x.shape[1:])
+            x = strided(x.reshape(self.chunks.examples, -1, *x.shape[1:]), count)
+            return x.reshape(count, -1, *x.shape[3:])
 
         return jax.tree.map(cut, tree)
 

@@ -95,6 +95,11 @@ class QuadraticModel(SymmetricOperator):
         """The parameters' space."""
         return self.gradient
 
+    @property
+    def scale(self) -> Float[Array, ""]:
+        """By what C is multiplied: 1 / top."""
+        return 1 / jnp.asarray(self.top_eigenvalue)
+
     def value(self, u: Params) -> Float[Array, ""]:
         """Return J(u), u like the parameters; its least value is at -(C / top + lambda I)^-1 g."""
         curved = self.bilinear(u, u)
