@@ -41,6 +41,17 @@ def check_inexact(params: PyTree) -> None:
             )
 
 
+def check_outputs(outputs: PyTree) -> None:
+    """Raise TypeError, naming the output, if one has no derivative."""
+    for name, leaf in zip(leaf_names(outputs), jax.tree.leaves(outputs), strict=True):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"output {name!r} of forward has dtype {leaf.dtype}: outputs must be real and "
+                "floating-point. Leave predictions, counts and the like out of what forward "
+                "returns, or compute them from the outputs in the loss."
+            )
+
+
 def vdot(a: PyTree, b: PyTree) -> Float[Array, ""]:
     """Inner product of two trees of one structure.
 
@@ -129,6 +140,11 @@ def axis_devices(x: Array) -> int:
 
 def _is_explicit(x: Array) -> bool:
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def is_key(x: Any) -> bool:
+    """Whether x is an array of typed random keys."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def is_none(x: Any) -> bool:

@@ -139,9 +139,9 @@ def _stage_by_stage(
             "solver='cg', which takes any model."
         )
     return lqr.linearize(
-        forward.bound(objective.batch),
+        forward.bound(objective.given),
         params,
-        forward.inputs(objective.batch),
+        forward.inputs(objective.given),
         loss=objective.loss,
         metric=metric,
         damping=damping,

@@ -76,9 +76,22 @@ class Objective:
 
         The batch may differ from the training batch (other examples, or more of them),
         and anything else that `forward` needs as data (batch statistics, a dropout key)
-        travels in it.
+        travels in it. Strings and Python bools in it are options, not data: the functions see
+        them as they are, and another value compiles anew.
         """
-        return BoundObjective(self, batch)
+        return BoundObjective(self, jax.tree.map(_as_option, batch))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Option:
+    """A leaf of a batch that is no array: static, since JAX cannot trace a string."""
+
+    value: str | bytes | bool = field(metadata={"static": True})
+
+
+def _as_option(leaf: Any) -> Any:
+    return Option(leaf) if isinstance(leaf, str | bytes | bool) else leaf
 
 
 @jax.tree_util.register_dataclass
@@ -102,21 +115,28 @@ class BoundObjective:
     objective: Objective
     batch: Any
 
+    @property
+    def given(self) -> Any:
+        """The batch as it was bound, with its strings and Python bools."""
+        is_option = lambda x: isinstance(x, Option)  # noqa: E731
+        value = lambda x: x.value if is_option(x) else x  # noqa: E731
+        return jax.tree.map(value, self.batch, is_leaf=is_option)
+
     def __call__(self, params: Params) -> Float[Array, ""]:
         """Return the loss of `params`."""
-        return self.objective(params, self.batch)
+        return self.objective(params, self.given)
 
     def outputs(self, params: Params) -> PyTree:
         """Return the model's outputs at `params`."""
-        return self.objective.forward(params, self.batch)
+        return self.objective.forward(params, self.given)
 
     def loss(self, outputs: PyTree) -> Float[Array, ""]:
         """Return the loss of given outputs, like those of `outputs`."""
-        return self.objective.loss(outputs, self.batch)
+        return self.objective.loss(outputs, self.given)
 
     def mask(self) -> PyTree | None:
         """Return which rows count, or None if all do."""
-        return None if self.objective.mask is None else self.objective.mask(self.batch)
+        return None if self.objective.mask is None else self.objective.mask(self.given)
 
     def widened(self, params: Params) -> tuple["BoundObjective", Params]:
         """Return the parameters in float32 at least, and the objective that takes them.
@@ -151,7 +171,7 @@ class BoundObjective:
                 treedef, [None if x is None or not jnp.ndim(x) else 0 for x in leaves]
             )
         else:
-            prefix = choose(self.batch)
+            prefix = choose(self.given)
         axes = spread(prefix, self.batch)
         counts = {x.shape[a] for x, a in zip(leaves, axes, strict=True) if a is not None}
         if len(counts) != 1:

@@ -15,7 +15,16 @@ import jax.numpy as jnp
 
 from llqr import _loops, metrics
 from llqr._replicas import AxisName
-from llqr._tree import Frozen, accurate_dtype, freeze, vdot, widen, zeros_like
+from llqr._tree import (
+    Frozen,
+    accurate_dtype,
+    check_outputs,
+    freeze,
+    is_key,
+    vdot,
+    widen,
+    zeros_like,
+)
 from llqr._types import Array, Bool, Float, Params, PyTree
 from llqr.curvature import derivatives
 from llqr.curvature.operators import LinearOperator, SymmetricOperator
@@ -40,7 +49,8 @@ def chunked(
       ValueError: an output without the examples on its first axis.
     """
     size = route.chunk_size or 1
-    shapes = jax.eval_shape(objective.outputs, params)
+    shapes = jax.eval_shape(_forward_chunk, objective, params)
+    check_outputs(shapes)
     chunks = objective.split(size)
     for leaf in jax.tree.leaves(shapes):
         if not leaf.shape or leaf.shape[0] % chunks.examples:
@@ -48,11 +58,50 @@ def chunked(
                 f"chunk_size={size} needs outputs with the examples on their first axis; there are "
                 f"{chunks.examples} examples and an output of shape {leaf.shape}."
             )
+    check_uncoupled(objective, params, chunks)
     rows = tuple(leaf.shape[0] for leaf in jax.tree.leaves(shapes))
     jacobian = Chunked(chunks, params, rows)
     outputs = jacobian.outputs()
     curvature = _curvature(jacobian, objective, outputs, metric, reduction, route.axis_name)
     return Linearization(outputs, jacobian, curvature)
+
+
+def check_uncoupled(objective: BoundObjective, params: Params, chunks: Chunks) -> None:
+    """Raise ValueError where the network cannot be cut between examples, as far as that shows.
+
+    Args:
+      objective: on the whole batch.
+      params: the parameters.
+      chunks: of the batch.
+    """
+    shared = [is_key(leaf) and not jnp.ndim(leaf) for leaf in jax.tree.leaves(objective)]
+    if any(shared) and _uses(objective, params, shared):
+        raise ValueError(
+            "chunk_size, per_example: forward uses a random key that all examples share, and each "
+            "part would draw the same numbers for other examples: another loss than that of the "
+            "whole batch. Give every example a key of its own, jax.random.split(key, n), used "
+            "under jax.vmap; or take the curvature without randomness (dropout off)."
+        )
+    shapes = jax.eval_shape(_forward_chunk, objective, params)
+    part = jax.eval_shape(_forward_chunk, chunks[0], params)
+    for w, c in zip(jax.tree.leaves(shapes), jax.tree.leaves(part), strict=True):
+        expected = (w.shape[0] // chunks.examples * chunks.size, *w.shape[1:])
+        if c.shape != expected:
+            raise ValueError(
+                f"chunk_size, per_example: {chunks.examples} examples have outputs of shape "
+                f"{w.shape}, and a part of {chunks.size} has {c.shape} in place of {expected}: "
+                "examples interact in forward (a contrastive loss, statistics of the batch), so "
+                "that the network cannot be cut between them. Let forward return each example's "
+                "own embedding and couple them in the loss, which sees the outputs of the whole "
+                "batch; or leave the batch whole."
+            )
+
+
+def _uses(objective: BoundObjective, params: Params, which: list[bool]) -> bool:
+    """Whether the outputs' program takes some of the batch's leaves at all."""
+    program = jax.make_jaxpr(lambda bound, params: bound.outputs(params))(objective, params).jaxpr
+    chosen = {id(v) for v, c in zip(program.invars, which, strict=False) if c}
+    return any(id(v) in chosen for equation in program.eqns for v in equation.invars)
 
 
 def _curvature(

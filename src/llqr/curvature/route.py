@@ -24,8 +24,11 @@ class Route:
         sweep: "none" keeps all, "dots_no_batch_dims" only products with weights. Staged
         models are cut at their stages.
       chunk_size: examples whose activations are held at once; None: the whole batch. The
-        forward function must treat examples one by one (no batch statistics), with all
-        outputs example by example along their first axis, and a divergence row by row.
+        forward function must treat examples one by one, with all outputs example by example
+        along their first axis, and a divergence row by row. Outputs whose shape shows that
+        examples interact raise, and so does a typed random key that they share. What cannot be
+        seen is another loss: batch statistics, attention between examples, a normalisation
+        over the batch, keys as plain integers.
       axis_name: of the mapped axis (or a tuple of them) under `jax.pmap` or `jax.shard_map`,
         over whose replicas the batch is spread: losses, gradients, curvature and probes are
         then those of the whole batch, and every replica learns the same P. Gradients that go

@@ -12,7 +12,7 @@ import jax
 
 from llqr import metrics
 from llqr._replicas import AxisName
-from llqr._tree import Frozen, freeze, vdot, widen
+from llqr._tree import Frozen, check_outputs, freeze, vdot, widen
 from llqr._types import Array, Float, Params, PyTree
 from llqr.curvature import derivatives
 from llqr.curvature.operators import LinearOperator, SymmetricOperator
@@ -45,6 +45,7 @@ def whole(
         outputs, jacobian = objective.outputs(params), _Recomputed(objective, params, route)
     else:
         outputs, jacobian = derivatives.linearize(objective.outputs, params)
+    check_outputs(outputs)
     potential = Potential(objective, outputs, freeze(metric), reduction, route.axis_name)
     if full and route.memory == "cached":
         curvature = Hessian(derivatives.symmetric(jax.grad(potential.of_params), params), params)
@@ -105,7 +106,7 @@ class _Recomputed(LinearOperator):
         forward = self.objective.objective.forward
         cut = getattr(forward, "rematerialized", None)
         if cut is not None:
-            return lambda params: cut(policy)(params, self.objective.batch)
+            return lambda params: cut(policy)(params, self.objective.given)
         return jax.checkpoint(self.objective.outputs, policy=policy)
 
 

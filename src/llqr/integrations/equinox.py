@@ -40,12 +40,14 @@ def objective(
 def rules(structure: str | Structure) -> list[Rule]:
     """Return the rule table of a structure for Equinox's layout: weights are (out, in, ...).
 
+    Those of recurrent cells, `weight_ih` and `weight_hh`, among them.
+
     Example:
       >>> [rule.rows for rule in rules("kfac")]
       [1, None]
     """
     return [
-        Rule(match=lambda path, shape: path.endswith("weight") and len(shape) > 1,
+        Rule(match=lambda path, shape: path.split("/")[-1].startswith("weight") and len(shape) > 1,
              structure=structure, rows=1),
         Rule(match="*", structure="diagonal"),
     ]  # fmt: skip

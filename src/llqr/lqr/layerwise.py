@@ -28,14 +28,14 @@ def _(
             f"the layerwise route places metrics by stage: make the forward function without "
             f"watch={forward.watch}."
         )
-    staged = forward.bound(objective.batch)
+    staged = forward.bound(objective.given)
     if route.checkpoint_policy != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         staged = staged.rematerialized(policy)
     problem = linearize(
         staged,
         params,
-        forward.inputs(objective.batch),
+        forward.inputs(objective.given),
         loss=objective.loss,
         metric=metric,
         divergence_reduction=reduction,  # pyright: ignore[reportArgumentType]

@@ -15,6 +15,7 @@ from llqr import _loops, metrics
 from llqr._tree import widen
 from llqr._types import Array, Bool, Float, Int, PRNGKeyArray
 from llqr.curvature import model as quadratic
+from llqr.curvature.chunked import check_uncoupled
 from llqr.curvature.model import QuadraticModel
 from llqr.objective import BoundObjective
 from llqr.refit import solvers
@@ -145,6 +146,7 @@ def _linearize(setup: Setup, inputs: Inputs, objective: BoundObjective) -> Quadr
     if not setup.refit.per_example:
         return one(objective)
     chunks = objective.split(1)
+    check_uncoupled(objective, inputs.params, chunks)
     return jax.vmap(lambda i: one(chunks[i]))(jnp.arange(len(chunks)))
 
 
