@@ -32,12 +32,43 @@ def _name(path: tuple[Any, ...]) -> str:
 def check_inexact(params: PyTree) -> None:
     """Raise TypeError, naming the leaf, if a leaf cannot be differentiated."""
     for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+            raise TypeError(
+                f"parameter {name!r} is no array but a {type(leaf).__name__}: pass the parameters "
+                "alone, without the functions and options of a model (of an Equinox module, "
+                "eqx.filter(model, eqx.is_inexact_array))."
+            )
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"parameter {name!r} has dtype {dtype}: only real floating-point leaves can be "
                 "preconditioned. Leave other leaves out of `params` (pass them in the batch, or "
                 "partition the model first)."
+            )
+
+
+def check_alike(tree: PyTree, like: PyTree, what: str, of_what: str) -> None:
+    """Raise ValueError, naming the leaf, if two trees differ in their leaves' paths or shapes.
+
+    Args:
+      tree: the tree to check.
+      like: what it should be like.
+      what: name of the tree in the message.
+      of_what: name of the other.
+    """
+    shapes, expected = (
+        dict(zip(leaf_names(x), map(jnp.shape, jax.tree.leaves(x)), strict=True))
+        for x in (tree, like)
+    )
+    for name in expected.keys() | shapes.keys():
+        if name not in shapes:
+            raise ValueError(f"{what} lack the leaf {name!r}, which {of_what} have.")
+        if name not in expected:
+            raise ValueError(f"{what} have a leaf {name!r}, which {of_what} lack.")
+        if shapes[name] != expected[name]:
+            raise ValueError(
+                f"leaf {name!r} has the shape {shapes[name]} in {what} and {expected[name]} in "
+                f"{of_what}."
             )
 
 

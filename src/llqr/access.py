@@ -12,7 +12,7 @@ from llqr import _loops
 from llqr._errors import unknown
 from llqr._types import Array, Float, Params, PyTree
 from llqr.objective import BoundObjective
-from llqr.state import LLQRState, find, is_ours, product, visited
+from llqr.state import LLQRState, blocks_of, find, is_ours, product, visited
 from llqr.structures import plan as plans
 from llqr.transform import NoObjectiveError, OnlyRefit, check_unmasked
 
@@ -117,7 +117,7 @@ def precondition(tx: optax.GradientTransformation, state: Any, vector: Params) -
     found = find(state)
     check_unmasked(found.blocks)
     plan, scaling = visited(tx, vector)[0]
-    blocks = plans.unpack(plan, found.blocks, vector)
+    blocks = blocks_of(plan, found, vector)
     return product(plan, blocks, scaling, vector)
 
 
@@ -147,7 +147,7 @@ def blocks(
     """
     found = find(state)
     plan = visited(tx, params)[0].plan
-    arrays = plans.unpack(plan, found.blocks, params)
+    arrays = blocks_of(plan, found, params)
     return {block.names[0]: dict(own) for block, own in zip(plan, arrays, strict=True)}
 
 
@@ -181,7 +181,7 @@ def install(
     found = find(state)
     plan = visited(tx, params)[0].plan
     known = {block.names[0]: i for i, block in enumerate(plan)}
-    arrays = list(plans.unpack(plan, found.blocks, params))
+    arrays = list(blocks_of(plan, found, params))
     for name, slots in blocks.items():
         if name not in known:
             raise ValueError(unknown("block (path of its first leaf)", name, known))

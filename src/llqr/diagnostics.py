@@ -21,7 +21,7 @@ from llqr.refit.learn import learn
 from llqr.refit.options import Refit, check_options
 from llqr.refit.record import STATUS, no_refit
 from llqr.refit.setup import WHOLE, Blocks, Inputs, Setup, numbers_at
-from llqr.state import find, plans_of
+from llqr.state import blocks_of, find, plans_of
 from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
 from llqr.structures.plan import StructureLike
@@ -187,7 +187,7 @@ def inspect(
     """
     ours = find(state)
     plan = plans_of(tx, params)[0]
-    blocks = plans.unpack(plan, ours.blocks, params)
+    blocks = blocks_of(plan, ours, params)
     sides = tuple(_asymmetric_sides(block) if asymmetry else () for block in plan)
     measured, skew, info = jax.device_get((*_measure(blocks, sides), ours.refit))
     rows = []

@@ -11,6 +11,7 @@ import optax
 from llqr._types import Array, Int, Params, PyTree
 from llqr.refit.record import RefitInfo
 from llqr.refit.setup import Blocks
+from llqr.structures import catalogue
 from llqr.structures import plan as plans
 
 
@@ -106,6 +107,102 @@ def _visit(tx: Any, treedef: Any, shapes: tuple[Any, ...]) -> tuple[Visited, ...
     finally:
         recorder.reset(token)
     return tuple(found)
+
+
+def check_container(state: Any, expected: type, owner: str) -> None:
+    """Raise TypeError if a state is not what `init` of its optimizer makes.
+
+    Args:
+      state: given to `update`.
+      expected: its class.
+      owner: name of the optimizer.
+    """
+    if isinstance(state, expected):
+        return
+    fields = ", ".join(expected._fields)  # pyright: ignore[reportAttributeAccessIssue]
+    raise TypeError(
+        f"{owner}: the state must be the {expected.__name__}({fields}) that tx.init(params) makes; "
+        f"got a {type(state).__name__}, {_entries(state)}. A state of another optimizer cannot go "
+        "on here; one that was restored as lists or dicts must be put back into the structure of "
+        "tx.init: jax.tree.unflatten(jax.tree.structure(tx.init(params)), jax.tree.leaves(state))."
+    )
+
+
+def _entries(state: Any) -> str:
+    if isinstance(state, tuple | list):
+        return f"of {[type(x).__name__ for x in state]}"
+    return f"with {sorted(map(str, state))}" if isinstance(state, dict) else "no such container"
+
+
+def blocks_of(plan: plans.Plan, state: LLQRState, like: PyTree) -> Blocks:
+    """Return the arrays of each block.
+
+    Args:
+      plan: of the optimizer.
+      state: its state.
+      like: a tree with the structure of the parameters.
+
+    Raises:
+      ValueError: the state was made with another structure, or for other parameters; both sides
+        and the leaf are named.
+    """
+    why = None
+    try:
+        found = plans.unpack(plan, state.blocks, like)
+    except (KeyError, ValueError, TypeError) as error:  # slots, or trees of other containers
+        found, why = (), _first_line(error)
+    if why is None:
+        why = _difference(plan, found)
+    if why is not None:
+        raise ValueError(
+            f"the state does not fit the optimizer: {_made_with(state, like)} is given to one with "
+            f"structure {_names(plan)}: {why}. Begin anew with tx.init(params), or make the "
+            "optimizer as it was when the state was made."
+        )
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"there is no slot {error.args[0]!r}"
+    return "its trees have other leaves or containers than the parameters here"
+
+
+@lru_cache(maxsize=64)
+def _expected(plan: plans.Plan) -> tuple[Any, ...]:
+    return jax.eval_shape(lambda: plans.identity(plan, 1.0))
+
+
+def _difference(plan: plans.Plan, found: Blocks) -> str | None:
+    """What of some block is not there, or has another shape."""
+    for block, own, expected in zip(plan, found, _expected(plan), strict=True):
+        for slot, array in own.items():
+            name = f"leaf {block.names[0]!r}, slot {slot!r}"
+            if array is None:
+                return f"{name}: there is no array"
+            if jnp.shape(array) != expected[slot].shape:
+                return f"{name}: the shape is {jnp.shape(array)}, not {expected[slot].shape}"
+    return None
+
+
+def _made_with(state: LLQRState, like: PyTree) -> str:
+    """Name the structure of a state, where one has its slots and shapes."""
+    for name in catalogue.STRUCTURES:
+        table = plans.rule_table(name)
+        if plans.slots(table) != tuple(sorted(state.blocks)):
+            continue
+        plan = plans.make_plan(like, table, 10_000)
+        try:
+            found = plans.unpack(plan, state.blocks, like)
+        except (KeyError, ValueError, TypeError):
+            continue
+        if _difference(plan, found) is None:
+            return f"a state of structure {name!r}"
+    return f"a state with the slots {sorted(state.blocks)}"
+
+
+def _names(plan: plans.Plan) -> str:
+    return ", ".join(sorted({repr(block.structure.name) for block in plan}))
 
 
 def product(plan: plans.Plan, blocks: Blocks, identity_scaling: float, vector: Params) -> Params:

@@ -10,7 +10,7 @@ import optax
 
 from llqr import _loops, _replicas, metrics
 from llqr._errors import check_choice, check_integer, check_range
-from llqr._tree import check_inexact, freeze
+from llqr._tree import check_alike, check_inexact, freeze
 from llqr._types import Array, Bool, Int, Number, Params, PyTree
 from llqr.curvature.route import Route
 from llqr.graft import Graft, grafted
@@ -20,8 +20,8 @@ from llqr.refit import methods
 from llqr.refit.options import Refit, check_options
 from llqr.refit.record import RefitInfo, no_refit
 from llqr.refit.setup import Blocks
-from llqr.refit.stream import DAMPING, Streaming, check_streamable, kind_of
-from llqr.state import LLQRState, note, product
+from llqr.refit.stream import DAMPING, Streaming, StreamState, check_streamable, kind_of
+from llqr.state import LLQRState, blocks_of, check_container, note, product
 from llqr.structures import catalogue
 from llqr.structures import plan as plans
 from llqr.structures.plan import Rule, StructureLike
@@ -149,8 +149,18 @@ def scale_by_llqr(
         **extra: Any,
     ) -> tuple[Params, Any]:
         del extra
+        check_container(state, LLQRState, "scale_by_llqr")
+        check_inexact(updates)
+        if params is not None:
+            check_alike(updates, params, "the updates", "the parameters")
+        if streams != isinstance(state.stream, StreamState):
+            ways = ("llqr.Streaming", "llqr.Refit")
+            raise ValueError(
+                f"the optimizer has refit={ways[not streams]}(...), and the state is of one with "
+                f"{ways[streams]}(...). Begin anew with tx.init(params)."
+            )
         plan = plans.make_plan(updates, table, max_dim)
-        blocks, info, stream = plans.unpack(plan, state.blocks, updates), state.refit, state.stream
+        blocks, info, stream = blocks_of(plan, state, updates), state.refit, state.stream
         vector, only = updates, refresh if isinstance(refresh, OnlyRefit) else None
         if only is None:
             stream, vector = method.observe(plan, stream, updates, state.count)
@@ -307,6 +317,7 @@ def llqr(
     ) -> tuple[Params, Any]:
         ours = {"objective": objective, "refresh": refresh, "apply": apply}
         only = isinstance(refresh, OnlyRefit)
+        check_container(state, ChainState, "llqr")
         if precondition == "gradient":
             updates, learned = preconditioner.update(updates, state.preconditioner, params, **ours)
             if only:
