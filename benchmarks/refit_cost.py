@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     for name in ("mlp", "cnn", "transformer")
 }
 SETTINGS["mlp"]["e-kfac, max_dim=512"] = {"structure": "e-kfac", "max_dim": 512}
+SETTINGS["mlp"]["e-kfac, block_size=256"] = {"structure": "e-kfac", "block_size": 256}
 SETTINGS["mlp"]["kfac, 4 fisher probes, adam"] = PROBES
 """Model -> label -> options of `llqr.llqr`."""
 

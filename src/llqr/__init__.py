@@ -31,7 +31,7 @@ from llqr.sharpness import (
     sam,
 )
 from llqr.state import LLQRState, find
-from llqr.structures import STRUCTURES, Rule, Structure
+from llqr.structures import STRUCTURES, Rule, Structure, stacked
 from llqr.transform import llqr, scale_by_llqr
 from llqr.transform import streaming_llqr as streaming
 
@@ -80,6 +80,7 @@ __all__ = [
     "sam",
     "scale_by_llqr",
     "solvers",
+    "stacked",
     "stages",
     "streaming",
 ]

@@ -132,7 +132,8 @@ def blocks(
       params: the parameters, or their shapes.
 
     Returns:
-      Path of a block's first leaf -> slot ("left", "right", "spectrum", ...) -> array; what the
+      Path of a block's first leaf ("layers/kernel[3]" for a member of a stack, "kernel[0:1]" for a
+      part) -> slot ("left", "right", "spectrum", ...) -> array; what the
       arrays stand for is in `llqr.structures.catalogue`. P is stored as sigma P.
 
     Raises:
@@ -148,7 +149,7 @@ def blocks(
     found = find(state)
     plan = visited(tx, params)[0].plan
     arrays = blocks_of(plan, found, params)
-    return {block.names[0]: dict(own) for block, own in zip(plan, arrays, strict=True)}
+    return {block.label: dict(own) for block, own in zip(plan, arrays, strict=True)}
 
 
 def install(
@@ -180,7 +181,7 @@ def install(
     """
     found = find(state)
     plan = visited(tx, params)[0].plan
-    known = {block.names[0]: i for i, block in enumerate(plan)}
+    known = {block.label: i for i, block in enumerate(plan)}
     arrays = list(blocks_of(plan, found, params))
     for name, slots in blocks.items():
         if name not in known:

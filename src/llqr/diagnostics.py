@@ -32,12 +32,13 @@ MAX_STEPS = 5000
 
 @dataclass(frozen=True)
 class Row:
-    """One block of a description."""
+    """One block of a description, or one stack of blocks."""
 
     leaf: str  # path of the first leaf
     more: int  # how many other leaves share the block
     shape: tuple[int, ...]  # of the first leaf
     view: tuple[int, ...]  # of the block as P sees it
+    stack: tuple[int, ...]  # how many such blocks: members of a stack, then parts of a matrix
     structure: str
     parameters: int  # numbers in the block's leaves
     stored: int  # numbers that the structure stores
@@ -83,19 +84,23 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
     rows = []
     for plan in found:
         for block in plan:
+            if block.position:  # of a stack, which has one row
+                continue
+            count = math.prod(block.grid)
             shapes = mx.array_shapes(block.structure, block.shape).values()
-            stored = sum(math.prod(shape) for shape in shapes)
+            stored = count * sum(math.prod(shape) for shape in shapes)
             rows.append(
                 Row(
                     leaf=block.names[0],
                     more=len(block.names) - 1,
-                    shape=block.shapes[0],
+                    shape=block.views[0].whole,
                     view=block.shape,
+                    stack=block.grid,
                     structure=block.structure.name,
-                    parameters=sum(math.prod(shape) for shape in block.shapes),
+                    parameters=sum(math.prod(view.whole) for view in block.views),
                     stored=stored,
                     bytes=stored * jnp.dtype(block.dtype).itemsize,
-                    cost=mx.cost(block.structure, block.shape),
+                    cost=count * mx.cost(block.structure, block.shape),
                 )
             )
     return Description(tuple(rows))
@@ -104,7 +109,8 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
 def _cells(row: Row) -> tuple[str, ...]:
     leaf = row.leaf + (f" (+{row.more} more)" if row.more else "")
     size = (f"{row.stored:,}", _bytes(row.bytes), f"{row.cost:,}")
-    return (leaf, _shape(row.shape), _shape(row.view), row.structure, *size)
+    view = " of ".join(map(_shape, [row.stack, row.view] if row.stack else [row.view]))
+    return (leaf, _shape(row.shape), view, row.structure, *size)
 
 
 def _total(rows: tuple[Row, ...]) -> tuple[str, ...]:
@@ -198,7 +204,7 @@ def inspect(
         word = STATUS[int(status)]
         rows.append(
             BlockReport(
-                leaf=block.names[0],
+                leaf=block.label,
                 status=word,
                 cosine=float(angle),
                 minimum=float(low),

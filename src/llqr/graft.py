@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from llqr._tree import divide, norm
-from llqr._types import Params
+from llqr._types import Array, Params
 from llqr.structures import plan as plans
+from llqr.structures.view import View
 
 Graft: TypeAlias = Literal["none", "global", "block", "rms"]
 
@@ -33,24 +34,27 @@ def grafted(plan: plans.Plan, graft: Graft, scaled: Params, updates: Params) -> 
         return scaled
     if graft == "rms":
         return _to_rms(plan, scaled)
-    ps, gs = jax.tree.leaves(scaled), jax.tree.leaves(updates)
-    groups = [block.leaves for block in plan] if graft == "block" else [range(len(ps))]
-    out = list(ps)
-    for group in groups:
-        p, g = [ps[i] for i in group], [gs[i] for i in group]
-        have, want = norm(p), norm(g)
-        ratio = divide(want, have, 1.0)
-        for i, x in zip(group, p, strict=True):
-            out[i] = (ratio * x).astype(x.dtype)
-    return jax.tree.unflatten(jax.tree.structure(scaled), out)
+    if graft == "global":
+        return _as_long_as(updates, scaled)
+    pieces = zip(plans.seen(plan, scaled), plans.seen(plan, updates), strict=True)
+    return plans.assemble(plan, [_as_long_as(g, p) for p, g in pieces], scaled)
+
+
+def _as_long_as(want: Params, have: Params) -> Params:
+    ratio = divide(norm(want), norm(have), 1.0)
+    return jax.tree.map(lambda x: (ratio * x).astype(x.dtype), have)
 
 
 def _to_rms(plan: plans.Plan, scaled: Params) -> Params:
-    leaves, treedef = jax.tree.flatten(scaled)
-    for block in plan:
-        for i, name, shape in zip(block.leaves, block.names, block.shapes, strict=True):
-            want = RMS_MATRIX if plans.matrix_like(name, shape) else RMS_VECTOR
-            x = leaves[i].astype(plans.at_least_float32(leaves[i].dtype))
-            rms = jnp.sqrt(jnp.mean(x * x))
-            leaves[i] = (divide(jnp.asarray(want, x.dtype), rms) * x).astype(leaves[i].dtype)
-    return treedef.unflatten(leaves)
+    def one(view: View, piece: Array) -> Array:
+        want = RMS_MATRIX if plans.matrix_like(view.name, view.shape) else RMS_VECTOR
+        x = piece.astype(plans.at_least_float32(piece.dtype))
+        rms = jnp.sqrt(jnp.mean(x * x))
+        return (divide(jnp.asarray(want, x.dtype), rms) * x).astype(piece.dtype)
+
+    whole = plans.without_parts(plan)
+    found = [
+        [one(view, piece) for view, piece in zip(block.views, pieces, strict=True)]
+        for block, pieces in zip(whole, plans.seen(whole, scaled), strict=True)
+    ]
+    return plans.assemble(whole, found, scaled)

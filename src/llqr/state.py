@@ -177,7 +177,7 @@ def _difference(plan: plans.Plan, found: Blocks) -> str | None:
     """What of some block is not there, or has another shape."""
     for block, own, expected in zip(plan, found, _expected(plan), strict=True):
         for slot, array in own.items():
-            name = f"leaf {block.names[0]!r}, slot {slot!r}"
+            name = f"leaf {block.label!r}, slot {slot!r}"
             if array is None:
                 return f"{name}: there is no array"
             if jnp.shape(array) != expected[slot].shape:

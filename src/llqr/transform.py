@@ -54,6 +54,7 @@ def scale_by_llqr(
     divergence_reduction: Reduction | None = None,
     identity_scaling: float = 1.0,
     max_dim: int = 10_000,
+    block_size: int | None = None,
     graft: Graft | None = None,
     route: Route | None = None,
     refit: Refit | Streaming | None = None,
@@ -76,6 +77,9 @@ def scale_by_llqr(
         between batch sizes, metrics and models. None: "sum", and "unit" with streaming refits.
       identity_scaling: sigma > 0; P is stored as sigma P. It changes how far a refit moves.
       max_dim: a dense side longer than this becomes diagonal.
+      block_size: a dense side longer than this, and not than `max_dim`, is cut into blocks of this
+        size, each with arrays of its own: less memory and time, and no curvature between blocks.
+        None: none is cut.
       graft: "global" gives P g the length of g, "block" each block of P g that of its block
         of g, so that learning rates keep their meaning; "rms" gives each leaf of P g a root
         mean square of 0.2 (of 0.05, where the leaf is no matrix), so that those of Adam carry
@@ -123,14 +127,14 @@ def scale_by_llqr(
     damping = (DAMPING if streams else 0.0) if damping is None else damping
     reduction = divergence_reduction or ("unit" if streams else "sum")
     graft = graft or ("rms" if streams else "none")
-    _check_options(damping, reduction, identity_scaling, max_dim, graft, refit)
+    _check_options(damping, reduction, identity_scaling, max_dim, block_size, graft, refit)
     table, resolved = plans.rule_table(structure), metrics.resolve(metric)
     slots = plans.slots(table)
     method = _method(table, resolved, damping, reduction, identity_scaling, route, refit)
 
     def init(params: Params) -> Any:
         check_inexact(params)
-        plan = plans.make_plan(params, table, max_dim)
+        plan = plans.make_plan(params, table, max_dim, block_size)
         stream = method.init(plan, params, slots)
         note(plan, identity_scaling)
         blocks = plans.identity(plan, identity_scaling)
@@ -159,7 +163,7 @@ def scale_by_llqr(
                 f"the optimizer has refit={ways[not streams]}(...), and the state is of one with "
                 f"{ways[streams]}(...). Begin anew with tx.init(params)."
             )
-        plan = plans.make_plan(updates, table, max_dim)
+        plan = plans.make_plan(updates, table, max_dim, block_size)
         blocks, info, stream = blocks_of(plan, state, updates), state.refit, state.stream
         vector, only = updates, refresh if isinstance(refresh, OnlyRefit) else None
         if only is None:
@@ -219,6 +223,7 @@ def llqr(
     divergence_reduction: Reduction | None = None,
     identity_scaling: float = 1.0,
     max_dim: int = 10_000,
+    block_size: int | None = None,
     graft: Graft | None = None,
     precondition: Precondition = "gradient",
     route: Route | None = None,
@@ -237,6 +242,7 @@ def llqr(
       divergence_reduction: "sum", "mean" or "unit".
       identity_scaling: sigma.
       max_dim: a dense side longer than this becomes diagonal.
+      block_size: one longer than this is cut into blocks.
       graft: length of P g; not "rms" with precondition="update", which would swallow the
         learning rate inside `base`.
       precondition: "gradient": `base` sees P g; "update": P multiplies the update of `base`
@@ -285,6 +291,7 @@ def llqr(
         divergence_reduction=divergence_reduction,
         identity_scaling=identity_scaling,
         max_dim=max_dim,
+        block_size=block_size,
         graft=graft,
         route=route,
         refit=refit,
@@ -361,6 +368,7 @@ def streaming_llqr(
     metric: MetricLike = "ngd",
     damping: Number = DAMPING,
     max_dim: int = 10_000,
+    block_size: int | None = None,
     graft: Graft = "rms",
     route: Route | None = None,
     refit: Streaming | None = None,
@@ -378,6 +386,7 @@ def streaming_llqr(
       metric: from which labels can be drawn.
       damping: lambda > 0, in units of the largest curvature of each block.
       max_dim: a dense side longer than this becomes diagonal: a fixed identity.
+      block_size: one longer than this is cut into blocks.
       graft: length of P m.
       route: how the network is linearised.
       refit: when P follows.
@@ -415,6 +424,7 @@ def streaming_llqr(
         metric=metric,
         damping=damping,
         max_dim=max_dim,
+        block_size=block_size,
         graft=graft,
         route=route,
         refit=Streaming() if refit is None else refit,
@@ -426,6 +436,7 @@ def _check_options(
     divergence_reduction: Any,
     identity_scaling: Any,
     max_dim: Any,
+    block_size: Any,
     graft: Any,
     refit: Any,
 ) -> None:
@@ -443,7 +454,9 @@ def _check_options(
             "damping must be a number or an array, not a function; for a schedule wrap the "
             "transformation: optax.inject_hyperparams(llqr.scale_by_llqr, static_args=...)."
         )
-    for name, value in (("identity_scaling", identity_scaling), ("max_dim", max_dim)):
+    for name, value in (
+        ("identity_scaling", identity_scaling), ("max_dim", max_dim), ("block_size", block_size),
+    ):  # fmt: skip
         if isinstance(value, jax.Array):
             raise TypeError(
                 f"{name} must be a Python number: it decides what is compiled. Under "
@@ -452,6 +465,8 @@ def _check_options(
     check_range("damping", damping, low=0)
     check_range("identity_scaling", identity_scaling, low=0, open_low=True)
     check_integer("max_dim", max_dim, low=1)
+    if block_size is not None:
+        check_integer("block_size", block_size, low=1)
     check_choice("divergence_reduction", divergence_reduction, get_args(Reduction))
     check_choice("graft", graft, get_args(Graft))
 

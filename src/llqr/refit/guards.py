@@ -82,9 +82,9 @@ def judge(
 
 def _pairs(plan: Plan, blocks: Blocks, h: Params) -> list[tuple[list[Array], list[Array]]]:
     """(h, P h) of each block."""
-    leaves, scaled = (jax.tree.leaves(tree) for tree in (h, plans.multiply(plan, blocks, h)))
     return [
-        ([leaves[i] for i in block.leaves], [scaled[i] for i in block.leaves]) for block in plan
+        (x, block.multiply(arrays, x))
+        for block, arrays, x in zip(plan, blocks, plans.seen(plan, h), strict=True)
     ]
 
 

@@ -43,11 +43,11 @@ def relative_step(
 
     u, before = phi(blocks)
     residual = jax.tree.map(jnp.subtract, model.product(u), h)
-    rs, hs, new, found = jax.tree.leaves(residual), jax.tree.leaves(h), list(blocks), []
+    rs, hs, new, found = plans.seen(setup.plan, residual), plans.seen(setup.plan, h), [*blocks], []
     for i, block in enumerate(setup.plan):
         own = statistics[i]
         if kind_of(block.structure) == "sides":
-            r, x = (block.matrix(tree[block.leaves[0]]) for tree in (rs, hs))
+            r, x = block.matrix(rs[i][0]), block.matrix(hs[i][0])
             own = _moved(setup.options.rate, block, own, r, x)
             new[i] = new[i] | {slot: own[slot].T @ own[slot] for slot in dense_sides(block)}
         found.append(own)

@@ -9,6 +9,7 @@ from llqr import _loops
 from llqr._tree import all_finite
 from llqr._types import Array, Bool, Float, Int, Number
 from llqr.refit.stream import Streaming, StreamSetup, dense_sides, kind_of
+from llqr.structures import plan as plans
 from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Block, Plan
 
@@ -80,12 +81,25 @@ def follow(
     return arrays | bases, statistics | {"spectrum": c}
 
 
-def top_of(setup: StreamSetup, block: Block, statistics: Arrays) -> Number:
-    """By what a block's curvature is divided: its largest entry; 1 where there is none."""
-    if setup.reduction != "unit" or kind_of(block.structure) != "spectrum":
-        return 1.0
-    top = jnp.max(statistics["spectrum"], initial=0.0)
-    return jnp.where(top > 0, top, 1.0)
+def tops_of(setup: StreamSetup, statistics: list[Arrays]) -> list[Number]:
+    """By what each block's curvature is divided: its largest entry; 1 where there is none.
+
+    Parts of one matrix are divided by the largest entry of all of them.
+    """
+
+    def one(blocks: list[int]) -> Number:
+        found = [statistics[i]["spectrum"] for i in blocks]
+        top = jnp.max(jnp.stack([jnp.max(c, initial=0.0) for c in found]))
+        return jnp.where(top > 0, top, 1.0)
+
+    tops: list[Number] = [1.0] * len(setup.plan)
+    if setup.reduction == "unit":
+        for matrix in plans.matrices(setup.plan):
+            if kind_of(setup.plan[matrix[0]].structure) == "spectrum":
+                top = one(matrix)
+                for i in matrix:
+                    tops[i] = top
+    return tops
 
 
 def largest(tops: list[Number]) -> Float[Array, ""]:

@@ -63,7 +63,7 @@ from llqr.refit.spectrum import (
     largest,
     observed,
     solved,
-    top_of,
+    tops_of,
 )
 from llqr.refit.stream import StreamSetup, StreamState, kind_of, pack, statistics_of, unpack
 from llqr.structures import plan as plans
@@ -125,11 +125,12 @@ def observe(
         return jax.tree.map(lambda m, g: options.momentum * m + g.astype(m.dtype), m, gradient)
 
     momentum = decayed(stream.momentum)
-    leaves = jax.tree.leaves(gradient)
     often = (count < options.start + options.warmup) | (count % WIDE_FOLLOWS == 0)
     new = [
-        observed(options, block, own, leaves[block.leaves[0]], often)
-        for block, own in zip(setup.plan, statistics, strict=True)
+        observed(options, block, own, g, often)
+        for block, own, (g,) in zip(
+            setup.plan, statistics, plans.seen(setup.plan, gradient), strict=True
+        )
     ]
     seen = decayed(momentum) if options.nesterov else momentum
     statistics = pack(setup, new, stream, gradient)
@@ -173,17 +174,18 @@ def _refit(
     # One after the other, not a vmap: one probe is the rule, and a batch of pull-backs through
     # convolutions is slower than as many of them.
     probes = [
-        jax.tree.leaves(
-            fisher_probe(
-                setup.metric.tree, setup.reduction, model, objective, k, setup.route.axis_name
-            )
-        )
+        fisher_probe(setup.metric.tree, setup.reduction, model, objective, k, setup.route.axis_name)
         for k in keys
     ]
     statistics = list(unpack(plan, stream.statistics, params))
-    new, keep = list(blocks), [all_finite([h[b.leaves[0]] for h in probes]) for b in plan]
+    # Block -> what it sees of each probe.
+    seen = [
+        [h for (h,) in of_block]
+        for of_block in zip(*(plans.seen(plan, h) for h in probes), strict=True)
+    ]
+    new, keep = list(blocks), [all_finite(hs) for hs in seen]
     # Labels drawn say nothing of these blocks: to follow would only lengthen their steps.
-    flat = [_all_zero([h[b.leaves[0]] for h in probes]) for b in plan]
+    flat = [_all_zero(hs) for hs in seen]
     keep = [k & ~f for k, f in zip(keep, flat, strict=True)]
     number = info.refits + 1
     for i, block in enumerate(plan):
@@ -193,11 +195,11 @@ def _refit(
                 block,
                 new[i],
                 statistics[i],
-                [h[block.leaves[0]] for h in probes],
+                seen[i],
                 number,
                 keep[i],
             )
-    tops = [top_of(setup, block, own) for block, own in zip(plan, statistics, strict=True)]
+    tops = tops_of(setup, statistics)
     power, top = stream.power, largest(tops)
     if sides:
         power, top = power_step(setup, model, stream)
@@ -207,7 +209,7 @@ def _refit(
             model,
             new,
             statistics,
-            jax.tree.unflatten(jax.tree.structure(params), probes[0]),
+            probes[0],
             noise,
         )
     old = new
@@ -257,9 +259,10 @@ def _record(
     plan: Plan, blocks: Blocks, info: RefitInfo, momentum: Params, keep: list[Bool[Array, ""]],
     flat: list[Bool[Array, ""]], before: Float[Array, ""], after: Float[Array, ""],
 ) -> RefitInfo:  # fmt: skip
-    leaves = jax.tree.leaves(momentum)
-    scaled = jax.tree.leaves(plans.multiply(plan, blocks, momentum))
-    pairs = [(scaled[b.leaves[0]], leaves[b.leaves[0]]) for b in plan]
+    pairs = [
+        (block.multiply(arrays, m), m)
+        for block, arrays, m in zip(plan, blocks, plans.seen(plan, momentum), strict=True)
+    ]
     code = {word: i for i, word in enumerate(STATUS)}
     status = [
         jnp.where(k, code["updated"], jnp.where(f, code["flat"], code["nonfinite"]))

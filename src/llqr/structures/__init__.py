@@ -2,7 +2,7 @@
 
 from llqr.structures.catalogue import STRUCTURES
 from llqr.structures.matrix import Structure
-from llqr.structures.plan import Block, Plan, Rule, make_plan, rule_table
+from llqr.structures.plan import Block, Plan, Rule, make_plan, rule_table, stacked
 
 __all__ = [
     "STRUCTURES",
@@ -12,4 +12,5 @@ __all__ = [
     "Structure",
     "make_plan",
     "rule_table",
+    "stacked",
 ]

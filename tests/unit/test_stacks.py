@@ -1,0 +1,303 @@
+"""Blocks that see a part of a leaf: members of a stack, parts of a matrix."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import llqr
+from llqr.structures import plan as plans
+
+LAYERS, WIDTH, ROWS = 3, 4, 7
+AXES = (0, 1)
+
+
+def stacked_params(axis: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    kernel = 0.6 * rng.normal(size=(LAYERS, WIDTH, WIDTH))
+    bias, out = 0.1 * rng.normal(size=(LAYERS, WIDTH)), rng.normal(size=(WIDTH, 3))
+    layers = {"bias": np.moveaxis(bias, 0, axis), "kernel": np.moveaxis(kernel, 0, axis)}
+    return jax.tree.map(jnp.asarray, {"layers": layers, "out": {"kernel": out}})
+
+
+def unstacked(tree: Any, axis: int, by_layer: bool) -> Any:
+    """The tree of the unrolled model, whose leaves come in the order of the stack's members."""
+    take = lambda x, i: jnp.take(x, i, axis=axis)  # noqa: E731
+    if by_layer:
+        members = [jax.tree.map(lambda x, i=i: take(x, i), tree["layers"]) for i in range(LAYERS)]
+        return {"layers": {str(i): member for i, member in enumerate(members)}, "out": tree["out"]}
+    members = {
+        name: {str(i): {name: take(x, i)} for i in range(LAYERS)}
+        for name, x in tree["layers"].items()
+    }
+    return {"layers": members, "out": tree["out"]}
+
+
+def batch() -> dict[str, jax.Array]:
+    rng = np.random.default_rng(1)
+    return {
+        "x": jnp.asarray(rng.normal(size=(ROWS, WIDTH))),
+        "y": jnp.asarray(rng.integers(0, 3, ROWS)),
+        "mask": jnp.arange(ROWS) != 2,
+    }
+
+
+def network(layers: list[tuple[Any, Any]], out: Any, x: Any) -> Any:
+    for kernel, bias in layers:
+        x = x + jnp.tanh(x @ kernel + bias)
+    return x @ out
+
+
+def loss(z: Any, batch: Any) -> Any:
+    each = optax.softmax_cross_entropy_with_integer_labels(z, batch["y"])
+    return jnp.sum(jnp.where(batch["mask"], each, 0.0)) / jnp.sum(batch["mask"], dtype=each.dtype)
+
+
+def objectives(axis: int, by_layer: bool) -> tuple[llqr.BoundObjective, llqr.BoundObjective]:
+    def of_stack(p: Any, b: Any) -> Any:
+        at = lambda x, i: jnp.take(x, i, axis=axis)  # noqa: E731
+        layers = [(at(p["layers"]["kernel"], i), at(p["layers"]["bias"], i)) for i in range(LAYERS)]
+        return network(layers, p["out"]["kernel"], b["x"])
+
+    def of_layers(p: Any, b: Any) -> Any:
+        at = lambda name, i: (  # noqa: E731
+            p["layers"][str(i)][name] if by_layer else p["layers"][name][str(i)][name]
+        )
+        layers = [(at("kernel", i), at("bias", i)) for i in range(LAYERS)]
+        return network(layers, p["out"]["kernel"], b["x"])
+
+    mask = lambda b: b["mask"]  # noqa: E731
+    one, other = (llqr.Objective(f, loss, mask=mask) for f in (of_stack, of_layers))
+    return one.bind(batch()), other.bind(batch())
+
+
+def both(structure: Any, axis: int, steps: int, **options: Any) -> tuple[Any, Any, Any]:
+    """Parameters after some steps, of the stacked model in the unrolled one's tree, and of that."""
+    name = structure if isinstance(structure, str) else structure.name
+    by_layer = llqr.STRUCTURES[name].view == "module"
+    table = [*llqr.stacked(structure, "layers/", (axis,)), *plans.rule_table(structure)]
+    found = []
+    params = stacked_params(axis)
+    trees = params, unstacked(params, axis, by_layer)
+    for tree, bound, rules in zip(
+        trees, objectives(axis, by_layer), (table, structure), strict=True
+    ):
+        tx = llqr.llqr(optax.sgd(0.1), structure=rules, **options)
+        state = tx.init(tree)
+
+        @jax.jit
+        def step(p: Any, state: Any, tx: Any = tx, bound: Any = bound) -> Any:
+            updates, state = tx.update(jax.grad(bound)(p), state, p, objective=bound)
+            return optax.apply_updates(p, updates), state
+
+        for _ in range(steps):
+            tree, state = step(tree, state)
+        found.append((tree, llqr.find(state).refit))
+    (ours, info), (theirs, expected) = found
+    np.testing.assert_array_equal(info.status, expected.status)
+    np.testing.assert_allclose(info.cosines, expected.cosines, atol=1e-6)
+    return unstacked(ours, axis, by_layer), theirs, info
+
+
+def close(a: Any, b: Any) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13)
+
+
+QUICK = ("dense", "diagonal", "e-kfac", "kfac")
+REFIT = llqr.Refit(every=2, steps=3, learning_rate=0.05, clip_norm=0.1)
+
+
+@pytest.mark.parametrize(
+    ("structure", "axis"),
+    [
+        pytest.param(name, AXES[i % 2], marks=[] if name in QUICK else [pytest.mark.slow])
+        for i, name in enumerate(sorted(llqr.STRUCTURES))
+    ],
+)
+def test_a_stack_is_its_members(structure: str, axis: int) -> None:
+    ours, theirs, info = both(
+        structure, axis, 3, refit=REFIT, damping=0.1, graft="block",
+        route=llqr.Route(chunk_size=3 if structure == "e-kfac" else None),
+    )  # fmt: skip
+    close(ours, theirs)
+    assert int(info.count("updated")) > 0
+
+
+@pytest.mark.parametrize("solver", ["cg_zoom_hz", "relative", "sgd"])
+def test_with_other_solvers(solver: str) -> None:
+    refit = llqr.Refit(every=2, steps=2, learning_rate=0.05, solver=solver)
+    close(*both("kfac", 1, 2, refit=refit, damping=0.1)[:2])
+
+
+@pytest.mark.parametrize(("structure", "axis"), [("e-kfac", 0), ("kfac", 1), ("diagonal", 1)])
+def test_streaming(structure: str, axis: int) -> None:
+    refit = llqr.Streaming(every=2, warmup=2)
+    # kfac's probes have normal numbers in them, drawn leaf by leaf, by the root of the damping.
+    options = {"divergence_reduction": "sum", "damping": 1e-28} if structure == "kfac" else {}
+    ours, theirs, info = both(structure, axis, 5, refit=refit, **options)
+    close(ours, theirs)
+    assert int(info.count("updated")) == len(info.status)
+
+
+# --- axes ----------------------------------------------------------------------------------------
+
+
+def test_any_axes_are_rows_and_columns() -> None:
+    """Fused query, key and value [d, 3, heads, head]: three matrices d x (heads head)."""
+    x = {"qkv": jnp.arange(2.0 * 3 * 4 * 5).reshape(2, 3, 4, 5)}
+    table = [llqr.Rule(match="qkv", structure="kfac", rows=(0,), columns=(-2, -1)), ("*", "kfac")]
+    plan = plans.make_plan(x, plans.rule_table(table), 100)
+    assert [(b.shape, b.label) for b in plan] == [((2, 20), f"qkv[{i}]") for i in range(3)]
+    rng = np.random.default_rng(0)
+    draw = lambda n: jnp.asarray(rng.normal(size=(n, n)))  # noqa: E731
+    arrays = [{"left": draw(2), "right": draw(20)} for _ in plan]
+    found = plans.multiply(plan, arrays, x)["qkv"]
+    for i, own in enumerate(arrays):
+        matrix = np.asarray(x["qkv"])[:, i].reshape(2, 20)
+        expected = np.asarray(own["left"]) @ matrix @ np.asarray(own["right"]).T
+        np.testing.assert_allclose(found[:, i].reshape(2, 20), expected, rtol=1e-12)
+    trees = plans.pack(plan, arrays, x, ("left", "right"))
+    assert trees["left"]["qkv"].shape == (3, 2, 2)
+    for own, again in zip(arrays, plans.unpack(plan, trees, x), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, own, again)
+
+
+def test_rows_after_columns() -> None:
+    """A kernel [out, in], as Equinox and PyTorch write it, seen with its inputs as rows."""
+    x = {"w": jnp.arange(6.0).reshape(2, 3)}
+    rule = llqr.Rule(match="*", structure="kfac", rows=(1,), columns=(0,))
+    plan = plans.make_plan(x, plans.rule_table([rule]), 100)
+    left = jnp.diag(jnp.array([1.0, 2.0, 3.0]))
+    found = plans.multiply(plan, [{"left": left, "right": jnp.eye(2)}], x)["w"]
+    np.testing.assert_array_equal(found, x["w"] * jnp.array([1.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"rows": (2,), "columns": (0,)}, r"'w': there is no axis 2 in the shape \(2, 3\)"),
+        ({"rows": (0,), "columns": (-2,)}, r"'w': rows=\(0,\) and columns=\(0,\) name an axis"),
+        ({"columns": (0,)}, r"columns=\(0,\) needs axes of rows"),
+        ({"stack": (0,), "rows": (1,)}, r"give it, or axes of rows and columns"),
+        ({"stack": (5,)}, r"there is no axis 5"),
+    ],
+)
+def test_axes_that_are_not_there(rule: dict[str, Any], message: str) -> None:
+    def init() -> Any:
+        table = [llqr.Rule(match="*", structure="kfac", **rule)]
+        return llqr.llqr(optax.sgd(0.1), structure=table).init({"w": jnp.ones((2, 3))})
+
+    with pytest.raises(ValueError, match=message):
+        init()
+
+
+def test_one_module_has_one_stack() -> None:
+    rules = llqr.stacked("dense", "layers/")
+    tx = llqr.llqr(optax.sgd(0.1), structure=[*rules, ("*", "dense")])
+    with pytest.raises(ValueError, match=r"must have the same stack; there are .*\(2,\).*\(3,\)"):
+        tx.init({"layers": {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3))}})
+
+
+def test_members_are_read_and_installed_by_name() -> None:
+    tx = llqr.llqr(optax.sgd(0.1), structure=[*llqr.stacked("diagonal", "w"), ("*", "diagonal")])
+    params = {"w": jnp.ones((2, 3))}
+    state = tx.init(params)
+    assert list(llqr.blocks(tx, state, params)) == ["w[0]", "w[1]"]
+    state = llqr.install(tx, state, params, {"w[1]": {"spectrum": jnp.full(3, 0.5)}})
+    np.testing.assert_array_equal(
+        llqr.precondition(tx, state, params)["w"], [[1.0, 1.0, 1.0], [0.5, 0.5, 0.5]]
+    )
+    assert [block.leaf for block in llqr.inspect(tx, state, params).blocks] == ["w[0]", "w[1]"]
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def train(params: Any, bound: Any, steps: int, **options: Any) -> tuple[Any, Any]:
+    tx = llqr.llqr(optax.sgd(0.1), **options)
+    state = tx.init(params)
+    for _ in range(steps):
+        updates, state = tx.update(jax.grad(bound)(params), state, params, objective=bound)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@pytest.mark.parametrize(
+    "refit", [REFIT, llqr.Streaming(every=2, warmup=1)], ids=["refit", "streaming"]
+)
+def test_a_block_size_that_cuts_nothing_changes_no_bit(refit: Any) -> None:
+    bound, params = objectives(0, False)[0], stacked_params(0)
+    options = {"structure": "e-kfac", "refit": refit, "damping": 0.1}
+    whole, _ = train(params, bound, 3, **options)
+    cut, _ = train(params, bound, 3, block_size=LAYERS * WIDTH, **options)
+    jax.tree.map(np.testing.assert_array_equal, whole, cut)
+
+
+def linear(sizes: tuple[int, ...]) -> tuple[Any, Any]:
+    """Inputs that are correlated within blocks of these sizes only: C is block diagonal."""
+    rng = np.random.default_rng(2)
+    n, at, x = sum(sizes), 0, []
+    basis = np.linalg.qr(rng.normal(size=(4 * n, n)))[0]
+    for size in sizes:
+        x.append(basis[:, at : at + size] @ rng.normal(size=(size, size)))
+        at += size
+    data = {"x": jnp.asarray(np.concatenate(x, 1)), "y": jnp.asarray(rng.normal(size=(4 * n, 2)))}
+    objective = llqr.Objective(
+        lambda p, b: b["x"] @ p["w"], lambda z, b: jnp.sum((z - b["y"]) ** 2) / 2
+    )
+    return {"w": jnp.zeros((n, 2))}, objective.bind(data)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (4, 4, 2)], ids=["even", "filled up"])
+def test_cut_where_the_curvature_is(sizes: tuple[int, ...]) -> None:
+    """With C block diagonal in the blocks, each learns the exact inverse of its own."""
+    params, bound = linear(sizes)
+    left = llqr.Structure(name="left", left="dense")
+    refit = llqr.Refit(steps=60, solver="cg", probe="gaussian", probes=40, learning_rate=1.0)
+    tx = llqr.llqr(
+        optax.sgd(1.0), structure=left, metric="gauss_newton", refit=refit, block_size=sizes[0]
+    )
+    state = llqr.refresh(tx, tx.init(params), params, bound)
+    assert llqr.find(state).blocks["left"]["w"].shape == (len(sizes), 1, sizes[0], sizes[0])
+    updates, _ = tx.update(jax.grad(bound)(params), state, params, refresh=False)
+    x, y = (np.asarray(bound.batch[name]) for name in ("x", "y"))
+    np.testing.assert_allclose(updates["w"], np.linalg.lstsq(x, y)[0], rtol=1e-6, atol=1e-8)
+
+
+def test_parts_multiply_as_a_block_matrix() -> None:
+    x = {"w": jnp.asarray(np.random.default_rng(3).normal(size=(5, 7)))}
+    plan = plans.make_plan(x, plans.rule_table("kfac"), 100, block_size=3)
+    assert len(plan) == 6
+    assert [block.grid for block in plan] == [(2, 3)] * 6
+    arrays = [{"left": (i + 1.0) * jnp.eye(3), "right": jnp.eye(3)} for i in range(len(plan))]
+    factors = np.kron(np.arange(1.0, 7).reshape(2, 3), np.ones((3, 3)))[:5, :7]
+    np.testing.assert_allclose(plans.multiply(plan, arrays, x)["w"], factors * x["w"], rtol=1e-15)
+
+
+def test_parts_stream_and_share_their_scale() -> None:
+    bound, params = objectives(0, False)[0], stacked_params(0)
+    params, state = train(params, bound, 6, structure="e-kfac", block_size=3,
+                          refit=llqr.Streaming(every=2, warmup=2))  # fmt: skip
+    ours = llqr.find(state)
+    assert set(ours.refit.words) == {"updated"}
+    spectrum, c = ours.blocks["spectrum"]["out"]["kernel"], ours.stream.statistics["spectrum"]
+    c = c["out"]["kernel"]
+    np.testing.assert_allclose(spectrum, 1 / (c / jnp.max(c) + 1e-4), rtol=1e-6)
+    length = jnp.sqrt(jnp.mean(llqr.precondition(
+        llqr.llqr(optax.sgd(0.1), structure="e-kfac", block_size=3, refit=llqr.Streaming()),
+        state, params)["out"]["kernel"] ** 2))  # fmt: skip
+    assert jnp.isfinite(length)
+
+
+def test_a_description_counts_stacks_and_parts() -> None:
+    tx = llqr.llqr(optax.sgd(0.1), structure="kfac", block_size=4, max_dim=10)
+    rows = {
+        row.leaf: row
+        for row in llqr.describe(tx, {"a": jnp.ones((8, 6)), "b": jnp.ones((12, 3))}).rows
+    }
+    assert (rows["a"].stack, rows["a"].view, rows["a"].stored) == ((2, 2), (4, 4), 4 * 32)
+    assert (rows["b"].stack, rows["b"].view) == ((), (12, 3))  # its long side is diagonal
