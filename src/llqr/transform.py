@@ -77,9 +77,9 @@ def scale_by_llqr(
         between batch sizes, metrics and models. None: "sum", and "unit" with streaming refits.
       identity_scaling: sigma > 0; P is stored as sigma P. It changes how far a refit moves.
       max_dim: a dense side longer than this becomes diagonal.
-      block_size: a dense side longer than this, and not than `max_dim`, is cut into blocks of this
-        size, each with arrays of its own: less memory and time, and no curvature between blocks.
-        None: none is cut.
+      block_size: a dense side longer than this, and not than `max_dim`, is cut into blocks of one
+        length, at most this, each with arrays of its own: less memory and time, and no curvature
+        between blocks. None: none is cut.
       graft: "global" gives P g the length of g, "block" each block of P g that of its block
         of g, so that learning rates keep their meaning; "rms" gives each leaf of P g a root
         mean square of 0.2 (of 0.05, where the leaf is no matrix), so that those of Adam carry

@@ -208,9 +208,8 @@ def test_members_are_read_and_installed_by_name() -> None:
     state = tx.init(params)
     assert list(llqr.blocks(tx, state, params)) == ["w[0]", "w[1]"]
     state = llqr.install(tx, state, params, {"w[1]": {"spectrum": jnp.full(3, 0.5)}})
-    np.testing.assert_array_equal(
-        llqr.precondition(tx, state, params)["w"], [[1.0, 1.0, 1.0], [0.5, 0.5, 0.5]]
-    )
+    found: Any = llqr.precondition(tx, state, params)
+    np.testing.assert_array_equal(found["w"], [[1.0, 1.0, 1.0], [0.5, 0.5, 0.5]])
     assert [block.leaf for block in llqr.inspect(tx, state, params).blocks] == ["w[0]", "w[1]"]
 
 
@@ -287,10 +286,6 @@ def test_parts_stream_and_share_their_scale() -> None:
     spectrum, c = ours.blocks["spectrum"]["out"]["kernel"], ours.stream.statistics["spectrum"]
     c = c["out"]["kernel"]
     np.testing.assert_allclose(spectrum, 1 / (c / jnp.max(c) + 1e-4), rtol=1e-6)
-    length = jnp.sqrt(jnp.mean(llqr.precondition(
-        llqr.llqr(optax.sgd(0.1), structure="e-kfac", block_size=3, refit=llqr.Streaming()),
-        state, params)["out"]["kernel"] ** 2))  # fmt: skip
-    assert jnp.isfinite(length)
 
 
 def test_a_description_counts_stacks_and_parts() -> None:
@@ -299,5 +294,5 @@ def test_a_description_counts_stacks_and_parts() -> None:
         row.leaf: row
         for row in llqr.describe(tx, {"a": jnp.ones((8, 6)), "b": jnp.ones((12, 3))}).rows
     }
-    assert (rows["a"].stack, rows["a"].view, rows["a"].stored) == ((2, 2), (4, 4), 4 * 32)
+    assert (rows["a"].stack, rows["a"].view, rows["a"].stored) == ((2, 2), (4, 3), 4 * 25)
     assert (rows["b"].stack, rows["b"].view) == ((), (12, 3))  # its long side is diagonal

@@ -339,7 +339,8 @@ def make_plan(
       params: the parameters; only paths, shapes and dtypes are read.
       table: from `rule_table`.
       max_dim: a dense side longer than this becomes diagonal.
-      block_size: one longer than this is cut into blocks; None: it is not.
+      block_size: one longer than this is cut into blocks of one length, at most this; None: it is
+        not.
 
     Raises:
       ValueError: a rule's axes do not fit a leaf that it decides.
@@ -408,9 +409,11 @@ def _parts(chosen: Structure, whole: tuple[int, int], block_size: int | None) ->
     }
     if not cut:
         return [None]
+    # Of one length, with little to fill up: 784 in blocks of at most 256 is 4 times 196.
+    even = lambda size: math.ceil(size / math.ceil(size / block_size))  # noqa: E731
     shape = (
-        block_size if "left" in cut else whole[0],
-        block_size if "right" in cut else whole[1],
+        even(whole[0]) if "left" in cut else whole[0],
+        even(whole[1]) if "right" in cut else whole[1],
     )
     down, across = Part(whole, shape, (0, 0)).grid
     return [Part(whole, shape, at) for at in itertools.product(range(down), range(across))]
@@ -611,7 +614,7 @@ def unpack(
     treedef = jax.tree.structure(like)
     columns = {slot: treedef.flatten_up_to(tree) for slot, tree in trees.items()}
 
-    def own(block: Block, slot: str) -> Array:
+    def own(block: Block, slot: str) -> Any:
         value = columns[slot][block.leaves[0]]
         if not block.grid or value is None:
             return value
