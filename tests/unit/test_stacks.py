@@ -274,7 +274,8 @@ def test_parts_multiply_as_a_block_matrix() -> None:
     assert [block.grid for block in plan] == [(2, 3)] * 6
     arrays = [{"left": (i + 1.0) * jnp.eye(3), "right": jnp.eye(3)} for i in range(len(plan))]
     factors = np.kron(np.arange(1.0, 7).reshape(2, 3), np.ones((3, 3)))[:5, :7]
-    np.testing.assert_allclose(plans.multiply(plan, arrays, x)["w"], factors * x["w"], rtol=1e-15)
+    found: Any = plans.multiply(plan, arrays, x)
+    np.testing.assert_allclose(found["w"], factors * x["w"], rtol=1e-15)
 
 
 def test_parts_stream_and_share_their_scale() -> None:
