@@ -34,6 +34,30 @@ _FLOAT32 = ("experiments", "frontends", "test_docs.py", "test_reproduction.py")
 """Folders whose tests run at JAX's own defaults: what users run is float32."""
 
 
+def _repeated() -> dict[str, set[str]]:
+    """Test -> its cases in repeated.txt."""
+    lines = (_HERE / "repeated.txt").read_text().splitlines()
+    groups = "\n".join(line for line in lines if not line.startswith("#")).split("\n\n")
+    found = [group.strip().splitlines() for group in groups]
+    return {lines[0]: set(lines[1:]) for lines in found if lines}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the cases of repeated.txt as slow."""
+    left = _repeated()
+    seen = set()
+    for item in items:
+        test, _, case = item.nodeid.partition("[")
+        seen.add(test)
+        if case[:-1] in left.get(test, ()):
+            item.add_marker(pytest.mark.slow)
+            left[test].discard(case[:-1])
+    whole = not any("::" in argument for argument in config.args)
+    stale = [f"{test}[{case}]" for test in seen & set(left) for case in left[test]]
+    if whole and stale:
+        raise pytest.UsageError(f"tests/repeated.txt names cases that are not there: {stale}")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled_functions() -> Iterator[None]:
     """Each one holds memory mappings, and a process may have about 65,000 of them."""
