@@ -101,6 +101,19 @@ def test_what_a_kill_leaves_behind_the_checkpoint_is_made_again(tmp_path, monkey
     assert '{"step": 34, "train lo' in (tmp_path / "run" / "metrics.jsonl.lost").read_text()
 
 
+def test_a_record_that_is_gone_is_told_and_the_run_goes_on(tmp_path, monkeypatch, capsys, whole):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 27)
+        with pytest.raises(Interrupted):
+            support.run(tmp_path / "run", *RUN)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    rows = support.run(tmp_path / "run", *RUN)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "metrics.jsonl has 0 of the" in said
+    assert rows[0]["step"] == 28
+    assert not {row["step"] for row in rows} - {row["step"] for row in support.rows(whole)}
+
+
 def test_killed_before_the_first_checkpoint_it_starts_anew(tmp_path, whole):
     run = tmp_path / "run"
     run.mkdir()

@@ -103,6 +103,17 @@ def _decay_mask(parts: list[str]) -> Any:
     return mask
 
 
+def check_mask(config: Config, params: Any) -> None:
+    """Raise ConfigError if no parameter is left out of weight decay, and some should be."""
+    names, mask = leaf_names(params), config.wd_mask
+    if config.weight_decay and mask and not any(part in name for part in mask for name in names):
+        shown = ", ".join(names[:4]) + (", ..." if names[4:] else "")
+        raise ConfigError(
+            f"wd_mask={list(mask)}: no parameter has one of these in its path, and all would "
+            f"decay. The paths are {shown}; null lets all of them decay."
+        )
+
+
 def optimizer(config: Config, horizon: Horizon) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer of a run: the main one alone, or wrapped by LLQR.
 
@@ -191,8 +202,15 @@ def momentum_of(opt_state: Any) -> Any:
 
 
 def structure(config: Config) -> llqr.Structure:
-    """Return the structure of P."""
-    found = catalogue.get(config.block_structure)
+    """Return the structure of P.
+
+    Raises:
+      ConfigError: there is none of that name; the nearest is named.
+    """
+    try:
+        found = catalogue.get(config.block_structure)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return found if config.precond_rank is None else replace(found, rank=config.precond_rank)
 
 

@@ -17,6 +17,7 @@ from rich.progress import (
 from rich.table import Table
 
 import llqr
+from llqr_experiments.files import names
 from llqr_experiments.record.clock import Clock
 
 T = TypeVar("T")
@@ -120,7 +121,7 @@ class Display:
         running = sum(seconds[name] for name in ("training", "refit", "data", "logging")) or 1.0
         shares = (f"{name} {100 * seconds[name] / running:.1f} %" for name in ("data", "logging"))
         table.add_row("waiting", f"of the time of training and refits: {', '.join(shares)}")
-        table.add_row("files", ", ".join(path.name for path in sorted(folder.iterdir())))
+        table.add_row("files", ", ".join(names(folder)))
         self.console.print()
         self.console.print(table)
         self.console.print(f"[bold]in[/]     {folder}", soft_wrap=True)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,7 @@ def begin(job: Run, origin: Origin, out_dir: Path, say: Callable[[str], None]) -
     if not meta:
         return session
     session.best, session.reached = meta["best"], meta["reached"]
-    options = run_folder.options(config)
-    if all(meta["options"][name] == options[name] for name in STREAM):
+    if _of_data(meta["options"]) == _of_data(run_folder.options(config)):
         session.stream.set_state(meta["stream"])
         session.refits.set_state(meta["refits"])
     else:
@@ -114,13 +114,25 @@ STREAM = (
 HISTOGRAMS = "histograms.jsonl"
 
 
+def _of_data(options: dict[str, Any]) -> dict[str, Any]:
+    known = run_folder.filled(options).items()
+    return {name: value for name, value in known if name.partition(".")[0] in STREAM}
+
+
 def _forget(path: Path, step: int) -> None:
-    """Drop what comes again: evaluations from the checkpoint's step on, and those in the end."""
-    if path.exists():
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        rows = [(x, json.loads(x)) for x in lines if x.endswith("\n")]
-        kept = [x for x, row in rows if row["step"] < step and row.get("split") != "test"]
-        write(path, "".join(kept))
+    """Drop what comes again: evaluations from the checkpoint's step on, and those in the end.
+
+    So is what cannot be read: a line that is cut off.
+    """
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True):
+        with suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            if line.endswith("\n") and row["step"] < step and row.get("split") != "test":
+                kept.append(line)
+    write(path, "".join(kept))
 
 
 def checkpoint(job: Run, session: Session, desk: Desk) -> None:
