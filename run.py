@@ -15,11 +15,12 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
-def main(config: DictConfig) -> None:
-    """Run the composed experiment in Hydra's output folder."""
-    cli.execute(config, Path(HydraConfig.get().runtime.output_dir))
+def main(config: DictConfig) -> str | None:
+    """Run the composed experiment in Hydra's output folder; return why a job of a sweep failed."""
+    return cli.execute(config, Path(HydraConfig.get().runtime.output_dir))
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = cli.at_home(sys.argv[1:])
     cli.check_arguments(sys.argv[1:])
     main()

@@ -2,11 +2,13 @@
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+
 import llqr
-from llqr_experiments import data
+from llqr_experiments import data, memory
 from llqr_experiments.config import build
 from llqr_experiments.config.option import become
 from llqr_experiments.config.options import Config
@@ -66,6 +68,10 @@ def prepare(config: Config) -> Run:
         **become(config, "recipe"),
     )
     build.check_mask(config, task.params)
+    size = sum(x.nbytes for x in jax.tree.leaves(task.params))
+    for name in ("precond_probes", "precond_rank"):
+        count = getattr(config, name) if config.use_preconditioner else None
+        memory.check(size * (count or 0), f"{name}={count}: as many times the parameters")
     refits = build.refit_steps(config, horizon)
     blocks = llqr.describe(recipe.tx, task.params) if config.use_preconditioner else None
     return Run(config, task, recipe, horizon, refits, blocks, goal(config, task.material))
@@ -74,11 +80,9 @@ def prepare(config: Config) -> Run:
 def check(config: Config) -> None:
     """Raise ConfigError for what is wrong whatever the data is, before any of it is read."""
     _check_sources(config)
-    early = build.Horizon(1.0, config.total_epochs)
+    early = build.Horizon(build.EARLY, config.total_epochs)
     build.optimizer(config, early)
     build.ascent(config, early)
-    for name in config.quality:
-        build.structure(replace(config, block_structure=name, precond_rank=None))
     try:
         data.stride(config.batch_size * config.grad_acc_steps, config.batch_overlap_fraction)
     except ValueError as error:
@@ -89,7 +93,14 @@ def _horizon(config: Config, made: Material) -> build.Horizon:
     """How long a run on some data is: at least one step."""
     length = made.streams.length(config)
     horizon = build.Horizon(length, config.total_epochs, config.max_steps)
+    if horizon.total_steps > build.MOST_STEPS:
+        raise ConfigError(
+            f"total_epochs={config.total_epochs:g} is {horizon.total_steps - 1:,} steps, and "
+            f"schedules count up to {build.MOST_STEPS:,}: lower it, or set max_steps."
+        )
     if horizon.total_steps > 1:
+        build.check_schedules(config, horizon)
+        _check_batches(config, made)
         return horizon
     raise ConfigError(
         f"total_epochs={config.total_epochs:g} is no step: an epoch of {made.name} has "
@@ -97,6 +108,20 @@ def _horizon(config: Config, made: Material) -> build.Horizon:
         f"grad_acc_steps={config.grad_acc_steps}). One step takes total_epochs="
         f"{math.ceil(1e4 / length) / 1e4:g}, or a smaller batch."
     )
+
+
+def _check_batches(config: Config, made: Material) -> None:
+    """Whether batches can be held, before one is made."""
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in made.streams.shapes(config).values())
+    examples = config.batch_size * config.grad_acc_steps
+    sizes = {"batch_size": size * config.batch_size / examples, "grad_acc_steps": size}
+    if not KINDS[made.kind].decoded:  # whose batches are as large as dataset.max_tokens
+        for name in ("eval_batch_size", "precond_batch_size"):
+            sizes[name] = size / examples * (getattr(config, name) or 0)
+    if config.multibatch_training:
+        sizes["precond_steps"] = sizes["precond_batch_size"] * config.precond_steps
+    for name, needed in sizes.items():
+        memory.check(int(needed), f"{name}={getattr(config, name)}: a batch")
 
 
 def _check_sources(config: Config) -> None:

@@ -171,7 +171,7 @@ def _announce(job: Run, display: Display) -> None:
     )
     if job.recipe.ascent:
         display.say(_describe_ascent(config, job.recipe.ascent))
-    for text in advice.warnings(config, job.horizon):
+    for text in advice.warnings(config, job.horizon, job.task.material.sizes["train"]):
         display.say(f"[yellow]warning:[/] {text}\n")
     if config.use_preconditioner:
         display.say(
