@@ -1,6 +1,12 @@
 """Train a model: `uv run python run.py experiment=quick-local-test`; see --help."""
 
+# Imports take a while, and Ctrl-C in one of them ends the process without a word.
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from pathlib import Path
 
 import hydra
@@ -23,4 +29,5 @@ def main(config: DictConfig) -> str | None:
 if __name__ == "__main__":
     sys.argv[1:] = cli.at_home(sys.argv[1:])
     cli.check_arguments(sys.argv[1:])
+    print("starting: loading JAX and the models ...", file=sys.stderr, flush=True)
     main()

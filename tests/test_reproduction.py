@@ -111,8 +111,8 @@ CIFAR = next(x for x in COMMANDS if {"divergence=ngd", "ema_decay=0.95"} <= set(
     [
         ("ema_decay=0.95", "ema_dekay=0.95", SystemExit),
         (CIFAR[1], "experiment=resnet18-cifar10,resnet18-cifar01", SystemExit),
-        ("sam_mode=null,base_sam,base_fsam", "sam_mode=null,base_sma", ConfigError),
-        ("divergence=ngd", "divergence=ngdd", ConfigError),
+        ("sam_mode=null,base_sam,base_fsam", "sam_mode=null,base_sma", SystemExit),
+        ("divergence=ngd", "divergence=ngdd", SystemExit),
         ("use_preconditioner=true", "use_preconditioner=false", ConfigError),
     ],
 )

@@ -93,12 +93,15 @@ def at_home(arguments: Sequence[str]) -> list[str]:
     True
     """
     paths = {name for name, row, _ in options(Config) if row.metadata.get("path")}
-    paths |= {"hydra.run.dir", "hydra.sweep.dir"}
+    paths |= set(HYDRAS_FOLDERS)
     return [
         f"{key}={os.path.expanduser(value)}" if key in paths and value.startswith("~") else argument
         for argument in arguments
         for key, _, value in [argument.partition("=")]
     ]
+
+
+HYDRAS_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 
 
 def _check_argument(argument: str) -> None:
@@ -193,7 +196,6 @@ def execute(config: DictConfig, out_dir: Path) -> str | None:
       Why it has failed, in a sweep, whose other jobs go on; None: it has not.
     """
     try:
-        print("starting: loading JAX and the models ...", file=sys.stderr, flush=True)
         _run(settings(config), out_dir)
     except RunError as error:
         _remove_if_empty(out_dir)
@@ -203,6 +205,7 @@ def execute(config: DictConfig, out_dir: Path) -> str | None:
         return str(error)
     except KeyboardInterrupt:
         _remove_if_empty(out_dir)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if not _in_sweep():
@@ -227,20 +230,14 @@ def settings(config: DictConfig) -> Any:
 
 
 def _run(settings: Any, out_dir: Path) -> None:
-    # Late: --help and bad options need no models. Until they are there, Ctrl-C ends the process
-    # without a word from whatever is being imported.
-    before = signal.getsignal(signal.SIGINT)
-    main = threading.current_thread() is threading.main_thread()
-    if main:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        from llqr_experiments.command import plan
-        from llqr_experiments.run import train
-        from llqr_experiments.study import comparison, toys
-        from llqr_experiments.task.small import shrink
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
+    # Late: --help and bad options need no models.
+    from llqr_experiments.command import plan
+    from llqr_experiments.run import train
+    from llqr_experiments.study import comparison, toys
+    from llqr_experiments.task.small import shrink
+
+    if threading.current_thread() is threading.main_thread():  # run.py has ended imports by it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if settings.smoke:
         settings = shrink(settings)
     if settings.dry_run:

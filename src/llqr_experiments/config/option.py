@@ -34,9 +34,9 @@ def option(default: T, meaning: str, *, becomes: str | tuple[str, ...] = (), **r
       default: its value where none is given.
       meaning: in words, for help and docs/options.md.
       becomes: the fields it becomes, "<owner>.<field>".
-      **rules: choices, low, high, above, below of its value; shortest, length, rising of a list,
-        and `of`, the rules of what is in it; path: `~` is the home folder in it; by, off,
-        instead, convert of what it becomes.
+      **rules: choices (and what they are called), low, high, above, below of its value; shortest,
+        length, rising of a list, and `of`, the rules of what is in it; path: `~` is the home
+        folder in it; by, off, instead, convert of what it becomes.
     """
     paths = (becomes,) if isinstance(becomes, str) else becomes
     metadata = {"meaning": meaning, "becomes": paths, **rules}
@@ -123,7 +123,8 @@ def _words(kind: Any, rules: Mapping[str, Any]) -> str:
         (inner,) = get_args(kind)
         length = f" of {rules['length']}" if "length" in rules else ""
         order = ", rising" if rules.get("rising") else ""
-        return f"a list{length}: {_words(inner, rules.get('of', {}))}{order}"
+        some = ", not empty" if rules.get("shortest") else ""
+        return f"a list{length}{some}: {_words(inner, rules.get('of', {}))}{order}"
     if "choices" in rules:
         return f"one of {', '.join(rules['choices'])}"
     return f"{KINDS.get(kind, 'a value')} {_bounds(rules)}".strip()
@@ -166,7 +167,8 @@ def check(name: str, row: Field[Any], value: Any) -> None:
         return
     if "choices" in rules:
         if value not in rules["choices"]:
-            raise ConfigError(f"{name}: {unknown('value', value, rules['choices'])}")
+            kind = rules.get("called", "value")
+            raise ConfigError(f"{name}: {unknown(kind, value, rules['choices'])}")
         return
     choices = rules.get("of", {}).get("choices")
     for inner in value if choices and isinstance(value, list) else ():

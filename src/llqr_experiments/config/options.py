@@ -171,7 +171,9 @@ class Config:
 
     # preconditioner
     use_preconditioner: bool = option(True, "false runs the main optimizer alone")
-    block_structure: str = option("diagonal", "structure of P", choices=STRUCTURES)
+    block_structure: str = option(
+        "diagonal", "structure of P", choices=STRUCTURES, called="structure"
+    )
     block_structure_init: str = option("identity", "where P starts", choices=("identity",))
     precond_rank: int | None = option(
         None, "vectors kept by the low-rank-memory structures; null: 8", low=1
@@ -179,7 +181,7 @@ class Config:
     precond_max_dim: int = option(
         10_000, "dense sides longer than this become diagonal", low=1, becomes="llqr.max_dim"
     )
-    divergence: str = option("ngd", "metric of the step", choices=DIVERGENCES)
+    divergence: str = option("ngd", "metric of the step", choices=DIVERGENCES, called="divergence")
     divergence_order_param: float = option(0.5, "order of the renyi divergence", above=0)
     divergence_reduction: str = option(
         "sum",

@@ -1,5 +1,7 @@
 """What a person sees of a run: a progress bar, refit lines, a closing table."""
 
+import errno
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -42,6 +44,7 @@ class Display:
     def __init__(self, total: int, report_freq: int, *, quiet: bool = False):
         self.console = Console(highlight=False, quiet=quiet)
         self._total, self._report_freq = total, report_freq
+        self._full = False
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -63,7 +66,12 @@ class Display:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the bar; that the disk is full, once."""
+        if any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT)):
+            if self._full:
+                return
+            self._full = True
+            text += " What else cannot be written for this reason is not told again."
         self.console.print(text, soft_wrap=True)
 
     def progress(self, step: int, rates: dict[str, float]) -> None:

@@ -79,6 +79,9 @@ def enter(config: Config, out_dir: Path, command: str, *, again: bool, **facts: 
         else:
             _write_meta(config, out_dir, command, **facts)
     except OSError as error:
+        if not again:  # a folder in which nothing has begun is as it was
+            for name in FILES[:2]:
+                (out_dir / name).unlink(missing_ok=True)
         raise ConfigError(f"{out_dir} cannot be written ({error.strerror}): {ELSEWHERE}.") from (
             error
         )

@@ -5,6 +5,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -204,4 +205,6 @@ class Trackers:
                 act(tracker)
             except Exception as error:
                 self._live.remove(tracker)
+                with suppress(Exception):  # what is in its buffers has no place to go
+                    tracker.close()
                 self._say(f"{type(tracker).__name__} failed and is dropped: {error}")

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from llqr._tree import leaf_names
+from llqr_experiments.config.options import Config
 from llqr_experiments.errors import TrainingError
 from llqr_experiments.files import write
 from llqr_experiments.record import run_folder, translations
@@ -197,6 +198,14 @@ def check_health(job: Run, state: TrainState, desk: Desk) -> None:
         where = f"the last good checkpoint is of step {last}, in {desk.checkpoints.folder}"
     raise TrainingError(
         f"the {what} is not finite at step {int(health.bad_step)}; {where}. Lower "
-        "learning_rate, refit more cautiously (damping, precond_lr, ema_decay), or go on past "
-        "such steps with on_nonfinite=skip."
+        f"learning_rate,{_caution(job.config)} or go on past such steps with on_nonfinite=skip."
     )
+
+
+def _caution(config: Config) -> str:
+    """How P may be the cause, where there is one."""
+    if not config.use_preconditioner:
+        return ""
+    if config.precond_streaming:
+        return " raise damping,"
+    return " refit more cautiously (damping, precond_lr, ema_decay),"
