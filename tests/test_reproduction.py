@@ -2,18 +2,23 @@
 
 import importlib
 import importlib.util
+import math
 import re
 import shlex
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import jax
 import pytest
+from flax import nnx
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from llqr_experiments.command import cli
 from llqr_experiments.config import build
 from llqr_experiments.errors import ConfigError
+from llqr_experiments.models import MODELS
 from llqr_experiments.record import run_folder
 from llqr_experiments.task.small import shrink
 from tests.experiments import support
@@ -139,6 +144,15 @@ FAST = ("quick-local-test", "grokking", "char-lm", "transformer-iwslt14-de-en", 
 def test_a_command_of_each_kind_has_a_plan_in_small(preset, tmp_path, capsys):
     run = next(run for run in RUNS if f"experiment={preset}" in run)
     show_plan(run, tmp_path, capsys)
+
+
+def test_the_size_of_gpt2_is_as_told():
+    make = MODELS["gpt2-small"].factory
+    for options, told in [({}, "162,273,435"), ({"tied": True}, "123,625,802")]:
+        like = nnx.eval_shape(partial(make, (1024,), 50257, rngs=nnx.Rngs(0), **options))
+        size = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(like)))
+        assert f"{size:,}" == told
+        assert told in PAGE
 
 
 PLANNED: set[str] = set()
