@@ -232,6 +232,8 @@ def test_what_is_accepted_trains_or_is_refused_before_the_first_step(name, tmp_p
         except RunError:
             continue
         small = replace(config, dataset=replace(config.dataset, truncate=64), max_steps=2)
+        if config.architecture.hidden is None and config.architecture.name == "mlp":
+            small = replace(small, architecture=replace(config.architecture, hidden=[4]))
         out = tmp_path / str(i)
         try:
             job.prepare(small)
