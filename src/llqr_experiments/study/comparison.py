@@ -18,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from llqr._types import Array, Params
+from llqr_experiments import memory
 from llqr_experiments.config import build
 from llqr_experiments.config.options import Config
 from llqr_experiments.data import kinds
@@ -106,8 +107,12 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, list[Endi
 def _check(config: Config) -> None:
     """What can be checked before anything is written, of every method."""
     if config.comparison.name == "potholes":
+        points = config.comparison.runs * (config.comparison.steps + 1)
+        told = f"comparison.runs={config.comparison.runs}, steps={config.comparison.steps}: paths"
+        memory.check(8 * points, told)
         for variant in variants(config).values():
             _recipe(variant)
+            build.check_schedules(variant, build.Horizon(1.0, config.comparison.steps))
         return
     kind = kinds.of(config.dataset.name)
     if kind is not None and kind.decoded:

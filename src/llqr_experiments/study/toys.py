@@ -50,7 +50,9 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, Course]:
         if run_folder.look(config, out_dir):
             raise ConfigError(f"{out_dir} already holds this run: {lock.ELSEWHERE}.")
         toy, start = _prepare(config)
-        tx = build.optimizer(config, build.Horizon(1.0, config.toy.iterations))
+        horizon = build.Horizon(1.0, config.toy.iterations)
+        tx = build.optimizer(config, horizon)
+        build.check_schedules(config, horizon)
         console = Console(highlight=False)
         facts = {"toy": config.toy.name, "start": start.tolist()}
         run_folder.enter(config, out_dir, command, again=False, **facts)
