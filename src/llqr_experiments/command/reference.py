@@ -29,7 +29,8 @@ def page() -> str:
     arguments = "".join(f"| `{n}` | {d} | {m} | {v} |\n" for n, d, m, v in _schedules())
     return (
         f"{HEAD}{groups}\n## Options\n\n| option | default | meaning | legal |\n|---|---|---|---|\n"
-        f"{rows}\n## Schedules\n\nOf every group whose name ends in `_scheduler`: `group.argument=value`.\n\n"
+        f"{rows}\n## Schedules\n\nOf every group whose name ends in `_scheduler`: "
+        "`group.argument=value`.\n\n"
         f"| schedule: argument | default | meaning | legal |\n|---|---|---|---|\n{arguments}"
     )
 
