@@ -1,5 +1,6 @@
 """The command line: help, messages, exit codes, presets."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,16 @@ def test_help_lists_every_option_with_its_default(capsys, monkeypatch):
     assert "false" not in lines["label_smoothing"]
     assert "true" in lines["use_preconditioner"]
     assert all(name in text for name in cli.presets("experiment"))
+
+
+def test_ctrl_c_while_jax_is_imported_says_nothing(tmp_path):
+    command = [sys.executable, str(ROOT / "run.py"), f"hydra.run.dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=tmp_path)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith(b"starting: ")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == b""
+    assert process.returncode == -signal.SIGINT
 
 
 def test_run_py_trains_from_the_command_line(tmp_path):

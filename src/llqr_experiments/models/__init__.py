@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from llqr._errors import unknown
-from llqr_experiments import memory
+from llqr_experiments import capacity
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.models import (
     gpt2,
@@ -103,7 +103,7 @@ def make(
             like = nnx.eval_shape(
                 lambda: model.factory(shape, classes, **options, rngs=nnx.Rngs(0))
             )
-            memory.check(
+            capacity.check(
                 sum(4 * math.prod(x.shape) for x in jax.tree.leaves(nnx.state(like))),
                 f"architecture {name} with {given}",
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 import llqr
-from llqr_experiments import data, memory
+from llqr_experiments import capacity, data
 from llqr_experiments.config import build
 from llqr_experiments.config.option import become
 from llqr_experiments.config.options import Config
@@ -71,7 +71,7 @@ def prepare(config: Config) -> Run:
     size = sum(x.nbytes for x in jax.tree.leaves(task.params))
     for name in ("precond_probes", "precond_rank"):
         count = getattr(config, name) if config.use_preconditioner else None
-        memory.check(size * (count or 0), f"{name}={count}: as many times the parameters")
+        capacity.check(size * (count or 0), f"{name}={count}: as many times the parameters")
     refits = build.refit_steps(config, horizon)
     blocks = llqr.describe(recipe.tx, task.params) if config.use_preconditioner else None
     return Run(config, task, recipe, horizon, refits, blocks, goal(config, task.material))
@@ -121,7 +121,7 @@ def _check_batches(config: Config, made: Material) -> None:
     if config.multibatch_training:
         sizes["precond_steps"] = sizes["precond_batch_size"] * config.precond_steps
     for name, needed in sizes.items():
-        memory.check(int(needed), f"{name}={getattr(config, name)}: a batch")
+        capacity.check(int(needed), f"{name}={getattr(config, name)}: a batch")
 
 
 def _check_sources(config: Config) -> None:

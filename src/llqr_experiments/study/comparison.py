@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from llqr._types import Array, Params
-from llqr_experiments import memory
+from llqr_experiments import capacity
 from llqr_experiments.config import build
 from llqr_experiments.config.options import Config
 from llqr_experiments.data import kinds
@@ -109,7 +109,7 @@ def _check(config: Config) -> None:
     if config.comparison.name == "potholes":
         points = config.comparison.runs * (config.comparison.steps + 1)
         told = f"comparison.runs={config.comparison.runs}, steps={config.comparison.steps}: paths"
-        memory.check(8 * points, told)
+        capacity.check(8 * points, told)
         for variant in variants(config).values():
             _recipe(variant)
             build.check_schedules(variant, build.Horizon(1.0, config.comparison.steps))
