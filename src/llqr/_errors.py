@@ -21,8 +21,9 @@ def unknown(kind: str, value: object, legal: Iterable[str], *, see: str | None =
       "unknown structure 'e-kfca': did you mean 'e-kfac'? Legal: diagonal, e-kfac"
     """
     names = sorted(legal)
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    hint = f": did you mean {near[0]!r}?" if near else "."
+    lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(value).lower(), lower, n=1, cutoff=0.5)
+    hint = f": did you mean {lower[near[0]]!r}?" if near else "."
     return f"unknown {kind} {value!r}{hint} {see or 'Legal: ' + ', '.join(names)}"
 
 

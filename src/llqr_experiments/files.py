@@ -34,6 +34,11 @@ def write(target: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def names(folder: Path) -> list[str]:
+    """Return what is in a folder, in order, without what is hidden."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def sha256(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:

@@ -1,5 +1,6 @@
 """Runs that stop and go on to the same bits; damaged, foreign and unwritable checkpoints."""
 
+import errno
 import itertools
 import json
 import os
@@ -7,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,7 @@ from llqr_experiments import data
 from llqr_experiments.command import look
 from llqr_experiments.errors import ConfigError, TrainingError
 from llqr_experiments.record import run_folder
+from llqr_experiments.record.console import Display
 from llqr_experiments.run import checkpoint, phases, preemption
 from llqr_experiments.run.checkpoint import BEST, LATEST, Checkpoints
 from llqr_experiments.run.preemption import Interrupted
@@ -101,6 +105,19 @@ def test_what_a_kill_leaves_behind_the_checkpoint_is_made_again(tmp_path, monkey
     assert '{"step": 34, "train lo' in (tmp_path / "run" / "metrics.jsonl.lost").read_text()
 
 
+def test_a_record_that_is_gone_is_told_and_the_run_goes_on(tmp_path, monkeypatch, capsys, whole):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 27)
+        with pytest.raises(Interrupted):
+            support.run(tmp_path / "run", *RUN)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    rows = support.run(tmp_path / "run", *RUN)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "metrics.jsonl has 0 of the" in said
+    assert rows[0]["step"] == 28
+    assert not {row["step"] for row in rows} - {row["step"] for row in support.rows(whole)}
+
+
 def test_killed_before_the_first_checkpoint_it_starts_anew(tmp_path, whole):
     run = tmp_path / "run"
     run.mkdir()
@@ -165,6 +182,41 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, c
     assert "step 10 could not" not in said
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [10]
     assert final(tmp_path / "run")
+
+
+def test_a_full_disk_is_told_once_and_before_a_write_is_begun(tmp_path, monkeypatch, capsys):
+    """What is cut off in the background comes back as tracebacks of others."""
+    space = SimpleNamespace(free=1000)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: space)
+    display = Display(1, 1)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 3, display.say)
+    for step in (1, 2):
+        checkpoints.save(step, {"w": jnp.ones(2)}, {})
+    display.say(f"no histograms: {os.strerror(errno.ENOSPC)}")
+    space.free = 10**9
+    checkpoints.save(3, {"w": jnp.ones(2)}, {})
+    checkpoints.close()
+    display.say("something else")
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert said.count(os.strerror(errno.ENOSPC)) == 1
+    assert "checkpoint of step 1 could not be written (No space left on device)" in said
+    assert "something else" in said
+    assert checkpoint.steps(tmp_path / "checkpoints") == [3]
+
+
+def test_what_tensorstore_prints_of_it_is_left_out(capsys):
+    error = RuntimeError("Event loop is closed")
+    for one, thread in [(error, True), (error, False), (RuntimeError("other"), True)]:
+        given = (sys.__excepthook__, RuntimeError, one, None)
+        if thread:
+            started = threading.Thread(target=checkpoint._but_tensorstores, args=given)
+            started.start()
+            started.join()
+        else:
+            checkpoint._but_tensorstores(*given)
+    said = capsys.readouterr().err
+    assert said.count("Event loop is closed") == 1
+    assert said.count("other") == 1
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):

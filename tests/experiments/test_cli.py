@@ -1,5 +1,6 @@
 """The command line: help, messages, exit codes, presets."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from omegaconf import OmegaConf
 import llqr
 from llqr_experiments.command import cli
 from llqr_experiments.config import build
+from llqr_experiments.config.option import options
+from llqr_experiments.config.options import Config
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.record import run_folder
 from tests.experiments import support
@@ -66,8 +69,11 @@ def test_good_arguments_pass_in_silence(arguments, capsys):
         (["precond_solver=momentm"], r"precond_solver: .* did you mean 'momentum'\?"),
         (["divergence_reduction=avg"], r"divergence_reduction: .* Legal: mean, sum"),
         (["main_optimizer=adamw"], r"main_optimizer=adamw needs weight_decay"),
-        (["adam_betas=[0.9]"], r"adam_betas=\[0.9\]: give two numbers"),
-        (["architecture.hidden=[]"], r"architecture.hidden=\[\]: give at least one width"),
+        (["adam_betas=[0.9]"], r"adam_betas=\[0.9\]: must be a list of 2: a number >= 0 and < 1"),
+        (
+            ["architecture.hidden=[]"],
+            r"architecture.hidden=\[\]: must be a list, not empty: a whole number >= 1",
+        ),
     ],
 )
 def test_an_illegal_value_says_what_is_legal(overrides, message):
@@ -89,9 +95,51 @@ def test_a_name_of_the_library_that_does_not_exist(override, message):
 
 
 def test_a_schedule_that_cannot_be_built():
-    config = support.config("lr_scheduler=cosine_annealing", "lr_scheduler.t_max=-1")
-    with pytest.raises(ConfigError, match=r"lr_scheduler: .*t_max.*-1"):
-        build.optimizer(config, build.Horizon(1.0, 1.0))
+    with pytest.raises(ConfigError, match=r"lr_scheduler.t_max=-1: must be > 0"):
+        support.config("lr_scheduler=cosine_annealing", "lr_scheduler.t_max=-1")
+    short = support.config("lr_scheduler=warmup_cosine_decay", "lr_scheduler.t_max=1")
+    with pytest.raises(ConfigError, match=r"lr_scheduler: t_max = 1.0 less warmup_epochs"):
+        build.optimizer(short, build.Horizon(1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("argument", "meant"),
+    [("lr=1", "learning_rate"), ("EPOCHS=3", "total_epochs"), ("Batch=3", "batch_size"),
+     ("LEARNING_RATE=1", "learning_rate"), ("out_dir=x", "hydra.run.dir")],
+)  # fmt: skip
+def test_common_names_and_capitals_are_known(argument, meant, capsys):
+    with pytest.raises(SystemExit):
+        cli.check_arguments([argument])
+    assert f"did you mean '{meant}'?" in capsys.readouterr().err
+
+
+def test_every_alias_is_for_an_option():
+    known = {name for name, _, _ in options(Config)} | {*cli.GROUPS, *cli.HYDRAS_FOLDERS}
+    assert set(cli.ALIASES.values()) <= known
+    assert not set(cli.ALIASES) & known
+
+
+def test_paths_with_letters_that_mean_something_to_hydra(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        cli.check_arguments(["dataset.dataset_dir=/data/\u00fcbung"])
+    told = capsys.readouterr().err
+    quoted = "dataset.dataset_dir='/data/\u00fcbung'"
+    assert f'"{quoted}"' in told, "the shell's quotes around Hydra's"
+    cli.check_arguments([quoted, "resume=/data/my runs"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = cli.at_home(["resume=~/a", "hydra.run.dir=~", "init_from=a~b", "wd_mask=[~/a]"])
+    assert found == [f"resume={tmp_path}/a", f"hydra.run.dir={tmp_path}", "init_from=a~b",
+                     "wd_mask=[~/a]"]  # fmt: skip
+    assert support.config(quoted, "resume='~/b c'").resume == f"{tmp_path}/b c"
+
+
+def test_help_and_a_misspelt_option_need_no_jax():
+    """Which takes seconds to import."""
+    code = (
+        "import sys; from llqr_experiments.command import cli, sweep; print('jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize(
@@ -130,6 +178,16 @@ def test_help_lists_every_option_with_its_default(capsys, monkeypatch):
     assert all(name in text for name in cli.presets("experiment"))
 
 
+def test_ctrl_c_while_jax_is_imported_says_nothing(tmp_path):
+    command = [sys.executable, str(ROOT / "run.py"), f"hydra.run.dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=tmp_path)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith(b"starting: ")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == b""
+    assert process.returncode == -signal.SIGINT
+
+
 def test_run_py_trains_from_the_command_line(tmp_path):
     """As a user types it, in another process; then the same with bad input."""
     command = [sys.executable, str(ROOT / "run.py"), "experiment=quick-local-test"]
@@ -144,5 +202,6 @@ def test_run_py_trains_from_the_command_line(tmp_path):
         [*command, "ema_decay=2", folder], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert bad.returncode == 2
+    assert done.stderr.startswith("starting: ")
     assert bad.stderr.startswith("Error: ema_decay=2.0: must be >= 0 and <= 1")
     assert "Traceback" not in bad.stderr

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.utils import JobReturn
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from llqr_experiments.command import sweep
+from llqr_experiments.command import cli, sweep
+from llqr_experiments.config.options import Config
+from llqr_experiments.errors import DataError
 
 GROKKED = "first step with test accuracy of 95 %"
 
@@ -77,3 +81,58 @@ def test_the_table_shows_results_that_are_the_same_for_all(tmp_path: Path) -> No
     text = console.export_text()
     assert re.search(r"seed\s+valid loss", text)
     assert "status" not in text
+
+
+def job(folder: Path, number: int, name: str, *, why: str | None = None, ended: bool = True):
+    """What the callback notes of a job."""
+    names = {"num": number, "override_dirname": name}
+    sweep_dir = {"dir": str(folder)}
+    mode = {"mode": RunMode.MULTIRUN, "job": names, "sweep": sweep_dir}
+    config = OmegaConf.create({"dry_run": False, "hydra": mode})
+    summary = sweep.Summary()
+    summary._total = 3
+    summary.on_job_start(config, task_function=None)
+    if ended:
+        summary.on_job_end(config, JobReturn(_return_value=why))
+
+
+def test_every_job_is_a_row_and_says_why_it_failed(tmp_path, capsys):
+    write(tmp_path, a=done(test__accuracy=40.0))
+    job(tmp_path, 0, "seed=a")
+    job(tmp_path, 10, "seed=c", ended=False)
+    job(tmp_path, 2, "seed=b", why="no batch\nof 3")
+    assert "job 3 of 3   seed=b" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        summarise(tmp_path)
+    rows = read(tmp_path)
+    assert [(row["seed"], row["status"], row["why"]) for row in rows] == [
+        ("a", "finished", ""), ("b", "failed", "no batch of 3"), ("c", "not finished", ""),
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    assert "3 runs: 1 finished, 1 failed, 1 not finished" in said
+    assert "seed=b failed: no batch of 3" in said
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_runs_of_a_comparison_are_no_jobs(tmp_path):
+    write(tmp_path, a=done())
+    write(tmp_path / "seed=a", b=done())
+    assert [row["seed"] for row in sweep.collect(tmp_path)] == ["a"]
+
+
+def test_jobs_are_counted():
+    assert sweep._count(["a=1,2,3", "b=x", "c=range(2)", "d=choice(1,2)"]) == 12
+
+
+def test_a_job_of_a_sweep_that_fails_returns_why(tmp_path, monkeypatch, capsys):
+    """Whatever it is: the other jobs go on."""
+    monkeypatch.setattr(cli, "_in_sweep", lambda: True)
+    for error, told in [(DataError("no file"), "no file"), (KeyError("x"), "KeyError: 'x'")]:
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(cli, "_run", fail)
+        config = OmegaConf.structured(Config)
+        assert cli.execute(config, tmp_path / "run") == told
+    assert "Error: no file" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def _show_run(config: Config, console: Console) -> None:
         with console.status("asking the compiler what a refit holds in memory"):
             table.add_row("refit memory", _refit_memory(job, state))
     console.print(table)
-    for text in advice.warnings(config, job.horizon):
+    for text in advice.warnings(config, job.horizon, job.task.material.sizes["train"]):
         console.print(f"[yellow]warning:[/] {text}", soft_wrap=True)
     if job.blocks is not None:
         console.print(f"\n{job.blocks}", soft_wrap=True)

@@ -1,10 +1,12 @@
 """The table of all options: `python -m llqr_experiments.options > docs/options.md`."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from llqr_experiments.command.cli import GROUPS, presets
 from llqr_experiments.config.option import default, legal, options
 from llqr_experiments.config.options import SCHEDULERS, Config
+from llqr_experiments.config.schedulers import SCHEDULES
 
 HEAD = """\
 # Options
@@ -24,9 +26,12 @@ def page() -> str:
     """Return docs/options.md."""
     groups = "".join(f"| `{group}` | {', '.join(presets(group))} |\n" for group in GROUPS)
     rows = "".join(f"| `{n}` | {d} | {m} | {v} |\n" for n, d, m, v in _rows())
+    arguments = "".join(f"| `{n}` | {d} | {m} | {v} |\n" for n, d, m, v in _schedules())
     return (
         f"{HEAD}{groups}\n## Options\n\n| option | default | meaning | legal |\n|---|---|---|---|\n"
-        f"{rows}"
+        f"{rows}\n## Schedules\n\nOf every group whose name ends in `_scheduler`: "
+        "`group.argument=value`.\n\n"
+        f"| schedule: argument | default | meaning | legal |\n|---|---|---|---|\n{arguments}"
     )
 
 
@@ -35,3 +40,10 @@ def _rows() -> Iterator[tuple[str, str, str, str]]:
         if name not in SCHEDULERS:
             meaning = option.metadata["meaning"].replace("|", "\\\\|")
             yield name, f"`{default(option)}`", meaning, legal(option)
+
+
+def _schedules() -> Iterator[tuple[str, str, str, str]]:
+    for name, kind in SCHEDULES.items():
+        for row in fields(kind):
+            told = row.metadata["meaning"]
+            yield f"{name}: {row.name}", f"`{default(row)}`", told, legal(row)

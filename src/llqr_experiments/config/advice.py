@@ -8,9 +8,42 @@ from llqr_experiments.config import build
 from llqr_experiments.config.options import Config
 
 
-def warnings(config: Config, horizon: build.Horizon) -> list[str]:
-    """Return what is legal but rarely meant."""
-    return [*_sam_warnings(config, horizon), *_preconditioner_warnings(config, horizon)]
+def warnings(config: Config, horizon: build.Horizon, examples: int | None = None) -> list[str]:
+    """Return what is legal but rarely meant.
+
+    Args:
+      config: validated options.
+      horizon: how long the run is.
+      examples: to train on, where that is known.
+    """
+    return [
+        *_sam_warnings(config, horizon),
+        *_preconditioner_warnings(config, horizon),
+        *_size_warnings(config, horizon, examples),
+    ]
+
+
+def _size_warnings(config: Config, horizon: build.Horizon, examples: int | None) -> Iterator[str]:
+    if config.wd_mask and config.main_optimizer.startswith("adamw_"):
+        yield (
+            f"wd_mask is not used: main_optimizer={config.main_optimizer} lets all parameters "
+            "decay, and adamw those that the mask leaves."
+        )
+    if not config.use_preconditioner:
+        return
+    steps, first = horizon.total_steps - 1, config.precond_start_step
+    if first >= steps:
+        yield (
+            f"precond_start_step={first}: the run has {steps} steps, and no refit: P stays the "
+            "identity."
+        )
+    if examples is not None and not config.precond_streaming:
+        if config.precond_batch_size <= examples:
+            return
+        yield (
+            f"precond_batch_size={config.precond_batch_size}: there are {examples:,} training "
+            "examples, and a refit sees some of them more than once."
+        )
 
 
 def _sam_warnings(config: Config, horizon: build.Horizon) -> Iterator[str]:

@@ -15,7 +15,8 @@ from llqr import schedules
 from llqr._tree import leaf_names
 from llqr._types import Schedule
 from llqr.structures import catalogue
-from llqr_experiments.config.option import accepted, become
+from llqr_experiments.config import schedulers
+from llqr_experiments.config.option import BOUNDS, HOLDS, accepted, become, options
 from llqr_experiments.config.options import Config
 from llqr_experiments.errors import ConfigError
 
@@ -41,22 +42,60 @@ class Horizon:
         return (steps if self.max_steps is None else min(steps, self.max_steps)) + 1
 
 
+EARLY = 1e4
+"""Steps in an epoch where the data is not known yet: enough for every part of a schedule."""
+
+MOST_STEPS = 2**24
+"""Schedules count in float32, exactly up to here."""
+
+
 def schedule(config: Config, group: str, base: float, horizon: Horizon) -> float | Schedule:
     """Return the schedule of a config group around its base value; a constant is a number."""
     arguments = dict(getattr(config, group))
     name = arguments.pop("name")
     if name == "constant":
         return base
-    if name == "piecewise_constant":  # pairs: Hydra replaces a list whole, and merges a mapping
-        arguments["boundaries"] = dict(arguments.get("boundaries", ()))
-    legal = inspect.signature(schedules.SCHEDULES.get(name, schedules.make)).parameters
+    if "boundaries" in arguments:
+        arguments["boundaries"] = dict(schedulers.boundaries(arguments["boundaries"]))
+    arguments = {k: float(v) if type(v) is int else v for k, v in arguments.items()}  # no int64
+    legal = inspect.signature(schedules.SCHEDULES[name]).parameters
     for known in ("steps_per_epoch", "total_epochs"):
         if known in legal:
             arguments.setdefault(known, getattr(horizon, known))
     try:
-        return schedules.make(name, base, **arguments)
+        made = schedules.make(name, base, **arguments)
+        jax.eval_shape(made, 0)
+    except OverflowError as error:
+        raise ConfigError(f"{group}: {arguments} has a part of more than 2**31 steps.") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{group}: {error}") from error
+    return made
+
+
+def check_schedules(config: Config, horizon: Horizon) -> None:
+    """Raise ConfigError if a schedule leaves the range of its option during a run.
+
+    Args:
+      config: validated options.
+      horizon: how long the run is.
+    """
+    last = horizon.total_steps - 1
+    steps = np.arange(0, last + 1, 1 + last // 2**20)
+    for name, row, base in options(config):
+        group = row.metadata.get("by")
+        found = schedule(config, group, base, horizon) if group else base
+        if not callable(found):
+            continue
+        values = np.asarray(found(steps), float)
+        for rule, holds in HOLDS.items():
+            bound = row.metadata.get(rule, -np.inf if rule in ("low", "above") else np.inf)
+            inside = np.isclose(values, bound, rtol=1e-6, atol=0) | holds(values, bound)
+            if not (inside & np.isfinite(values)).all():
+                first = int(np.argmin(inside & np.isfinite(values)))
+                raise ConfigError(
+                    f"{group} gives {name}={values[first]:.6g} at step {steps[first]:,}: it must "
+                    f"be {'finite' if np.isinf(bound) else f'{BOUNDS[rule]} {bound:g}'}."
+                )
 
 
 def _around(config: Config, horizon: Horizon) -> Callable[[str, Any], Any]:
@@ -101,6 +140,17 @@ def _decay_mask(parts: list[str]) -> Any:
         return jax.tree.unflatten(jax.tree.structure(params), decays)
 
     return mask
+
+
+def check_mask(config: Config, params: Any) -> None:
+    """Raise ConfigError if no parameter is left out of weight decay, and some should be."""
+    names, mask = leaf_names(params), config.wd_mask
+    if config.weight_decay and mask and not any(part in name for part in mask for name in names):
+        shown = ", ".join(names[:4]) + (", ..." if names[4:] else "")
+        raise ConfigError(
+            f"wd_mask={list(mask)}: no parameter has one of these in its path, and all would "
+            f"decay. The paths are {shown}; null lets all of them decay."
+        )
 
 
 def optimizer(config: Config, horizon: Horizon) -> optax.GradientTransformationExtraArgs:
@@ -191,8 +241,15 @@ def momentum_of(opt_state: Any) -> Any:
 
 
 def structure(config: Config) -> llqr.Structure:
-    """Return the structure of P."""
-    found = catalogue.get(config.block_structure)
+    """Return the structure of P.
+
+    Raises:
+      ConfigError: there is none of that name; the nearest is named.
+    """
+    try:
+        found = catalogue.get(config.block_structure)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return found if config.precond_rank is None else replace(found, rank=config.precond_rank)
 
 

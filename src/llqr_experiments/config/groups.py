@@ -16,7 +16,9 @@ class Dataset:
     """Where the data comes from."""
 
     name: str = option("mnist", "which data; see docs/data.md")
-    dataset_dir: str | None = option(None, "folder with the official files; null: search")
+    dataset_dir: str | None = option(
+        None, "folder with the official files; null: search", path=True
+    )
     download: bool = option(True, "download the files if they are found nowhere")
     augment: bool = option(
         False, "random crops, flips and the like in training, for the CIFAR sets and imagenet"
@@ -25,7 +27,7 @@ class Dataset:
         None, "long tail: largest class / smallest class of the training set; null: as it is", low=1
     )
     truncate: int | None = option(None, "only this many first training examples; null: all", low=1)
-    p: int = option(97, "prime: size of the groups of the grokking sets", low=2)
+    p: int = option(97, "prime: size of the groups of the grokking sets", low=2, high=5000)
     train_fraction: float = option(
         0.6, "of all equations of a grokking set, those to train on", above=0, below=1
     )
@@ -33,16 +35,23 @@ class Dataset:
     tokenizer: str | None = option(
         None, "of a text; null: that of the dataset", choices=("char", "bpe", "gpt2")
     )
-    tokenizer_dir: str | None = option(None, "folder of GPT-2's files; null: that of the text")
+    tokenizer_dir: str | None = option(
+        None, "folder of GPT-2's files; null: that of the text", path=True
+    )
     vocabulary: int = option(8192, "most tokens that bpe learns", low=1)
     target_len: int | None = option(
         None, "tokens of a window of text; null: 1024 for wikitext103, else 256", low=1
     )
     held_out: list[float] = option(
-        [0.1, 0.1], "shares of valid and test, of a text without splits of its own"
+        [0.1, 0.1],
+        "shares of valid and test, of a text without splits of its own",
+        length=2,
+        of={"low": 0, "below": 1},
     )
     cache_dir: str | None = option(
-        None, "where tokens are kept; null: ./data/tokens for a text, beside the files for pairs"
+        None,
+        "where tokens are kept; null: ./data/tokens for a text, beside the files for pairs",
+        path=True,
     )
     max_tokens: int = option(
         4096,
@@ -70,7 +79,9 @@ class Architecture:
     """The model."""
 
     name: str = option("mlp", "the model", choices=ARCHITECTURES)
-    hidden: list[int] | None = option(None, "widths of hidden layers; null: the model's own")
+    hidden: list[int] | None = option(
+        None, "widths of hidden layers; null: the model's own", shortest=1, of={"low": 1}
+    )
     width: int | None = option(None, "channels or features; null: the model's own", low=1)
     depth: int | None = option(None, "blocks, or layers; null: the model's own", low=1)
     dropout: float | None = option(
@@ -80,7 +91,9 @@ class Architecture:
     mlp: int | None = option(None, "features inside a transformer's layer; null: its own", low=1)
     patch: int | None = option(None, "side of a ViT's patches; null: by the image", low=1)
     alpha: float | None = option(None, "channels that a PyramidNet adds; null: 270", above=0)
-    blocks: list[int] | None = option(None, "convolutions in each block of a VGG; null: its own")
+    blocks: list[int] | None = option(
+        None, "convolutions in each block of a VGG; null: its own", shortest=1, of={"low": 1}
+    )
     units_per_group: int | None = option(
         None, "of a wide ResNet; null: 4; 5 is the size of the papers", low=1
     )
@@ -95,7 +108,9 @@ class Logging:
     """Where metrics go besides metrics.jsonl."""
 
     aim: bool = option(True, "log to Aim when it is installed")
-    aim_repo: str | None = option(None, "folder of the Aim repository; null: the current one")
+    aim_repo: str | None = option(
+        None, "folder of the Aim repository; null: the current one", path=True
+    )
     tensorboard: bool = option(False, "log to TensorBoard, in the run's folder")
 
 
@@ -108,7 +123,7 @@ class Toy:
         "function to minimise; null: train a model",
         choices=("rosenbrock", "split_rosenbrock", "ackley", "goldstein_price"),
     )
-    start: list[float] = option([], "where to start")
+    start: list[float] = option([], "where to start; empty: the usual point")
     iterations: int = option(500, "most steps of every method", low=1)
     tolerance: float = option(1e-8, "value above the least at which to stop", above=0)
     damping: float = option(1e-3, "first damping of the exact methods, raised as needed", low=0)
@@ -127,7 +142,10 @@ class Comparison:
     runs: int = option(3, "random starts of every method: points, or seeds of training", low=1)
     steps: int = option(1500, "steps of every run on potholes", low=1)
     radii: list[float] = option(
-        [0.03, 0.1, 0.3, 1.0], "distances at which the rise of the loss is measured"
+        [0.03, 0.1, 0.3, 1.0],
+        "distances at which the rise of the loss is measured",
+        shortest=1,
+        of={"above": 0},
     )
 
 
@@ -147,7 +165,9 @@ class TranslationEval:
     progress_freq: int = option(
         64, "batches between lines of progress where there is no terminal", low=1
     )
-    beam_size: int = option(5, "hypotheses that are followed", low=1, becomes="rules.beam")
+    beam_size: int = option(
+        5, "hypotheses that are followed", low=1, high=1000, becomes="rules.beam"
+    )
     max_len_a: float = option(
         1.2, "longest translation: this times the source's length,", low=0, becomes="rules.ratio"
     )

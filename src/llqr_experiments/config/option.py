@@ -11,12 +11,15 @@ Two options that become the same field give it the smaller of their values.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass
-from typing import Any, TypeVar
+from itertools import pairwise
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
-from llqr._errors import unknown
-from llqr_experiments.errors import ConfigError
+from llqr_experiments.errors import ConfigError, unknown
 
 T = TypeVar("T")
 
@@ -31,8 +34,9 @@ def option(default: T, meaning: str, *, becomes: str | tuple[str, ...] = (), **r
       default: its value where none is given.
       meaning: in words, for help and docs/options.md.
       becomes: the fields it becomes, "<owner>.<field>".
-      **rules: choices, low, high, above, below of its value; by, off, instead, convert of what
-        it becomes.
+      **rules: choices (and what they are called), low, high, above, below of its value; shortest,
+        length, rising of a list, and `of`, the rules of what is in it; path: `~` is the home
+        folder in it; by, off, instead, convert of what it becomes.
     """
     paths = (becomes,) if isinstance(becomes, str) else becomes
     metadata = {"meaning": meaning, "becomes": paths, **rules}
@@ -95,9 +99,7 @@ def accepted(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str
 
 def default(row: Field[Any]) -> str:
     """Return an option's default as it is written on the command line."""
-    value = plain(row)
-    spelling = {"None": "null", "True": "true", "False": "false"}
-    return spelling.get(str(value), str(value))
+    return spelt(plain(row))
 
 
 def plain(row: Field[Any]) -> Any:
@@ -110,28 +112,104 @@ def legal(row: Field[Any]) -> str:
     rules = row.metadata
     if "choices" in rules:
         return ", ".join(f"`{choice}`" for choice in rules["choices"])
-    return ", ".join(f"{sign} {rules[rule]:g}" for rule, sign in BOUNDS.items() if rule in rules)
+    kind, optional = kinds(row)
+    words = _words(kind, rules)
+    return words + (", or null" if optional else "")
 
 
-def check(name: str, rules: Mapping[str, Any], value: Any) -> None:
-    """Raise ConfigError if a value is not legal; null always is.
+def _words(kind: Any, rules: Mapping[str, Any]) -> str:
+    """A type and the rules of its values, in words."""
+    if get_origin(kind) is list:
+        (inner,) = get_args(kind)
+        length = f" of {rules['length']}" if "length" in rules else ""
+        order = ", rising" if rules.get("rising") else ""
+        some = ", not empty" if rules.get("shortest") else ""
+        return f"a list{length}{some}: {_words(inner, rules.get('of', {}))}{order}"
+    if "choices" in rules:
+        return f"one of {', '.join(rules['choices'])}"
+    return f"{KINDS.get(kind, 'a value')} {_bounds(rules)}".strip()
+
+
+def _bounds(rules: Mapping[str, Any]) -> str:
+    return " and ".join(
+        f"{sign} {rules[rule]:.10g}" for rule, sign in BOUNDS.items() if rule in rules
+    )
+
+
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+LARGEST = 3.4e38
+"""No number is larger: what devices compute in has no more."""
+
+MOST = 2**31 - 1
+"""The largest whole number, where no rule says less: what devices count in."""
+
+
+def kinds(row: Field[Any]) -> tuple[Any, bool]:
+    """Return the type of an option, and whether null is one of its values."""
+    if get_origin(row.type) is UnionType:
+        found = [kind for kind in get_args(row.type) if kind is not NoneType]
+        return found[0], True
+    return row.type, False
+
+
+def check(name: str, row: Field[Any], value: Any) -> None:
+    """Raise ConfigError if a value is not legal: of another type, out of range, not finite.
 
     Args:
       name: of the option.
-      rules: choices, low, high, above, below.
+      row: of the table.
       value: to check.
     """
-    if value is None:
+    rules = row.metadata
+    kind, optional = kinds(row)
+    if value is None and optional:
         return
-    if "choices" in rules and value not in rules["choices"]:
-        raise ConfigError(f"{name}: {unknown('value', value, rules['choices'])}")
-    holds = {
-        "low": lambda bound: value >= bound,
-        "high": lambda bound: value <= bound,
-        "above": lambda bound: value > bound,
-        "below": lambda bound: value < bound,
-    }
-    known = [rule for rule in holds if rule in rules]
-    if not all(holds[rule](rules[rule]) for rule in known):
-        bounds = " and ".join(f"{BOUNDS[rule]} {rules[rule]}" for rule in known)
-        raise ConfigError(f"{name}={value}: must be {bounds}.")
+    if "choices" in rules:
+        if value not in rules["choices"]:
+            kind = rules.get("called", "value")
+            raise ConfigError(f"{name}: {unknown(kind, value, rules['choices'])}")
+        return
+    choices = rules.get("of", {}).get("choices")
+    for inner in value if choices and isinstance(value, list) else ():
+        if inner not in choices:
+            raise ConfigError(f"{name}: {unknown('value', inner, choices)}")
+    if not _is_legal(kind, rules, value):
+        typed = isinstance(value, int | float) and _is_legal(kind, {"high": math.inf}, value)
+        words = _bounds({"high": MOST, **rules} if kind is int else rules) if typed else ""
+        raise ConfigError(f"{name}={spelt(value)}: must be {words or legal(row)}.")
+
+
+def _is_legal(kind: Any, rules: Mapping[str, Any], value: Any) -> bool:
+    if get_origin(kind) is list:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            return False
+        if len(value) != rules.get("length", len(value)) or len(value) < rules.get("shortest", 0):
+            return False
+        (inner,) = get_args(kind)
+        if not all(_is_legal(inner, rules.get("of", {}), x) for x in value):
+            return False
+        return not rules.get("rising") or all(a < b for a, b in pairwise(value))
+    if kind in (int, float):
+        numbers = int if kind is int else int | float
+        if isinstance(value, bool) or not isinstance(value, numbers):
+            return False
+        if kind is float and not abs(value) < LARGEST:  # not a number, infinite, too large
+            return False
+        rules = {"high": MOST, **rules} if kind is int else rules
+        return all(holds(value, rules[rule]) for rule, holds in HOLDS.items() if rule in rules)
+    if "choices" in rules:
+        return value in rules["choices"]
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
+HOLDS: dict[str, Callable[[Any, Any], bool]] = {
+    "low": operator.ge, "above": operator.gt, "high": operator.le, "below": operator.lt,
+}  # fmt: skip
+
+
+def spelt(value: Any) -> str:
+    """Return a value as it is written on the command line."""
+    spelling = {None: "null", True: "true", False: "false"}
+    known = value is None or isinstance(value, bool)
+    return spelling[value] if known else str(value)

@@ -6,13 +6,11 @@ papers' guide, flat, so that its commands run verbatim. A row that becomes a fie
 `llqr.Refit`, `llqr.Route` and the like says so, and build.py asks for it by that name.
 """
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, fields, is_dataclass
 from operator import not_
-from typing import Any, get_args
+from typing import Any
 
-import llqr
-from llqr.graft import Graft
-from llqr.refit.options import Probe
 from llqr_experiments.config.contradictions import contradictions
 from llqr_experiments.config.groups import (
     Architecture,
@@ -22,7 +20,9 @@ from llqr_experiments.config.groups import (
     Toy,
     TranslationEval,
 )
+from llqr_experiments.config.names import DIVERGENCES, GRAFTS, PROBES, SOLVERS, STRUCTURES
 from llqr_experiments.config.option import check, option, options
+from llqr_experiments.config.schedulers import check_scheduler
 from llqr_experiments.errors import ConfigError
 
 OPERATOR_MODES = {
@@ -71,7 +71,9 @@ class Config:
         "where an epoch does not end with a full batch: go on into the next, fill up, or drop",
         choices=("straddle", "pad", "drop"),
     )
-    data_threads: int = option(2, "threads that prepare training batches ahead; 0: none", low=0)
+    data_threads: int = option(
+        2, "threads that prepare training batches ahead; 0: none", low=0, high=1024
+    )
     eval_batch_size: int | None = option(
         None, "examples in an evaluation step; null: batch_size", low=1
     )
@@ -94,7 +96,7 @@ class Config:
         becomes="recipe.skip",
         convert={"stop": False, "skip": True},
     )
-    learning_rate: float = option(0.1, "of the main optimizer", above=0)
+    learning_rate: float = option(0.1, "of the main optimizer", above=0, by="lr_scheduler")
     momentum: float = option(
         0.9, "of polyak, of streaming P, and of the inner solver", low=0, high=1,
         becomes="streaming.momentum",
@@ -104,7 +106,9 @@ class Config:
         "the optimizer that is wrapped",
         choices=("sgd", "polyak", "adam", "adamw", "adamw_b2-98", "adamw_b2-95"),
     )
-    adam_betas: list[float] = option([0.9, 0.999], "of adam and adamw")
+    adam_betas: list[float] = option(
+        [0.9, 0.999], "of adam and adamw", length=2, of={"low": 0, "below": 1}
+    )
     weight_decay: float | None = option(
         None, "decoupled for adamw; else added after preconditioning", low=0
     )
@@ -133,8 +137,10 @@ class Config:
     maximize_checkpoint_metric: bool | None = option(
         None, "whether more of it is better; null: of accuracies, not of losses"
     )
-    resume: str | None = option(None, "run folder to go on from, in a new folder")
-    init_from: str | None = option(None, "run folder whose parameters are the initial ones")
+    resume: str | None = option(None, "run folder to go on from, in a new folder", path=True)
+    init_from: str | None = option(
+        None, "run folder whose parameters are the initial ones", path=True
+    )
     preempt_handling: bool = option(
         False, "checkpoints in $SCRATCH/<experiment>/<job id>, for preemptible jobs"
     )
@@ -158,12 +164,16 @@ class Config:
     )
     report_freq: int = option(200, "steps between lines on a terminal without a bar", low=1)
     quality: list[str] = option(
-        [], "structures whose step is compared with the exact one before and after training"
+        [],
+        "structures whose step is compared with the exact one before and after training",
+        of={"choices": STRUCTURES},
     )
 
     # preconditioner
     use_preconditioner: bool = option(True, "false runs the main optimizer alone")
-    block_structure: str = option("diagonal", "structure of P; see llqr.STRUCTURES")
+    block_structure: str = option(
+        "diagonal", "structure of P", choices=STRUCTURES, called="structure"
+    )
     block_structure_init: str = option("identity", "where P starts", choices=("identity",))
     precond_rank: int | None = option(
         None, "vectors kept by the low-rank-memory structures; null: 8", low=1
@@ -171,7 +181,7 @@ class Config:
     precond_max_dim: int = option(
         10_000, "dense sides longer than this become diagonal", low=1, becomes="llqr.max_dim"
     )
-    divergence: str = option("ngd", "metric of the step; see llqr.metrics")
+    divergence: str = option("ngd", "metric of the step", choices=DIVERGENCES, called="divergence")
     divergence_order_param: float = option(0.5, "order of the renyi divergence", above=0)
     divergence_reduction: str = option(
         "sum",
@@ -256,10 +266,10 @@ class Config:
         instead="momentum",
     )
     precond_solver: str = option(
-        "momentum", "inner solver", choices=llqr.solvers.SOLVERS, becomes="refit.solver"
+        "momentum", "inner solver", choices=SOLVERS, becomes="refit.solver"
     )
     precond_probe: str = option(
-        "gradient", "direction that P is learned on", choices=get_args(Probe), becomes="refit.probe"
+        "gradient", "direction that P is learned on", choices=PROBES, becomes="refit.probe"
     )
     precond_probes: int = option(
         1, "directions in an inner step", low=1, becomes=("refit.probes", "streaming.probes")
@@ -267,7 +277,7 @@ class Config:
     precond_graft: str = option(
         "none",
         "length given to P g: its own, that of g, or rms: 0.2 for matrices, 0.05 for vectors",
-        choices=get_args(Graft),
+        choices=GRAFTS,
         becomes="llqr.graft",
     )
     precond_on_update: bool = option(
@@ -413,18 +423,26 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        for group in SCHEDULERS:
+            check_scheduler(group, getattr(self, group))
         for name, row, value in options(self):
-            check(name, row.metadata, value)
-        if len(self.adam_betas) != 2 or not all(0 <= b < 1 for b in self.adam_betas):
-            raise ConfigError(f"adam_betas={self.adam_betas}: give two numbers in [0, 1).")
-        hidden = self.architecture.hidden
-        if hidden is not None and (not hidden or min(hidden) < 1):
-            raise ConfigError(f"architecture.hidden={hidden}: give at least one width >= 1.")
-        radii = self.comparison.radii
-        if not radii or min(radii) <= 0:
-            raise ConfigError(f"comparison.radii={radii}: give at least one radius > 0.")
+            if name not in SCHEDULERS:
+                if is_dataclass(row.type):  # a group set to null
+                    raise ConfigError(f"{name}=null: a group has options, and cannot be null.")
+                check(name, row, value)
+        _at_home(self)
         for pair in contradictions(self):
             raise ConfigError(pair)
         if self.main_optimizer.startswith("adamw") and self.weight_decay is None:
             name = self.main_optimizer
             raise ConfigError(f"main_optimizer={name} needs weight_decay: a number, 0 for none.")
+
+
+def _at_home(config: Any) -> None:
+    """Replace `~` in paths by the home folder: shells leave it, after "="."""
+    for row in fields(config):
+        value = getattr(config, row.name)
+        if is_dataclass(value):
+            _at_home(value)
+        elif row.metadata.get("path") and value is not None:
+            setattr(config, row.name, os.path.expanduser(value))

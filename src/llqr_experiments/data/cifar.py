@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from llqr_experiments.data import pickles
-from llqr_experiments.data.dataset import Dataset, Split
+from llqr_experiments.data.dataset import Dataset, Split, narrow
 from llqr_experiments.data.download import fetch
 from llqr_experiments.data.idx import REMEDY
 from llqr_experiments.errors import DataError
@@ -216,7 +216,7 @@ def _read_python(content: bytes, where: str, *, labels: str) -> tuple[np.ndarray
             f"{where}: {labels} are {classes.dtype} of shape {classes.shape}, expected "
             f"{len(planes)} integers, one for each image. {REMEDY}"
         )
-    return planes, classes.astype(np.int32)
+    return planes, narrow(classes, where)
 
 
 def _entry(batch: dict[Any, Any], key: str, where: str) -> np.ndarray:

@@ -55,13 +55,34 @@ class Dataset:
     origin: str = ""
 
 
+def narrow(labels: np.ndarray, where: str) -> np.ndarray:
+    """Return integer labels as int32.
+
+    Args:
+      labels: (n,) integers of any width.
+      where: they are from, for the message.
+
+    Raises:
+      DataError: one has more than 32 bits: cut off, it might be a legal one.
+    """
+    found = labels.astype(np.int32)
+    wrong = np.flatnonzero(found != labels)
+    if len(wrong):
+        raise DataError(
+            f"{where}: label {labels[wrong[0]]} of example {wrong[0]} has more than 32 bits; "
+            "expected the number of a class, from 0."
+        )
+    return found
+
+
 def validate(dataset: Dataset) -> None:
     """Check that a dataset can be trained on.
 
     Raises:
-      DataError: the constants cannot normalise; or a split is empty, has arrays of the wrong
-        number of dimensions, labels that are no integers, not as many images as labels, a pixel
-        that is NaN or infinite, or a label that is no class.
+      DataError: the constants cannot normalise; the images of the splits differ in size; or a
+        split is empty, has arrays of the wrong number of dimensions, labels that are no
+        integers, not as many images as labels, a pixel that is NaN or infinite, or a label that
+        is no class.
     """
     divisors = np.concatenate([np.ravel(dataset.std), np.ravel(dataset.scale)])
     constants = np.concatenate([np.ravel(dataset.mean), divisors])
@@ -72,6 +93,16 @@ def validate(dataset: Dataset) -> None:
         )
     for which in ("train", "test"):
         _validate_split(f"{dataset.name}, {which} split", getattr(dataset, which), dataset)
+    train, test = dataset.train.images.shape[1:], dataset.test.images.shape[1:]
+    if train != test:
+        raise DataError(
+            f"{dataset.name}: images of {_size(train)} to train on and of {_size(test)} to test "
+            "on, expected one size: the files are of two sets."
+        )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _validate_split(where: str, split: Split, dataset: Dataset) -> None:

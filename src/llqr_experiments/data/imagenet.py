@@ -14,6 +14,7 @@ those of shards are as they say. Tree and official archives have the same traini
 same order.
 """
 
+import codecs
 import functools
 import io
 import logging
@@ -255,7 +256,7 @@ def _validation_wnids(root: Path, labels: tuple[str, ...]) -> list[str]:
 
 
 def _text(path: Path) -> str:
-    return _read(path).decode("ascii", "replace")
+    return _read(path).decode("utf-8-sig", "replace")
 
 
 def _read(path: Path) -> bytes:
@@ -279,7 +280,7 @@ def _unpack_kit(path: Path) -> tuple[str, bytes]:
     missing = [name for name in (TRUTH, META) if name not in found]
     if missing:
         raise DataError(f"{path.absolute()}: has no {', no '.join(missing)}.")
-    return found[TRUTH].decode("ascii", "replace"), found[META]
+    return found[TRUTH].decode("utf-8-sig", "replace"), found[META]
 
 
 def _synsets(meta: bytes, where: Path) -> dict[int, str]:
@@ -366,7 +367,7 @@ def _index_shard(path: Path, advance: Callable[[int], None]) -> Index:
 
 
 def _label(content: bytes, where: str) -> int:
-    text = content.strip()
+    text = content.removeprefix(codecs.BOM_UTF8).strip()
     if not text.isdigit() or len(text) > 6:
         raise DataError(f"{where}: holds {content[:20]!r}, expected a label in digits.")
     return int(text)

@@ -229,7 +229,7 @@ def _learned(name: str, kind: str, vocabulary: int, train: Lines, cache: Path) -
         file.write(tokenization.learn(kind, groups, vocabulary).to_json().encode())
 
     path = token_cache.entry(cache / f"{name}-{kind}-{key}.tokenizer", write, kind=kind, **options)
-    return tokenization.from_json(path.read_text(encoding="utf-8"))
+    return tokenization.from_json(path.read_text(encoding="utf-8-sig"))
 
 
 def _tokens(name: str, split: str, part: Lines, made: Tokenizer, cache: Path) -> np.ndarray:

@@ -149,6 +149,7 @@ def of_files(files: Sequence[Path], shares: Sequence[float]) -> list[Lines]:
 
 def of_text(text: str) -> Lines:
     """Return the lines of a text in memory."""
+    text = text.removeprefix("\ufeff")
     content = text.encode()
     return Lines(len(content), hashlib.sha256(content).hexdigest(), lambda: split(text))
 
@@ -225,6 +226,8 @@ def _read_span(span: _Span) -> Iterator[str]:
             content = file.readline(min(LONGEST, span.stop - position))
             first = position - len(decoder.getstate()[0])
             position += len(content)
+            if first == 0 and content.startswith(codecs.BOM_UTF8):  # says UTF-8, and is no text
+                content, first = content[3:], 3
             if not content:
                 raise DataError(f"{span.file}: ends at byte {position}, and changed while read.")
             try:

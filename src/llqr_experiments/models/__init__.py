@@ -1,14 +1,17 @@
 """Models of the experiments, in Flax NNX: `make` by name, `network` for their pure functions."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import jax
 from flax import nnx
 
 from llqr._errors import unknown
+from llqr_experiments import capacity
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.models import (
     gpt2,
@@ -94,7 +97,22 @@ def make(
                 f"architecture.{key}={options[key]}: {name} has no such option, only "
                 f"{', '.join(model.options) or 'none'}."
             )
+    given = ", ".join(f"{key}={value}" for key, value in options.items()) or "its own sizes"
     try:
+        if any(isinstance(x, int) and x > LARGE for x in jax.tree.leaves(options)):
+            like = nnx.eval_shape(
+                lambda: model.factory(shape, classes, **options, rngs=nnx.Rngs(0))
+            )
+            capacity.check(
+                sum(4 * math.prod(x.shape) for x in jax.tree.leaves(nnx.state(like))),
+                f"architecture {name} with {given}",
+            )
         return model.factory(shape, classes, **options, rngs=nnx.Rngs(seed))
-    except ValueError as error:
-        raise ConfigError(f"architecture {name}: {error}") from error
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise ConfigError(f"architecture {name} with {given}: {error}") from error
+
+
+LARGE = 1024
+"""From this size of anything on, all sizes together are looked at before they are made."""

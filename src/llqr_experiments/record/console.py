@@ -1,5 +1,7 @@
 """What a person sees of a run: a progress bar, refit lines, a closing table."""
 
+import errno
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 import llqr
+from llqr_experiments.files import names
 from llqr_experiments.record.clock import Clock
 
 T = TypeVar("T")
@@ -42,6 +45,7 @@ class Display:
     def __init__(self, total: int, report_freq: int, *, quiet: bool = False):
         self.console = Console(highlight=False, quiet=quiet)
         self._total, self._report_freq = total, report_freq
+        self._full = False
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -63,7 +67,12 @@ class Display:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the bar; that the disk is full, once."""
+        if any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT)):
+            if self._full:
+                return
+            self._full = True
+            text += " What else cannot be written for this reason is not told again."
         self.console.print(text, soft_wrap=True)
 
     def progress(self, step: int, rates: dict[str, float]) -> None:
@@ -121,7 +130,7 @@ class Display:
         running = sum(seconds[name] for name in ("training", "refit", "data", "logging")) or 1.0
         shares = (f"{name} {100 * seconds[name] / running:.1f} %" for name in ("data", "logging"))
         table.add_row("waiting", f"of the time of training and refits: {', '.join(shares)}")
-        table.add_row("files", ", ".join(path.name for path in sorted(folder.iterdir())))
+        table.add_row("files", ", ".join(names(folder)))
         self.console.print()
         self.console.print(table)
         self.console.print(f"[bold]in[/]     {folder}", soft_wrap=True)

@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -13,10 +13,13 @@ from typing import Any
 
 import jax
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from llqr_experiments.config.options import Config
+from llqr_experiments.config.options import SCHEDULERS, Config
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.files import write
+from llqr_experiments.record.lock import ELSEWHERE
 from llqr_experiments.record.trackers import Aim, Jsonl, TensorBoard, Trackers
 
 INCIDENTAL = (
@@ -25,39 +28,89 @@ INCIDENTAL = (
 """Options that may differ when a run goes on in its folder: they do not change its numbers."""
 
 
-def enter(config: Config, out_dir: Path, command: str, **facts: Any) -> bool:
-    """Make the run's folder, with config.yaml and meta.json, or enter one that holds the same run.
+FILES = ("config.yaml", "meta.json", "metrics.jsonl")
+"""What every run writes."""
+
+
+def look(config: Config, out_dir: Path) -> bool:
+    """Return whether a folder holds this run already; nothing is written.
+
+    What has not made a first step is no run, and another one may take its place.
+
+    Args:
+      config: validated options.
+      out_dir: the run's folder.
+
+    Raises:
+      ConfigError: the folder holds a run with other options, or one that is damaged.
+    """
+    for path in (out_dir / name for name in FILES):
+        if path.is_dir():
+            raise ConfigError(
+                f"{path} is a folder, and a run writes a file of that name: move it away, or "
+                f"{ELSEWHERE}."
+            )
+    if (out_dir / "checkpoints").is_file():
+        raise ConfigError(f"{out_dir / 'checkpoints'} is a file, and must be a folder.")
+    if not begun(out_dir):
+        return False
+    check_same(_there(out_dir), options(config), out_dir)
+    _meta(out_dir)
+    return True
+
+
+def enter(config: Config, out_dir: Path, command: str, *, again: bool, **facts: Any) -> None:
+    """Write config.yaml and meta.json into a run's folder, or note that it goes on.
 
     Args:
       config: validated options.
       out_dir: the run's folder.
       command: as typed.
+      again: what `look` has returned.
       **facts: more entries of meta.json.
 
-    Returns:
-      Whether there was a run.
-
     Raises:
-      ConfigError: the folder cannot be written, or holds a run with other options.
+      ConfigError: the folder cannot be written.
     """
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        known = out_dir / "config.yaml"
-        if known.exists():
-            there = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(known))
-            check_same(OmegaConf.to_container(there), options(config), out_dir)
-            again = {"command": command, "started": _now(), "commit": _commit()}
-            _update_meta(out_dir, lambda meta: meta | {"again": [*meta.get("again", ()), again]})
-            return True
-        if (out_dir / "metrics.jsonl").exists():
-            raise ConfigError(f"{out_dir} holds the metrics of a run without its config.yaml.")
-        write_meta(config, out_dir, command, **facts)
+        if again:
+            start = {"command": command, "started": _now(), "commit": _commit()}
+            _update_meta(out_dir, lambda meta: meta | {"again": [*meta.get("again", ()), start]})
+        else:
+            _write_meta(config, out_dir, command, **facts)
     except OSError as error:
-        raise ConfigError(
-            f"{out_dir} cannot be written ({error.strerror}): choose another folder with "
-            "hydra.run.dir=..."
-        ) from error
-    return False
+        if not again:  # a folder in which nothing has begun is as it was
+            for name in FILES[:2]:
+                (out_dir / name).unlink(missing_ok=True)
+        raise ConfigError(f"{out_dir} cannot be written ({error.strerror}): {ELSEWHERE}.") from (
+            error
+        )
+
+
+def begun(folder: Path) -> bool:
+    """Return whether a folder holds a run that has made a step, or runs that have."""
+    if any(path.name.isdigit() for path in folder.glob("checkpoints/*/*")):
+        return True
+    try:
+        if "finished" in json.loads((folder / "meta.json").read_text("utf-8")):
+            return True
+    except (OSError, ValueError, TypeError):  # none, or damaged: what else is there decides
+        pass
+    if any(step >= 1 for step in _steps(folder / "metrics.jsonl")):
+        return True
+    return any(begun(path.parent) for path in folder.glob("*/config.yaml"))
+
+
+def _steps(path: Path) -> Iterator[int]:
+    """Steps of the rows of a record, as far as they can be read."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield int(json.loads(line)["step"])
+            except (ValueError, TypeError, KeyError):
+                continue
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -65,6 +118,21 @@ def options(config: Config) -> dict[str, Any]:
     found = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(found, dict)
     return {str(name): value for name, value in found.items()}
+
+
+def filled(given: Any) -> dict[str, Any]:
+    """Return options by their full names; those that are younger than a run had their default."""
+    return _flat(options(Config())) | _flat(dict(given))
+
+
+def _flat(given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def check_same(there: Any, here: dict[str, Any], out_dir: Path) -> None:
@@ -77,37 +145,77 @@ def check_same(there: Any, here: dict[str, Any], out_dir: Path) -> None:
       here: options of this one.
       out_dir: the folder, for the message.
     """
-    there = options(Config()) | dict(there)
+    there, here = filled(there), _flat(here)
+    free = tuple(f"{group}." for group in SCHEDULERS)  # their arguments go by the schedule
+    if unknown := [name for name in there if name not in here and not name.startswith(free)]:
+        raise ConfigError(
+            f"{out_dir} holds a run of another version of llqr, with options that are unknown to "
+            f"this one ({', '.join(unknown[:4])}): go on with that version, or "
+            f"{_way_on(out_dir)}."
+        )
     differ = [
-        f"{name}={there[name]} there, {here[name]} here"
-        for name in here
-        if name not in INCIDENTAL and there[name] != here[name]
+        f"{name}={there.get(name, '(none)')} there, {here.get(name, '(none)')} here"
+        for name in here | there
+        if name.partition(".")[0] not in INCIDENTAL and there.get(name) != here.get(name)
     ]
     if differ:
         listed = "; ".join(differ[:4]) + (f"; and {len(differ) - 4} more" if differ[4:] else "")
         raise ConfigError(
-            f"{out_dir} holds a run with other options ({listed}). Give another folder "
-            f"(hydra.run.dir=...); resume={out_dir} goes on from its newest checkpoint there."
+            f"{out_dir} holds a run with other options ({listed}): {_way_on(out_dir)}."
         )
 
 
-def write_meta(config: Config, out_dir: Path, command: str, **facts: Any) -> None:
-    """Make a folder and write meta.json and config.yaml, which tells that all is there.
+def _way_on(out_dir: Path) -> str:
+    """What to do where the run in a folder cannot go on there."""
+    if any(out_dir.glob("checkpoints/latest/*")):
+        return f"{ELSEWHERE}; resume={out_dir} goes on from its newest checkpoint there"
+    return ELSEWHERE
 
-    Args:
-      config: validated options.
-      out_dir: the run's folder.
-      command: as typed, for meta.json.
-      **facts: more entries of meta.json.
 
-    Raises:
-      ConfigError: the folder holds a run already.
-    """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if (out_dir / "config.yaml").exists():
+def _there(out_dir: Path) -> dict[str, Any]:
+    """Options of the run in a folder."""
+    path = out_dir / "config.yaml"
+    if not path.exists():
+        raise ConfigError(f"{out_dir} holds a run without its config.yaml: {_way_on(out_dir)}.")
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(found, dict) or not found:
+            raise ValueError("no options")
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(
-            f"{out_dir} already holds a run; give another folder (hydra.run.dir=...)."
-        )
+            f"{path} is damaged ({_first_line(error)}): restore it, or {_way_on(out_dir)}."
+        ) from error
+    return {str(name): value for name, value in found.items()}
+
+
+def _meta(out_dir: Path) -> dict[str, Any]:
+    """What meta.json says; empty without one."""
+    path = out_dir / "meta.json"
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is damaged ({_first_line(error)}): move it away, and the same command goes on "
+            "without what it says."
+        ) from error
+    return found
+
+
+def finished(out_dir: Path) -> bool:
+    """Return whether the run in a folder came to its end."""
+    return "finished" in _meta(out_dir)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _write_meta(config: Config, out_dir: Path, command: str, **facts: Any) -> None:
+    """Write meta.json and config.yaml."""
     meta = {
         "command": command,
         "started": _now(),
@@ -132,9 +240,7 @@ def finish(out_dir: Path, **facts: Any) -> None:
 
 
 def _update_meta(out_dir: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    path = out_dir / "meta.json"
-    meta = json.loads(path.read_text()) if path.exists() else {}
-    write(path, json.dumps(change(meta), indent=2) + "\n")
+    write(out_dir / "meta.json", json.dumps(change(_meta(out_dir)), indent=2) + "\n")
 
 
 def _now() -> str:
@@ -160,7 +266,9 @@ def open_trackers(
     trackers, at = Trackers(say), positions or {}
     # A record that had failed before the checkpoint is gone on with as it is.
     start = 0 if positions is None else None
-    trackers.add("metrics.jsonl", lambda: Jsonl(out_dir / "metrics.jsonl", at.get("Jsonl", start)))
+    trackers.add(
+        "metrics.jsonl", lambda: Jsonl(out_dir / "metrics.jsonl", at.get("Jsonl", start), say)
+    )
     if config.logging.aim:
         repo = config.logging.aim_repo
         trackers.add("Aim", lambda: Aim(repo, experiment, config, at.get("Aim")))

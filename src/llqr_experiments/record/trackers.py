@@ -5,6 +5,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,17 +35,20 @@ class Jsonl:
     Args:
       path: the file.
       position: bytes of it that belong to the run so far. What a killed run wrote after its
-        last checkpoint is made again, and is set aside in <name>.lost. None: all of it.
+        last checkpoint is made again, and is set aside in <name>.lost, as is a line that is cut
+        off. None: all of it.
+      say: prints a line for the user: where the file is shorter than that.
     """
 
-    def __init__(self, path: Path, position: int | None = 0):
-        if position is not None and path.exists() and path.stat().st_size > position:
-            with path.open("rb+") as file:
-                file.seek(position)
-                lost = file.read()
-                with path.with_name(path.name + ".lost").open("ab") as aside:
-                    aside.write(lost)
-                file.truncate(position)
+    def __init__(
+        self, path: Path, position: int | None = 0, say: Callable[[str], None] = lambda _: None
+    ):
+        kept = _keep_lines(path, position)
+        if position is not None and kept < position:
+            say(
+                f"[yellow]warning:[/] {path} has {kept:,} of the {position:,} bytes that the "
+                "checkpoint knows of: the rows that are missing stay so, and the record goes on.\n"
+            )
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, values: dict[str, float], seconds: float) -> None:
@@ -60,6 +64,20 @@ class Jsonl:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _keep_lines(path: Path, position: int | None) -> int:
+    """Cut a file after the last whole line before a position, and set aside what follows."""
+    if not path.exists():
+        return 0
+    with path.open("rb+") as file:
+        content = file.read()
+        kept = content.rfind(b"\n", 0, position) + 1
+        if kept < len(content):
+            with path.with_name(path.name + ".lost").open("ab") as aside:
+                aside.write(content[kept:])
+            file.truncate(kept)
+    return kept
 
 
 class TensorBoard:
@@ -187,4 +205,6 @@ class Trackers:
                 act(tracker)
             except Exception as error:
                 self._live.remove(tracker)
+                with suppress(Exception):  # what is in its buffers has no place to go
+                    tracker.close()
                 self._say(f"{type(tracker).__name__} failed and is dropped: {error}")

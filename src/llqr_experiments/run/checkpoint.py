@@ -8,13 +8,18 @@ Written by orbax, in the background: a folder gets its name when it is complete.
 every array is kept beside it, because a file that is cut off or altered can still be read.
 """
 
+import errno
 import logging
+import os
 import re
 import shutil
+import sys
+import threading
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +85,7 @@ class Checkpoints:
             "checksums": {name: _checksum(array) for name, array in arrays.items()},
         }
         try:
+            _check_space(self.folder, sum(array.nbytes for array in arrays.values()))
             manager = self._manager(kind)
             if step in manager.all_steps():
                 return
@@ -134,6 +140,7 @@ class Checkpoints:
 
             # It logs a traceback for each failure; one warning says the same.
             logging.getLogger("absl").setLevel(logging.CRITICAL)
+            sys.excepthook = partial(_but_tensorstores, sys.excepthook)
             folder = self.folder / kind
             folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
@@ -147,8 +154,25 @@ class Checkpoints:
         last = f"the last good one is of step {whole[-1]}" if whole else "there is none yet"
         self._say(
             f"[yellow]warning:[/] the checkpoint of step {step} could not be written "
-            f"({_first_line(error)}); {last}."
+            f"({_why(error)}); {last}."
         )
+
+
+def _check_space(folder: Path, size: int) -> None:
+    """Raise OSError before a checkpoint is begun that the disk has no space for."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    # Beside the arrays there are tables of them.
+    if shutil.disk_usage(there).free < 1.2 * size + 2**18:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _but_tensorstores(before: Callable[..., Any], kind: Any, error: Any, trace: Any) -> None:
+    """Leave out what threads of tensorstore print of a write that has failed, which was said."""
+    if threading.current_thread() is threading.main_thread() or str(error) != _LOOP_CLOSED:
+        before(kind, error, trace)
+
+
+_LOOP_CLOSED = "Event loop is closed"
 
 
 def newest_whole(
@@ -311,6 +335,12 @@ def _unflat(arrays: dict[str, np.ndarray], like: Any) -> Any:
 
 def _checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _why(error: Exception) -> str:
+    """A failed write in a word, where it is the disk."""
+    full = os.strerror(errno.ENOSPC)
+    return full if full in str(error) else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

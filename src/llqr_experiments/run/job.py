@@ -1,15 +1,20 @@
 """What stays the same during a run: made from its options before anything is written."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+
 import llqr
-from llqr_experiments import data
+from llqr_experiments import capacity, data
 from llqr_experiments.config import build
 from llqr_experiments.config.option import become
 from llqr_experiments.config.options import Config
+from llqr_experiments.data import kinds
 from llqr_experiments.data.kinds import KINDS
+from llqr_experiments.data.material import Material
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.run.checkpoint import find
 from llqr_experiments.run.goal import Goal, goal
@@ -52,28 +57,71 @@ def prepare(config: Config) -> Run:
       ConfigError: an illegal option.
       DataError: the data cannot be used.
     """
-    # Options are checked before the data is read: a schedule or a structure that does not
-    # exist costs nothing to find.
-    _check_sources(config)
-    early = build.Horizon(1.0, config.total_epochs)
-    build.optimizer(config, early)
-    build.ascent(config, early)
-    try:
-        data.stride(config.batch_size * config.grad_acc_steps, config.batch_overlap_fraction)
-    except ValueError as error:
-        raise ConfigError(f"batch_overlap_fraction: {error}") from error
-    task = tasks.build(config)
-    length = task.material.streams.length(config)
-    horizon = build.Horizon(length, config.total_epochs, config.max_steps)
+    check(config)
+    made = kinds.make(config.dataset)
+    horizon = _horizon(config, made)
+    task = tasks.build(config, made)
     recipe = Recipe(
         build.optimizer(config, horizon),
         build.ascent(config, horizon),
         weight=tasks.valid,
         **become(config, "recipe"),
     )
+    build.check_mask(config, task.params)
+    size = sum(x.nbytes for x in jax.tree.leaves(task.params))
+    for name in ("precond_probes", "precond_rank"):
+        count = getattr(config, name) if config.use_preconditioner else None
+        capacity.check(size * (count or 0), f"{name}={count}: as many times the parameters")
     refits = build.refit_steps(config, horizon)
     blocks = llqr.describe(recipe.tx, task.params) if config.use_preconditioner else None
     return Run(config, task, recipe, horizon, refits, blocks, goal(config, task.material))
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for what is wrong whatever the data is, before any of it is read."""
+    _check_sources(config)
+    early = build.Horizon(build.EARLY, config.total_epochs)
+    build.optimizer(config, early)
+    build.ascent(config, early)
+    try:
+        data.stride(config.batch_size * config.grad_acc_steps, config.batch_overlap_fraction)
+    except ValueError as error:
+        raise ConfigError(f"batch_overlap_fraction: {error}") from error
+
+
+def _horizon(config: Config, made: Material) -> build.Horizon:
+    """How long a run on some data is: at least one step."""
+    length = made.streams.length(config)
+    horizon = build.Horizon(length, config.total_epochs, config.max_steps)
+    if horizon.total_steps > build.MOST_STEPS:
+        raise ConfigError(
+            f"total_epochs={config.total_epochs:g} is {horizon.total_steps - 1:,} steps, and "
+            f"schedules count up to {build.MOST_STEPS:,}: lower it, or set max_steps."
+        )
+    if horizon.total_steps > 1:
+        build.check_schedules(config, horizon)
+        _check_batches(config, made)
+        return horizon
+    raise ConfigError(
+        f"total_epochs={config.total_epochs:g} is no step: an epoch of {made.name} has "
+        f"{made.sizes['train']:,} examples, {length:.4g} batches (batch_size={config.batch_size}, "
+        f"grad_acc_steps={config.grad_acc_steps}). One step takes total_epochs="
+        f"{math.ceil(1e4 / length) / 1e4:g}, or a smaller batch."
+    )
+
+
+def _check_batches(config: Config, made: Material) -> None:
+    """Whether batches can be held, before one is made."""
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in made.streams.shapes(config).values())
+    examples = config.batch_size * config.grad_acc_steps
+    sizes = {"batch_size": size * config.batch_size / examples, "grad_acc_steps": size}
+    if not KINDS[made.kind].decoded:  # whose batches are as large as dataset.max_tokens
+        for name in ("eval_batch_size", "precond_batch_size"):
+            sizes[name] = size / examples * (getattr(config, name) or 0)
+    if config.multibatch_training:
+        sizes["precond_steps"] = sizes["precond_batch_size"] * config.precond_steps
+    for name, needed in sizes.items():
+        capacity.check(int(needed), f"{name}={getattr(config, name)}: a batch")
 
 
 def _check_sources(config: Config) -> None:

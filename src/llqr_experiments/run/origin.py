@@ -3,7 +3,6 @@
 The first of these sources that there is counts; each is one function below.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.record import run_folder
+from llqr_experiments.record.lock import ELSEWHERE
 from llqr_experiments.run.checkpoint import Checkpoint, Checkpoints, find, load_fields
 from llqr_experiments.run.job import Run
 from llqr_experiments.run.step import TrainState, init
@@ -53,7 +53,7 @@ def origin(job: Run, entered: bool, out_dir: Path, checkpoints: Checkpoints, say
 
     Args:
       job: what stays the same.
-      entered: whether the run's folder was there before.
+      entered: whether the run's folder holds this run.
       out_dir: the run's folder.
       checkpoints: of the run.
       say: prints a line for the user.
@@ -118,8 +118,8 @@ def _restored(job: Run, new: TrainState, found: Checkpoint, *, own: bool) -> Ori
 
 
 def _refuse_finished(out_dir: Path) -> None:
-    if "finished" in json.loads((out_dir / "meta.json").read_text()):
+    if run_folder.finished(out_dir):
         raise ConfigError(
-            f"{out_dir} already holds a finished run, without a checkpoint that can be read; "
-            "give another folder (hydra.run.dir=...)."
+            f"{out_dir} already holds a finished run, without a checkpoint that can be read: "
+            f"{ELSEWHERE}."
         )

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 
 from llqr._tree import leaf_names
+from llqr_experiments.config.options import Config
 from llqr_experiments.errors import TrainingError
 from llqr_experiments.files import write
 from llqr_experiments.record import run_folder, translations
@@ -93,8 +95,7 @@ def begin(job: Run, origin: Origin, out_dir: Path, say: Callable[[str], None]) -
     if not meta:
         return session
     session.best, session.reached = meta["best"], meta["reached"]
-    options = run_folder.options(config)
-    if all(meta["options"][name] == options[name] for name in STREAM):
+    if _of_data(meta["options"]) == _of_data(run_folder.options(config)):
         session.stream.set_state(meta["stream"])
         session.refits.set_state(meta["refits"])
     else:
@@ -114,13 +115,25 @@ STREAM = (
 HISTOGRAMS = "histograms.jsonl"
 
 
+def _of_data(options: dict[str, Any]) -> dict[str, Any]:
+    known = run_folder.filled(options).items()
+    return {name: value for name, value in known if name.partition(".")[0] in STREAM}
+
+
 def _forget(path: Path, step: int) -> None:
-    """Drop what comes again: evaluations from the checkpoint's step on, and those in the end."""
-    if path.exists():
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        rows = [(x, json.loads(x)) for x in lines if x.endswith("\n")]
-        kept = [x for x, row in rows if row["step"] < step and row.get("split") != "test"]
-        write(path, "".join(kept))
+    """Drop what comes again: evaluations from the checkpoint's step on, and those in the end.
+
+    So is what cannot be read: a line that is cut off.
+    """
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True):
+        with suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            if line.endswith("\n") and row["step"] < step and row.get("split") != "test":
+                kept.append(line)
+    write(path, "".join(kept))
 
 
 def checkpoint(job: Run, session: Session, desk: Desk) -> None:
@@ -185,6 +198,14 @@ def check_health(job: Run, state: TrainState, desk: Desk) -> None:
         where = f"the last good checkpoint is of step {last}, in {desk.checkpoints.folder}"
     raise TrainingError(
         f"the {what} is not finite at step {int(health.bad_step)}; {where}. Lower "
-        "learning_rate, refit more cautiously (damping, precond_lr, ema_decay), or go on past "
-        "such steps with on_nonfinite=skip."
+        f"learning_rate,{_caution(job.config)} or go on past such steps with on_nonfinite=skip."
     )
+
+
+def _caution(config: Config) -> str:
+    """How P may be the cause, where there is one."""
+    if not config.use_preconditioner:
+        return ""
+    if config.precond_streaming:
+        return " raise damping,"
+    return " refit more cautiously (damping, precond_lr, ema_decay),"

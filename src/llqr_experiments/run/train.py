@@ -12,7 +12,7 @@ import llqr
 from llqr._types import Array, Params
 from llqr_experiments.config import advice, build
 from llqr_experiments.config.options import Config
-from llqr_experiments.record import insight, plots, run_folder
+from llqr_experiments.record import insight, lock, plots, run_folder
 from llqr_experiments.record.clock import Clock
 from llqr_experiments.record.console import Display, counts, shown
 from llqr_experiments.run import phases
@@ -51,16 +51,25 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
       TrainingError: a loss or gradient is not finite.
       Interrupted: a signal came, and everything is saved.
     """
+    with lock.hold(out_dir, command):
+        return _run(config, out_dir, command, quiet)
+
+
+def _run(config: Config, out_dir: Path, command: str, quiet: bool) -> Result:
     with ExitStack() as stack:
         clock = stack.enter_context(Clock())
         interrupts = stack.enter_context(Interrupts())
         with clock.phase("setup"):
+            # Nothing is written into the folder before all is known to be there and to fit.
+            again = run_folder.look(config, out_dir)
             job = prepare(config)
-            facts = {"steps": job.last, "refits": len(job.refit_steps)}
-            entered = run_folder.enter(config, out_dir, command, **facts)
             display = Display(job.last, config.report_freq, quiet=quiet)
             checkpoints = checkpoints_of(job, out_dir, display.say)
-            start = origin(job, entered, out_dir, checkpoints, display.say)
+            if config.preempt_handling:  # another folder's run may have the same job's
+                stack.enter_context(lock.hold(checkpoints.folder, command))
+            start = origin(job, again, out_dir, checkpoints, display.say)
+            facts = {"steps": job.last, "refits": len(job.refit_steps)}
+            run_folder.enter(config, out_dir, command, again=again, **facts)
             session = begin(job, start, out_dir, display.say)
             clock.add(start.seconds)
             trackers = run_folder.open_trackers(
@@ -162,7 +171,7 @@ def _announce(job: Run, display: Display) -> None:
     )
     if job.recipe.ascent:
         display.say(_describe_ascent(config, job.recipe.ascent))
-    for text in advice.warnings(config, job.horizon):
+    for text in advice.warnings(config, job.horizon, job.task.material.sizes["train"]):
         display.say(f"[yellow]warning:[/] {text}\n")
     if config.use_preconditioner:
         display.say(

@@ -18,11 +18,16 @@ from rich.progress import track
 from rich.table import Table
 
 from llqr._types import Array, Params
+from llqr_experiments import capacity
 from llqr_experiments.config import build
 from llqr_experiments.config.options import Config
-from llqr_experiments.record import run_folder
+from llqr_experiments.data import kinds
+from llqr_experiments.errors import ConfigError
+from llqr_experiments.files import names, write
+from llqr_experiments.record import lock, run_folder
 from llqr_experiments.record.clock import Clock
 from llqr_experiments.run import step, train
+from llqr_experiments.run.job import check
 from llqr_experiments.study import landscape, potholes
 from llqr_experiments.task import tasks
 
@@ -74,8 +79,11 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, list[Endi
     with ExitStack() as stack:
         clock = stack.enter_context(Clock())
         console = Console(highlight=False)
+        stack.enter_context(lock.hold(out_dir, command))
+        _check(config)
         # Runs of training that an interruption left go on; those that are done are not repeated.
-        run_folder.enter(config, out_dir, command, comparison=config.comparison.name)
+        again = run_folder.look(config, out_dir)
+        run_folder.enter(config, out_dir, command, again=again, comparison=config.comparison.name)
         say = partial(console.print, soft_wrap=True)
         trackers = run_folder.open_trackers(config, _title(config), out_dir, say)
         stack.callback(trackers.close)
@@ -83,17 +91,37 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, list[Endi
         endings = compare(config, out_dir, console)
         for name, found in endings.items():
             trackers.log(0, {f"{name} {k}": v for k, v in _medians(found).items()}, clock.elapsed())
-    rows = {name: [asdict(ending) for ending in found] for name, found in endings.items()}
-    (out_dir / "comparison.json").write_text(json.dumps(rows, indent=1) + "\n")
-    _draw_rises(endings, _title(config), out_dir / "sharpness.png")
-    say("")
-    console.print(_table(endings))
-    say(
-        f"\nmedian, and smallest - largest, of {len(next(iter(endings.values())))} runs\n"
-        f"[bold]in[/] {run_folder.shorten(out_dir)}: "
-        + ", ".join(sorted(path.name for path in out_dir.iterdir()))
-    )
+        rows = {name: [asdict(ending) for ending in found] for name, found in endings.items()}
+        write(out_dir / "comparison.json", json.dumps(rows, indent=1) + "\n")
+        _draw_rises(endings, _title(config), out_dir / "sharpness.png")
+        run_folder.finish(out_dir, time=dict(clock.seconds))
+        say("")
+        console.print(_table(endings))
+        say(
+            f"\nmedian, and smallest - largest, of {len(next(iter(endings.values())))} runs\n"
+            f"[bold]in[/] {run_folder.shorten(out_dir)}: " + ", ".join(names(out_dir))
+        )
     return endings
+
+
+def _check(config: Config) -> None:
+    """What can be checked before anything is written, of every method."""
+    if config.comparison.name == "potholes":
+        points = config.comparison.runs * (config.comparison.steps + 1)
+        told = f"comparison.runs={config.comparison.runs}, steps={config.comparison.steps}: paths"
+        capacity.check(8 * points, told)
+        for variant in variants(config).values():
+            _recipe(variant)
+            build.check_schedules(variant, build.Horizon(1.0, config.comparison.steps))
+        return
+    kind = kinds.of(config.dataset.name)
+    if kind is not None and kind.decoded:
+        raise ConfigError(
+            f"comparison.name=training compares accuracies on a test set: not for "
+            f"dataset={config.dataset.name}."
+        )
+    for variant in variants(config).values():
+        check(variant)
 
 
 def _title(config: Config) -> str:

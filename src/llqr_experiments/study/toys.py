@@ -17,7 +17,8 @@ from llqr._types import Array
 from llqr_experiments.config import build
 from llqr_experiments.config.options import Config
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.record import run_folder
+from llqr_experiments.files import names
+from llqr_experiments.record import lock, run_folder
 from llqr_experiments.record.clock import Clock
 from llqr_experiments.record.trackers import Trackers
 from llqr_experiments.study import toy_plots
@@ -45,10 +46,16 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, Course]:
     with ExitStack() as stack:
         stack.enter_context(jax.enable_x64(True))
         clock = stack.enter_context(Clock())
+        stack.enter_context(lock.hold(out_dir, command))
+        if run_folder.look(config, out_dir):
+            raise ConfigError(f"{out_dir} already holds this run: {lock.ELSEWHERE}.")
         toy, start = _prepare(config)
-        tx = build.optimizer(config, build.Horizon(1.0, config.toy.iterations))
+        horizon = build.Horizon(1.0, config.toy.iterations)
+        tx = build.optimizer(config, horizon)
+        build.check_schedules(config, horizon)
         console = Console(highlight=False)
-        run_folder.write_meta(config, out_dir, command, toy=config.toy.name, start=start.tolist())
+        facts = {"toy": config.toy.name, "start": start.tolist()}
+        run_folder.enter(config, out_dir, command, again=False, **facts)
         say = partial(console.print, soft_wrap=True)
         trackers = run_folder.open_trackers(config, f"toy {config.toy.name}", out_dir, say)
         stack.callback(trackers.close)
@@ -60,15 +67,15 @@ def run(config: Config, out_dir: Path, command: str = "") -> dict[str, Course]:
             _log(trackers, name, courses[name], toy, config.logging_freq)
         gap = difference(courses[NEWTON], courses[LQR])
         trackers.log(0, {"largest difference of Newton and exact LQR": gap}, clock.elapsed())
-    toy_plots.paths(toy, courses, _title(config), out_dir / "paths.png")
-    say("")
-    console.print(_table(courses, toy, clock, config.toy.tolerance))
-    say(
-        f"\nThe paths of {NEWTON} and {LQR} differ by at most {gap:.1e}.   "
-        f"Compiling took {clock.seconds['compile']:.1f} s more.\n"
-        f"[bold]in[/] {run_folder.shorten(out_dir)}: "
-        + ", ".join(path.name for path in sorted(out_dir.iterdir()))
-    )
+        toy_plots.paths(toy, courses, _title(config), out_dir / "paths.png")
+        run_folder.finish(out_dir, time=dict(clock.seconds))
+        say("")
+        console.print(_table(courses, toy, clock, config.toy.tolerance))
+        say(
+            f"\nThe paths of {NEWTON} and {LQR} differ by at most {gap:.1e}.   "
+            f"Compiling took {clock.seconds['compile']:.1f} s more.\n"
+            f"[bold]in[/] {run_folder.shorten(out_dir)}: " + ", ".join(names(out_dir))
+        )
     return courses
 
 

@@ -59,14 +59,14 @@ class Task:
     decoder: Decoder | None = None
 
 
-def build(config: Config) -> Task:
-    """Load the data and make the model.
+def build(config: Config, made: Material | None = None) -> Task:
+    """Make the model for some data; None: load what the config names.
 
     Raises:
       ConfigError: data or model cannot be made as they are asked for.
       DataError: the data is missing, corrupt, empty or not what the config says.
     """
-    made = kinds.make(config.dataset)
+    made = kinds.make(config.dataset) if made is None else made
     name = config.architecture.name
     _check_fit(name, made)
     options = made.options | architecture_options(config.architecture)

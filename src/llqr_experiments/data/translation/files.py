@@ -57,7 +57,7 @@ def read_lines(path: Path, name: str | None = None) -> list[str]:
             "its permissions."
         ) from error
     try:
-        text = payload.decode("utf-8")
+        text = payload.decode("utf-8").removeprefix("\ufeff")  # a byte-order mark is no text
     except UnicodeDecodeError as error:
         line = payload.count(b"\n", 0, error.start) + 1
         byte = error.start - (payload.rfind(b"\n", 0, error.start) + 1) + 1
