@@ -80,7 +80,9 @@ class Config:
         None, "end after this many steps; schedules keep total_epochs", low=1
     )
     precision: str = option(
-        "float32", "of the model in training; curvature is float32", choices=("float32", "bf16")
+        "float32",
+        "of the model in training; curvature, and all with float64, is float32 at least",
+        choices=("float32", "bf16", "float64"),
     )
     normalize_conv_params: bool = option(
         False,

@@ -52,6 +52,7 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
       Interrupted: a signal came, and everything is saved.
     """
     with ExitStack() as stack:
+        stack.enter_context(tasks.wide(config))
         clock = stack.enter_context(Clock())
         interrupts = stack.enter_context(Interrupts())
         with clock.phase("setup"):
@@ -110,7 +111,7 @@ def train_step(
       batch: of the step.
       probing: the task's, in a step with a streaming refit.
     """
-    return advance(loss, recipe, active, state, batch, tasks.SUMS, probing, refresh=False)
+    return advance(loss, recipe, active, state, batch, tasks.sums_of(batch), probing, refresh=False)
 
 
 def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:
