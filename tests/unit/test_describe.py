@@ -243,7 +243,7 @@ def test_no_llqr() -> None:
 
 
 def test_streaming_refits_count_what_they_follow():
-    """Momentum, second moments and curvature: as many bytes as the state has, and a line of them."""
+    """Momentum, second moments, curvature: as many bytes as the state has, and a line."""
     tx, tree = llqr.streaming(0.1), params()
     stream = llqr.find(tx.init(tree)).stream
     described = llqr.describe(tx, jax.eval_shape(lambda: tree))
