@@ -25,7 +25,7 @@ from training import run
 from workloads import Workload
 
 WIDTHS = (64, 128, 256)
-NAMES = ("AdamW", "Muon", "LLQR streaming e-kfac")
+NAMES = ("AdamW", "LLQR streaming e-kfac")
 Losses = dict[str, float]
 
 
