@@ -8,6 +8,10 @@
   D        1 / (c / max c + damping)^exponent                                     (s, m, n)
   m        momentum                                                               (s, m, n)
 
+With `adapt` below 1, damping follows Levenberg and Marquardt: at a refit, the decrease of the loss
+on its batch by the step is compared with that of the model g.u + 1/2 u.C u; above 3/4 of it damping
+is multiplied by `adapt`, below 1/4 divided by it.
+
 The step is d = V_L (D o (V_L^T m V_R)) V_R^T, scaled to a given root mean square in each leaf.
 """
 
@@ -50,6 +54,7 @@ class Options:
     embedding_rms: float = 0.0  # 0: as other matrices
     wide: int = 256  # sides above it follow when `wide` says so
     start: str = "qr"  # of the bases: eigh, qr
+    adapt: float = 1.0  # factor of the damping at a refit, by how well the model predicts; 1: none
 
 
 class Leaf(NamedTuple):
@@ -111,6 +116,7 @@ def streaming(options: Options | None = None, **changes: Any) -> Any:
         follow: bool = True,
         rotate_wide: bool | None = None,
         follow_wide: bool | None = None,
+        rate: Any = None,
         **_: Any,
     ) -> tuple[Any, State]:
         rotate = refresh if rotate is None else rotate
@@ -185,6 +191,8 @@ def streaming(options: Options | None = None, **changes: Any) -> Any:
         steps = _graft(o, hp, steps, rotated, c, raw, grads, words)
         leaves = [Leaf(*parts) for parts in zip(m, c, d, ratio, statistics, bases, strict=True)]
         out = treedef.unflatten([-s.reshape(x.shape) for s, x in zip(steps, raw, strict=True)])
+        if o.adapt < 1 and refresh:
+            hp = hp | {"damping": _adapted(o, hp["damping"], objective, params, updates, out, rate)}
         new = State(state.count + 1, refits, state.rotations + int(rotate), key, hp, leaves)
         return out, new
 
@@ -302,6 +310,22 @@ def _fisher(objective: Any, params: Any, key: Any, count: int) -> list[Any]:
         pull(metrics.sample(metric, jax.random.fold_in(key, i), outputs, None, "mean"))[0]
         for i in range(count)
     ]
+
+
+def _adapted(
+    o: Options, damping: Any, objective: Any, params: Any, grads: Any, step: Any, rate: Any
+) -> Any:
+    """Damping after a look at how the loss on the batch follows its model along the step."""
+    u = jax.tree.map(lambda x: rate * x, step)
+    before, after = objective(params), objective(jax.tree.map(jnp.add, params, u))
+    outputs, z = jax.jvp(objective.outputs, (params,), (u,))
+    p = jax.nn.softmax(outputs)
+    squares = jnp.sum(p * z * z, -1) - jnp.sum(p * z, -1) ** 2
+    slope = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (grads, u)), strict=True))
+    predicted = slope + 0.5 * jnp.mean(squares)
+    ratio = (after - before) / jnp.where(predicted < 0, predicted, -1e-12)
+    factor = jnp.where(ratio > 0.75, o.adapt, jnp.where(ratio < 0.25, 1 / o.adapt, 1.0))
+    return jnp.clip(damping * factor, 1e-8, 1.0)
 
 
 def _microbatches(objective: Any, params: Any, count: int) -> list[Any]:

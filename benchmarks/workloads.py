@@ -12,7 +12,7 @@ function takes (params, batch) and returns logits, the loss takes (logits, batch
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any
@@ -208,6 +208,13 @@ def _cnn_workload() -> Workload:
     train, test = _pooled(train), _pooled(test)
     fixed, test = _rows(train, slice(5000)), _rows(test, slice(5000))
     return Workload("cnn", _cnn_parameters, _cnn, train, fixed, test, batch=128, steps=400)
+
+
+@cache
+def perceptron(width: int) -> Workload:
+    """Return an MLP 196-width-width-10 on the images of "cnn", for as many steps."""
+    parameters = partial(_mlp_parameters, widths=(196, width, width, 10))
+    return replace(load("cnn"), name=f"mlp of {width}", parameters=parameters, forward=_mlp)
 
 
 def _chars() -> Workload:

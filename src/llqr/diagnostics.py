@@ -21,7 +21,7 @@ from llqr.refit.learn import learn
 from llqr.refit.options import Refit, check_options
 from llqr.refit.record import STATUS, no_refit
 from llqr.refit.setup import WHOLE, Blocks, Inputs, Setup, numbers_at
-from llqr.state import blocks_of, find, plans_of
+from llqr.state import blocks_of, find, is_ours, plans_of
 from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
 from llqr.structures.plan import StructureLike
@@ -51,10 +51,14 @@ class Description:
     """Blocks of a preconditioner; `print` it to read the table."""
 
     rows: tuple[Row, ...]
+    followed: int = 0  # bytes of what streaming refits remember besides P
 
     def __str__(self) -> str:
         head = ("leaf", "shape", "seen as", "structure", "stored", "memory", "multiply-adds")
-        return _table([head, *(_cells(row) for row in self.rows)], 4, _total(self.rows))
+        table = _table([head, *(_cells(row) for row in self.rows)], 4, _total(self.rows))
+        if not self.followed:
+            return table
+        return f"{table}\nand {_bytes(self.followed)} of momentum, second moments and curvature"
 
 
 def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
@@ -103,7 +107,10 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
                     cost=count * mx.cost(block.structure, block.shape),
                 )
             )
-    return Description(tuple(rows))
+    state = jax.eval_shape(lambda p: tx.init(p), params)
+    ours = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    arrays = jax.tree.leaves([x.stream for x in ours])
+    return Description(tuple(rows), sum(x.size * x.dtype.itemsize for x in arrays))
 
 
 def _cells(row: Row) -> tuple[str, ...]:

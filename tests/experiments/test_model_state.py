@@ -103,7 +103,7 @@ def test_sam_keeps_the_statistics_of_the_perturbed_pass(groups):
     )  # fmt: skip
     old, params = jax.device_get((state.statistics["layers_1"], state.params))
     carry = tasks.Carry(
-        state.statistics, jax.random.key(0), dict.fromkeys(tasks.SUMS, jnp.zeros(()))
+        state.statistics, jax.random.key(0), dict.fromkeys(tasks.CLASSES, jnp.zeros(()))
     )
     expected = []
     for part in range(groups):

@@ -123,7 +123,7 @@ def by_definition(task, batch):
 
 
 def carry():
-    return tasks.Carry({}, jax.random.key(0), dict.fromkeys(tasks.SUMS, jnp.zeros(())))
+    return tasks.Carry({}, jax.random.key(0), dict.fromkeys(tasks.CLASSES, jnp.zeros(())))
 
 
 @kinds("text")
@@ -187,7 +187,7 @@ def test_micro_batches_count_by_their_labels(kind, make, request):
     recipe = step.Recipe(optax.sgd(1.0), microbatches=2, weight=tasks.valid)
     state = step.init(recipe, task.params)
     advance = jax.jit(
-        lambda state: step.advance(task.training, recipe, False, state, batch, tasks.SUMS)
+        lambda state: step.advance(task.training, recipe, False, state, batch, tasks.CLASSES)
     )
     after, sums = advance(state)
     gradient = by_definition(task, batch)

@@ -214,7 +214,7 @@ def test_half_precision_keeps_losses_of_near_certainty():
     sure = jnp.zeros(64, jnp.int32)
     bound = tasks.bound(task, {"image": image, "label": sure}, task.statistics)
     sure = jnp.argmax(bound.outputs(params), -1)
-    batch, sums = {"image": image, "label": sure}, dict.fromkeys(tasks.SUMS, jnp.zeros(()))
+    batch, sums = {"image": image, "label": sure}, dict.fromkeys(tasks.CLASSES, jnp.zeros(()))
     carry = tasks.Carry(task.statistics, jax.random.key(0), sums)
     half, after = task.training(params, batch, carry)
     assert half.dtype == jnp.float32

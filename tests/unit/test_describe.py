@@ -240,3 +240,15 @@ def test_shapes_are_enough() -> None:
 def test_no_llqr() -> None:
     with pytest.raises(ValueError, match=r"there is no llqr.llqr or llqr.scale_by_llqr"):
         llqr.describe(optax.adam(0.1), params())
+
+
+def test_streaming_refits_count_what_they_follow():
+    """Momentum, second moments, curvature: as many bytes as the state has, and a line."""
+    tx, tree = llqr.streaming(0.1), params()
+    stream = llqr.find(tx.init(tree)).stream
+    described = llqr.describe(tx, jax.eval_shape(lambda: tree))
+    assert described.followed == sum(x.nbytes for x in jax.tree.leaves(stream)) > 0
+    last = str(described).splitlines()[-1]
+    assert last.startswith("and ")
+    assert last.endswith("B of momentum, second moments and curvature")
+    assert describe("e-kfac").followed == 0

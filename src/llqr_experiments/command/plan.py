@@ -53,7 +53,12 @@ def show(config: Config) -> None:
 
 
 def _show_run(config: Config, console: Console) -> None:
-    job = prepare(config)
+    with tasks.wide(config):
+        _show(prepare(config), console)
+
+
+def _show(job: Run, console: Console) -> None:
+    config = job.config
     state = jax.eval_shape(
         lambda model: init(job.recipe, *model), (job.task.params, job.task.statistics)
     )

@@ -7,7 +7,7 @@ from llqr_experiments.config.option import option
 ARCHITECTURES = (
     "mlp", "mlp-legacy", "resnet-18", "resnet-50", "vgg16-bn", "wide-resnet-28-10",
     "pyramidnet-110", "vit-ti-16", "vit-s-16", "grok-transformer", "gpt2-small",
-    "transformer-iwslt-de-en",
+    "transformer-iwslt-de-en", "pinn",
 )  # fmt: skip
 
 
@@ -69,6 +69,9 @@ class Dataset:
         becomes="bucketing.percentiles",
     )
     max_length: int = option(1024, "most words of a sentence", low=1)
+    points: int = option(
+        32, "of an equation: squares along a side, in whose middles it is asked for", low=1
+    )
     refit_coverage: float = option(
         0.95, "share of sentences that fit the one width of refit batches", above=0, high=1
     )

@@ -82,7 +82,9 @@ class Config:
         None, "end after this many steps; schedules keep total_epochs", low=1
     )
     precision: str = option(
-        "float32", "of the model in training; curvature is float32", choices=("float32", "bf16")
+        "float32",
+        "of the model in training; curvature, and all with float64, is float32 at least",
+        choices=("float32", "bf16", "float64"),
     )
     normalize_conv_params: bool = option(
         False,
@@ -180,6 +182,12 @@ class Config:
     )
     precond_max_dim: int = option(
         10_000, "dense sides longer than this become diagonal", low=1, becomes="llqr.max_dim"
+    )
+    precond_block_size: int | None = option(
+        None,
+        "dense sides longer than this are cut into blocks of at most this; null: none is",
+        low=1,
+        becomes="llqr.block_size",
     )
     divergence: str = option("ngd", "metric of the step", choices=DIVERGENCES, called="divergence")
     divergence_order_param: float = option(0.5, "order of the renyi divergence", above=0)

@@ -8,9 +8,10 @@ from llqr._errors import unknown
 from llqr_experiments import data
 from llqr_experiments.config.option import become, plain
 from llqr_experiments.config.options import Config, Dataset
-from llqr_experiments.data import translation
+from llqr_experiments.data import poisson, translation
 from llqr_experiments.data.material import (
     Material,
+    error_rates,
     example_streams,
     pair_streams,
     text_rates,
@@ -228,5 +229,35 @@ TRANSLATION = Kind(
     batch=lambda config: f"at most {config.dataset.max_tokens:,} words",
 )  # fmt: skip
 
-KINDS = {kind.name: kind for kind in (IMAGES, OPERATIONS, TEXT, TRANSLATION)}
+
+# --- equations ----------------------------------------------------------------------------------
+
+
+def _equations(config: Dataset) -> Material:
+    splits = {"train": poisson.equation_rows(config.points), "test": poisson.solution_rows()}
+    return Material(
+        config.name,
+        EQUATIONS.name,
+        example_streams(splits),
+        {name: len(split) for name, split in splits.items()},
+        ("test",),
+        (2,),
+        1,
+        inputs=lambda batch: (batch["x"], batch["operator"]),
+        rates=error_rates,
+        best=("test relative error", False),
+    )
+
+
+EQUATIONS = Kind(
+    "equations",
+    "Differential equations",
+    ("poisson",),
+    ("train", "test"),
+    ("points",),
+    _equations,
+    lambda config: replace(config, points=4),
+)
+
+KINDS = {kind.name: kind for kind in (IMAGES, OPERATIONS, TEXT, TRANSLATION, EQUATIONS)}
 """Every kind, by name."""

@@ -14,7 +14,7 @@ from llqr_experiments.data import translation
 from llqr_experiments.errors import ConfigError
 
 Totals = Mapping[str, float]
-"""Sums over the rows of a split: loss, correct, rows."""
+"""Sums over the rows of a split: loss, correct (of classes) or squares (of numbers), rows."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,14 @@ def translation_rates(split: str, totals: Totals) -> dict[str, float]:
     }
 
 
+def error_rates(split: str, totals: Totals) -> dict[str, float]:
+    """Return the loss, half a mean square, and the L2 norm of the error by that of the labels."""
+    return {
+        f"{split} loss": totals["loss"] / totals["rows"],
+        f"{split} relative error": math.sqrt(2 * totals["loss"] / totals["squares"]),
+    }
+
+
 @dataclass(frozen=True)
 class Material:
     """Data of one kind, ready for a model.
@@ -71,7 +79,7 @@ class Material:
       sizes: examples by split.
       evaluated: splits that are evaluated; the first decides which checkpoint is the best.
       shape: of one input, without the batch.
-      classes: outputs of a model.
+      classes: outputs of a model; 1 where labels are numbers.
       inputs: batch -> what a model sees.
       options: of a model, that the data decides.
       rates: what is reported of a split.

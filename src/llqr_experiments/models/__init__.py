@@ -17,6 +17,7 @@ from llqr_experiments.models import (
     gpt2,
     grok,
     mlp,
+    pinn,
     pyramidnet,
     resnet,
     translation,
@@ -36,7 +37,7 @@ class Model:
     Attributes:
       factory: `(shape or sizes of the data, classes, *, options, rngs) -> Staged`.
       small: options of a small sibling, for smoke runs and tests.
-      takes: kind of data: images, operations, text or translation.
+      takes: kind of data: images, operations, text, translation or equations.
     """
 
     factory: Callable[..., Staged]
@@ -69,6 +70,7 @@ MODELS: dict[str, Model] = {
         {"width": 16, "heads": 2, "mlp": 32, "depth": 1},
         "translation",
     ),
+    "pinn": Model(pinn.pinn, {"hidden": [8, 8]}, "equations"),
 }
 
 

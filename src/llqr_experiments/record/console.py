@@ -81,7 +81,7 @@ class Display:
         metrics = "   ".join(
             f"{name} {shown(name, value)}"
             for name, value in known.items()
-            if name == "loss" or "accuracy" in name
+            if name in ("loss", "relative error") or "accuracy" in name
         )
         self._bar.update(self._task, completed=step, metrics=metrics)
         if not self.console.is_terminal and step % self._report_freq == 0:
@@ -141,9 +141,15 @@ def _largest_first(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
 
 
 def shown(name: str, value: float) -> str:
-    """A measured value as people write it: an accuracy in percent, others with four digits."""
+    """A measured value as people write it: an accuracy in percent, others with four digits.
+
+    >>> shown("test accuracy", 97.5), shown("test loss", 0.5), shown("test relative error", 2e-5)
+    ('97.50 %', '0.5000', '2.000e-05')
+    """
     if "accuracy" in name:
         return f"{value:.2f} %"
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.3e}"
     return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
 
 

@@ -30,8 +30,9 @@ class Quantity(NamedTuple):
     spellings: tuple[str, ...]
 
 
-LOSS = Quantity("loss", "loss (cross-entropy)", ("{} loss",))
+LOSS = Quantity("loss", "loss", ("{} loss",))
 ACCURACY = Quantity("accuracy", "accuracy (%)", ("{} accuracy", "{} token_accuracy"))
+ERROR = Quantity("error", "relative L2 error", ("{} relative error",))
 PERPLEXITY = Quantity("perplexity", "perplexity", ("{} perplexity", "{}_ppl"))
 BLEU = Quantity("BLEU", "BLEU", ("{} bleu",))
 SAMPLED = Quantity("BLEU of a sample", "BLEU", ("{} bleu_sampled",))

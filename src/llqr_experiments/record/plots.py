@@ -12,7 +12,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from llqr_experiments.data.kinds import KINDS
 from llqr_experiments.files import replacing
 from llqr_experiments.record import measures
-from llqr_experiments.record.measures import ACCURACY, BLEU, LOSS, PERPLEXITY, SAMPLED, Quantity
+from llqr_experiments.record.measures import (
+    ACCURACY,
+    BLEU,
+    ERROR,
+    LOSS,
+    PERPLEXITY,
+    SAMPLED,
+    Quantity,
+)
 
 Rows = Sequence[dict[str, Any]]
 
@@ -83,9 +91,9 @@ def logarithmic(axes: Axes, which: str, values: Sequence[float]) -> bool:
 
 
 def _panels(rows: Rows) -> list[Any]:
-    """What draws each panel: at least loss and accuracy."""
+    """What draws each panel: at least the loss, and how much of it is right."""
     names = _names(rows)
-    panels = [_loss, _accuracy]
+    panels = [_loss, _error if measures.splits(ERROR, names) else _accuracy]
     if measures.splits(BLEU, names) or measures.splits(SAMPLED, names):
         panels.append(_bleu)
     elif measures.splits(PERPLEXITY, names):
@@ -101,6 +109,10 @@ def _accuracy(axes: Axes, rows: Rows) -> None:
     values = _lines(axes, rows, ACCURACY)
     if values and max(values) > 80:
         axes.set_ylim(top=101)
+
+
+def _error(axes: Axes, rows: Rows) -> None:
+    logarithmic(axes, "y", _lines(axes, rows, ERROR))
 
 
 def _perplexity(axes: Axes, rows: Rows) -> None:

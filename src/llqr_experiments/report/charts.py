@@ -8,7 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from llqr_experiments.record import measures
-from llqr_experiments.record.measures import ACCURACY, BLEU, LOSS, PERPLEXITY, SAMPLED, Quantity
+from llqr_experiments.record.measures import (
+    ACCURACY,
+    BLEU,
+    ERROR,
+    LOSS,
+    PERPLEXITY,
+    SAMPLED,
+    Quantity,
+)
 from llqr_experiments.record.plots import FEW, LONG, logarithmic
 from llqr_experiments.report import canvas, scores
 from llqr_experiments.report.canvas import PHASES, Picture
@@ -19,6 +27,7 @@ CURVES = {
     "operations": (LOSS, ACCURACY),
     "text": (LOSS, ACCURACY, PERPLEXITY),
     "translation": (LOSS, ACCURACY, BLEU),
+    "equations": (LOSS, ERROR),
     "other": (),
 }
 """What is drawn over steps and over seconds, by kind of runs."""
@@ -26,7 +35,7 @@ CURVES = {
 AXES = ("steps", "seconds")
 
 NAMES = (
-    *(f"{y.name}-over-{x}" for y in (LOSS, ACCURACY, PERPLEXITY, BLEU) for x in AXES),
+    *(f"{y.name}-over-{x}" for y in (LOSS, ACCURACY, ERROR, PERPLEXITY, BLEU) for x in AXES),
     "refits", "sharpness", "time",
 )  # fmt: skip
 """Of all pictures that a report may have."""
@@ -124,7 +133,7 @@ def _limits(
     axes: Axes, quantity: Quantity, lines: Sequence[Line], values: Sequence[float]
 ) -> list[str]:
     """Set the limits that show most of a quantity, and say which they are."""
-    if quantity in (LOSS, PERPLEXITY):
+    if quantity in (LOSS, ERROR, PERPLEXITY):
         return [f"{quantity.name} on a logarithmic scale"] * logarithmic(axes, "y", values)
     if quantity is BLEU:
         axes.set_ylim(bottom=0)

@@ -60,6 +60,10 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric("valid_ppl", min, "{:.2f}", ("final",)),
         Metric("valid token_accuracy", max, PERCENT, ("final",)),
     ),
+    "equations": (
+        Metric("test relative error", min, "{:.3g}"),
+        Metric("train loss", min, "{:.3g}", ("final",)),
+    ),
     "other": (),
 }
 """What runs are compared by. The first two are named in the sentence above the table."""

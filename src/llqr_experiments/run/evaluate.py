@@ -13,7 +13,7 @@ import numpy as np
 import llqr
 from llqr._types import Array, Params
 from llqr_experiments import data
-from llqr_experiments.task.tasks import STATISTICS, SUMS, examples, keep, measure
+from llqr_experiments.task.tasks import STATISTICS, examples, keep, measure, sums_of
 
 BINS, RESERVOIR = 50, 200_000
 
@@ -72,8 +72,9 @@ def evaluate(
       name: of the split, in the histograms.
     """
     params, statistics = model
-    totals = {key: jnp.zeros(()) for key in SUMS}
+    totals: dict[str, Array] = {}
     for batch in batches:
+        totals = totals or {key: jnp.zeros(()) for key in sums_of(batch)}
         batch = {**batch, STATISTICS: statistics}
         totals = _accumulate(objective.forward, params, totals, batch)
         if histograms is not None:

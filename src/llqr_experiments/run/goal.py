@@ -8,7 +8,7 @@ from llqr_experiments.config.options import Config
 from llqr_experiments.data.kinds import KINDS
 from llqr_experiments.data.material import Material
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.task.tasks import SUMS
+from llqr_experiments.task.tasks import CLASSES, NUMBERS
 
 
 class Goal(NamedTuple):
@@ -54,7 +54,7 @@ def _of_translation(config: Config, made: Material) -> Goal | None:
 
 def _named(name: str, config: Config, made: Material) -> Goal:
     splits = [*made.evaluated, *(["train_eval"] if config.add_train_eval else [])]
-    totals = dict.fromkeys(SUMS, 1.0)
+    totals = dict.fromkeys((*CLASSES, *NUMBERS), 1.0)
     known = [metric for split in splits for metric in made.rates(split, totals)]
     if name not in known:
         hint = " (it needs add_train_eval=true)" if name.startswith("train_eval") else ""

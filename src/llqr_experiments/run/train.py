@@ -57,6 +57,7 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
 
 def _run(config: Config, out_dir: Path, command: str, quiet: bool) -> Result:
     with ExitStack() as stack:
+        stack.enter_context(tasks.wide(config))
         clock = stack.enter_context(Clock())
         interrupts = stack.enter_context(Interrupts())
         with clock.phase("setup"):
@@ -119,7 +120,7 @@ def train_step(
       batch: of the step.
       probing: the task's, in a step with a streaming refit.
     """
-    return advance(loss, recipe, active, state, batch, tasks.SUMS, probing, refresh=False)
+    return advance(loss, recipe, active, state, batch, tasks.sums_of(batch), probing, refresh=False)
 
 
 def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:

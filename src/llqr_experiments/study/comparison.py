@@ -130,11 +130,21 @@ def _title(config: Config) -> str:
     return f"{config.dataset.name}, {config.architecture.name}"
 
 
+_COMPARED = (kinds.IMAGES, kinds.OPERATIONS, kinds.TEXT)
+
+
 # --- training a model -----------------------------------------------------------------------
 
 
 def _training(config: Config, out_dir: Path, console: Console) -> dict[str, list[Ending]]:
     """Train every method with every seed; each run has a folder of its own."""
+    kind = kinds.of(config.dataset.name)
+    if kind not in _COMPARED:
+        raise ConfigError(
+            "comparison.name=training compares accuracies on a test set, which "
+            f"dataset {config.dataset.name} has none of: choose one of "
+            f"{', '.join(k.name for k in _COMPARED)}."
+        )
     jobs = [
         (name, seed, replace(variant, init_key=seed, rng_seed=seed))
         for name, variant in variants(config).items()
@@ -143,7 +153,8 @@ def _training(config: Config, out_dir: Path, console: Console) -> dict[str, list
     endings: dict[str, list[Ending]] = {}
     for name, seed, job in track(jobs, "training", console=console):
         done = train.run(job, out_dir / f"{name} {seed}", quiet=True)
-        found = _measure_model(config, done)
+        with tasks.wide(config):
+            found = _measure_model(config, done)
         endings.setdefault(name, []).append(found)
         console.print(
             f"{name}, seed {seed}: test accuracy {done.metrics['test accuracy']:.2f} %, "

@@ -1,7 +1,8 @@
 """A task: data, model, objective and what is measured, from the config."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -72,8 +73,10 @@ def build(config: Config, made: Material | None = None) -> Task:
     options = made.options | architecture_options(config.architecture)
     model = models.make(name, made.shape, made.classes, seed=config.init_key, options=options)
     title = f"{config.dataset.name}_{name}"
-    half = config.precision == "bf16"
-    return assemble(title, made, model, smoothing=config.label_smoothing, half=half)
+    _check_answers(config, made)
+    return assemble(
+        title, made, model, smoothing=config.label_smoothing, precision=config.precision
+    )
 
 
 def assemble(
@@ -82,7 +85,7 @@ def assemble(
     model: models.Staged,
     *,
     smoothing: float = 0.0,
-    half: bool = False,
+    precision: str = "float32",
 ) -> Task:
     """Return the task of a model on some data.
 
@@ -91,12 +94,18 @@ def assemble(
       made: data; of its streams, nothing is asked.
       model: of a kind that takes such data.
       smoothing: of the labels in the loss.
-      half: whether training is in bfloat16.
+      precision: of training, as in the config; float64 is for all, and needs `wide`.
     """
     network = models.network(model)
+    if precision == "float64":
+        network = replace(
+            network,
+            params=_cast(network.params, jnp.float64),
+            statistics=_cast(network.statistics, jnp.float64),
+        )
 
     def loss(outputs: Array, batch: dict[str, Array]) -> Float[Array, ""]:
-        rows = cross_entropy(outputs, batch["label"].reshape(-1), smoothing)
+        rows = losses(outputs, batch, smoothing)
         kept = keep(batch)
         if kept is None:
             return jnp.mean(rows)
@@ -104,7 +113,7 @@ def assemble(
 
     forward = network.model.as_forward(made.inputs, context=lambda batch: batch[STATISTICS])
     objective = llqr.Objective(forward, loss, keep, _batch_axes)
-    run = _running(network, made.inputs, half)
+    run = _running(network, made.inputs, precision == "bf16")
     training = _training(run, loss)
     probing = llqr.Objective(
         lambda params, batch: run(params, batch[STATISTICS], batch[KEY], batch)[0], loss, keep
@@ -130,13 +139,37 @@ def architecture_options(architecture: Architecture) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != "name" and value is not None}
 
 
+def _check_answers(config: Config, made: Material) -> None:
+    """Whether loss and metric are those of numbers, where labels are numbers."""
+    if made.kind != kinds.EQUATIONS.name:
+        return
+    if config.label_smoothing:
+        raise ConfigError(
+            f"label_smoothing={config.label_smoothing} is for classes; {made.name} has numbers."
+        )
+    if config.use_preconditioner and config.divergence not in METRICS_OF_NUMBERS:
+        raise ConfigError(
+            f"divergence={config.divergence} is for classes; {made.name} has numbers: choose "
+            f"{', '.join(METRICS_OF_NUMBERS)}."
+        )
+
+
+METRICS_OF_NUMBERS = ("gaussian", "gauss_newton", "newton")
+"""The first two are the same for half a mean square; labels can be drawn from the first."""
+
+
+def wide(config: Config) -> AbstractContextManager[Any]:
+    """Return the context that a run in float64 is made, planned and measured in."""
+    return jax.enable_x64(True) if config.precision == "float64" else nullcontext()
+
+
 def _running(network: models.Network, inputs: Callable[..., Any], half: bool) -> Any:
     """The network in training mode, in bfloat16 or not; outputs and statistics in float32."""
 
     def run(params: Params, statistics: PyTree, key: Array, batch: dict[str, Array]) -> Any:
         given = inputs(batch)
         if half:
-            params, given = _in_bfloat16(params), _in_bfloat16(given)
+            params, given = _cast(params, jnp.bfloat16), _cast(given, jnp.bfloat16)
         outputs, statistics = network.training(params, statistics, key, given)
         return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32)), statistics
 
@@ -155,9 +188,10 @@ def _training(run: Any, loss: Callable[..., Array]) -> Any:
     return training
 
 
-def _in_bfloat16(tree: PyTree) -> PyTree:
+def _cast(tree: PyTree, dtype: Any) -> PyTree:
+    """Floating-point arrays in another precision."""
     floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
-    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if floating(x) else x, tree)
+    return jax.tree.map(lambda x: x.astype(dtype) if floating(x) else x, tree)
 
 
 def bound(task: Task, batch: dict[str, Any], statistics: PyTree) -> llqr.BoundObjective:
@@ -186,6 +220,24 @@ def valid(batch: dict[str, Array], *_: Any) -> Float[Array, ""]:
     return jnp.asarray(batch["label"].size if kept is None else jnp.sum(kept), jnp.float32)
 
 
+def is_numeric(batch: dict[str, Any]) -> bool:
+    """Whether labels are numbers, which outputs are to equal, and not classes."""
+    return bool(jnp.issubdtype(batch["label"].dtype, jnp.floating))
+
+
+def losses(
+    outputs: Array, batch: dict[str, Array], smoothing: float = 0.0
+) -> Float[Array, " rows"]:
+    """Return the loss of each row: half a square for numbers, the cross-entropy for classes.
+
+    Both are negative log-likelihoods, of a normal distribution but for a constant.
+    """
+    labels = batch["label"].reshape(-1)
+    if is_numeric(batch):
+        return 0.5 * (outputs - labels) ** 2
+    return cross_entropy(outputs, labels, smoothing)
+
+
 def cross_entropy(
     log_probs: Float[Array, "rows classes"], labels: Array, smoothing: float = 0.0
 ) -> Float[Array, " rows"]:
@@ -194,23 +246,36 @@ def cross_entropy(
     return optax.softmax_cross_entropy(log_probs, optax.smooth_labels(targets, smoothing))
 
 
-SUMS: tuple[str, ...] = ("loss", "correct", "rows")
-"""What `measure` returns."""
+CLASSES, NUMBERS = ("loss", "correct", "rows"), ("loss", "squares", "rows")
+
+
+def sums_of(batch: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of what `measure` returns for such a batch."""
+    return NUMBERS if is_numeric(batch) else CLASSES
 
 
 def measure(outputs: Array, batch: dict[str, Any]) -> dict[str, Float[Array, ""]]:
-    """Return sums over the rows that count: loss (no smoothing), correct answers, rows."""
+    """Return sums over the rows that count.
+
+    Returns:
+      "loss", without smoothing; of classes "correct", right answers; of numbers "squares", of the
+      labels; "rows".
+    """
     labels, rows = batch["label"].reshape(-1), keep(batch)
     rows = jnp.ones(labels.shape, bool) if rows is None else rows
+    loss = jnp.sum(losses(outputs, batch), where=rows)
+    count = jnp.sum(rows, dtype=jnp.float32)
+    if is_numeric(batch):
+        return {"loss": loss, "squares": jnp.sum(labels**2, where=rows), "rows": count}
     correct = jnp.argmax(outputs, -1) == labels
     return {
-        "loss": jnp.sum(cross_entropy(outputs, labels), where=rows),
-        "correct": jnp.sum(correct, where=rows, dtype=jnp.float32),
-        "rows": jnp.sum(rows, dtype=jnp.float32),
-    }
+        "loss": loss, "correct": jnp.sum(correct, where=rows, dtype=jnp.float32), "rows": count,
+    }  # fmt: skip
 
 
 def examples(outputs: Array, batch: dict[str, Any]) -> dict[str, Float[Array, " rows"]]:
-    """Return what histograms are made of: probability of the label and loss of every row."""
-    loss = cross_entropy(outputs, batch["label"].reshape(-1))
+    """Return what histograms are made of: loss of every row, and probability of its class."""
+    loss = losses(outputs, batch)
+    if is_numeric(batch):
+        return {"nll": loss}
     return {"p_correct": jnp.exp(-loss), "nll": loss}

@@ -1,0 +1,97 @@
+"""What streaming refits cost: all steps of a training, refits included, against the plain ones.
+
+    uv run python benchmarks/streaming_cost.py               # figures: results/streaming_cost.json
+    uv run python benchmarks/streaming_cost.py chars --repeats 20
+
+One process; five steps of each kind in turn, so that what else runs on the machine meets all of
+them. The mean over a training has 20 refits at its start and one at every tenth step after. Ratios
+are of medians, and of the smallest values, which other jobs disturb least.
+
+QR factorisations are LAPACK's. On a CPU its threads and XLA's are in each other's way, so that one
+of a side of 192 can take 60 times as long as it does alone: OPENBLAS_NUM_THREADS=1, which is set
+here, keeps them apart (`--blas-threads` for another number).
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+NAMES = ("chars", "cnn", "mlp")
+METHODS = ("AdamW", "SOAP", "Muon", "LLQR streaming e-kfac")
+
+
+def measure(name: str, repeats: int) -> list[dict[str, Any]]:
+    """Return a row for each method: milliseconds of its steps, and ratios to those of SGD."""
+    import jax  # late: the environment of its threads comes first
+    import methods
+    import numpy as np
+    import workloads
+    from training import start, train_step
+
+    workload, rate = workloads.load(name), np.float32(0)
+    batch = next(workload.batches(0))
+    chosen = {m.name: m for m in methods.METHODS if m.name in ("SGD", *METHODS)}
+    kinds = {who: [m.kinds(i) for i in range(workload.steps)] for who, m in chosen.items()}
+    optimizers = {who: m.optimizer() for who, m in chosen.items()}
+    runs = {
+        (who, kind): start(workload, optimizers[who], 0)
+        for who in chosen
+        for kind in sorted(set(kinds[who]))
+    }
+    times: dict[Any, list[float]] = {run: [] for run in runs}
+    for repeat in range(repeats + 1):
+        for (who, kind), (params, state) in runs.items():
+            clock = time.perf_counter()
+            for _ in range(5):
+                params, state = train_step(
+                    workload, optimizers[who], kind, params, state, batch, rate
+                )
+            jax.block_until_ready(params)
+            runs[who, kind] = params, state
+            if repeat:  # the first compiles
+                times[who, kind].append((time.perf_counter() - clock) * 200)
+
+    def mean(who: str, of: Callable[[list[float]], float]) -> float:
+        return statistics.mean(of(times[who, kind]) for kind in kinds[who])
+
+    rows = []
+    for who in METHODS:
+        middle = {kind: statistics.median(times[who, kind]) for kind in set(kinds[who])}
+        rows.append(
+            {
+                "workload": name,
+                "method": who,
+                "plain, ms": mean("SGD", statistics.median),
+                "step, ms": min(middle.values()),
+                "refit step, ms": max(middle.values()),
+                "all / SGD, medians": mean(who, statistics.median) / mean("SGD", statistics.median),
+                "all / SGD, smallest": mean(who, min) / mean("SGD", min),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description="The cost of streaming refits.")
+    parser.add_argument("workloads", nargs="*", default=NAMES, help=", ".join(NAMES))
+    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--blas-threads", type=int, default=1)
+    given = parser.parse_args()
+    if unknown := set(given.workloads) - set(NAMES):
+        parser.error(f"unknown {sorted(unknown)}: choose from {', '.join(NAMES)}")
+    os.environ["OPENBLAS_NUM_THREADS"] = str(given.blas_threads)
+    from reporting import environment, show, write
+
+    rows = [row for name in given.workloads for row in measure(name, given.repeats)]
+    show("streaming refits: all steps of a training", rows)
+    if given.blas_threads == 1 and tuple(given.workloads) == NAMES:
+        load = os.getloadavg()[0]
+        write("streaming_cost", environment(repeats=given.repeats, load=load), rows)
+
+
+if __name__ == "__main__":
+    main()
