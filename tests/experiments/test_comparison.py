@@ -95,5 +95,5 @@ def test_training_is_compared(tmp_path, capsys):
 def test_a_toy_and_a_comparison_exclude_each_other():
     with pytest.raises(cli.ConfigError, match="choose one of them"):
         support.config("experiment=toy-ackley", "comparison.name=potholes")
-    with pytest.raises(cli.ConfigError, match="radii=.*a list, not empty: a number > 0"):
+    with pytest.raises(cli.ConfigError, match=r"radii=.*a list, not empty: a number > 0"):
         support.config("comparison.radii=[]")
