@@ -123,9 +123,9 @@ def _llqr(refit: dict[str, Any], momentum: float | None, **options: Any) -> Any:
     return llqr.llqr(optax.sgd(1.0, momentum=momentum), refit=llqr.Refit(**refit), **options)
 
 
-def _streaming(structure: str) -> Any:
-    """LLQR with streaming refits, all of its options at their defaults."""
-    return llqr.llqr(optax.sgd(1.0), structure=structure, refit=llqr.Streaming())
+def _streaming(structure: str, **options: Any) -> Any:
+    """LLQR with streaming refits, all else at its defaults."""
+    return llqr.llqr(optax.sgd(1.0), structure=structure, refit=llqr.Streaming(), **options)
 
 
 _PROBE = {
@@ -150,8 +150,10 @@ _POWER_STEPS = 8  # products that estimate the largest eigenvalue
 _PROBE_PRODUCTS = 1 + _POWER_STEPS + 2 * _PROBE["steps"] * _PROBE["probes"]
 
 
-def _streaming_method(structure: str, suffix: str = "", **changes: Any) -> Method:
-    options = {"structure": structure}
+def _streaming_method(
+    structure: str, suffix: str = "", more: dict[str, Any] | None = None, **changes: Any
+) -> Method:
+    options = {"structure": structure, **(more or {})}
     return Method(f"LLQR streaming {structure}{suffix}", _streaming, 1.6e-2, options, streamed, 1.0,
                   **changes)  # fmt: skip
 
@@ -174,6 +176,7 @@ METHODS = (
     _streaming_method("kfac"),
     _streaming_method("e-kfac"),
     _streaming_method("e-kfac", ", equal gradients", equal_work=True),
+    _streaming_method("e-kfac", ", blocks of 256", {"block_size": 256}),
 )  # fmt: skip
 
 
