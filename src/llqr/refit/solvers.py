@@ -275,9 +275,7 @@ def _hager_zhang(g: PyTree, y: PyTree, d: PyTree) -> Array:
     return jnp.clip(divide(vdot(direction, g), dy), -BETA_LIMIT, BETA_LIMIT)
 
 
-def _zoom(
-    function: Callable[[Array], Array], value: Array, slope: Array, longest: Array
-) -> Array:
+def _zoom(function: Callable[[Array], Array], value: Array, slope: Array, longest: Array) -> Array:
     search = optax.scale_by_zoom_linesearch(
         LINE_SEARCH_STEPS, max_learning_rate=longest, initial_guess_strategy="one"
     )
