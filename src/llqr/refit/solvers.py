@@ -51,7 +51,7 @@ __all__ = [
 LINE_SEARCH_STEPS = 20
 BETA_LIMIT = 1e3
 BOUNDED, LONGEST = 0.1, 100.0
-"""Bounds on a searched step, by the length of the arrays: where Phi curves down along it, and ever."""
+"""Bounds on a searched step, by the length of the arrays: where Phi curves down, and ever."""
 
 
 @dataclass(frozen=True)
