@@ -27,6 +27,9 @@ The categorical metrics (ngd, reverse_kl and the Renyi family) take the last axi
 refuse outputs of one column or one axis: one logit for each row is `bernoulli`'s, which takes every
 entry of the outputs as a binary prediction of its own.
 
+`gauss_newton` is positive only where the loss is convex in the outputs; elsewhere (a contrastive
+loss on embeddings) it is indefinite, like `newton`: use some damping.
+
 `newton` and `gauss_newton` take the loss with its own reduction (usually a mean); the
 divergences are reduced over rows by `divergence_reduction`: "sum" (the papers' runs), "mean",
 or "unit" (a mean, then C divided by its largest eigenvalue: `llqr.linearize`). A sum against

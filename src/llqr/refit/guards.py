@@ -67,7 +67,7 @@ def judge(
     proposed = _choose(keep, new, old)
     before = phi.value(phi.blocks) if before is None else before
     after = phi.value(proposed)
-    decreased = after < before  # False for NaN too
+    decreased = (after < before) & jnp.isfinite(after)  # False for NaN too
     flat = phi.is_flat(proposed)
     installed = _choose([decreased & ~flat] * len(plan), proposed, old)
     status = [

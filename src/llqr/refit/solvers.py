@@ -50,6 +50,8 @@ __all__ = [
 
 LINE_SEARCH_STEPS = 20
 BETA_LIMIT = 1e3
+BOUNDED, LONGEST = 0.1, 100.0
+"""Bounds on a searched step, by the length of the arrays: where Phi curves down, and ever."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ def _nonlinear_step(
     learned: PyTree,
     state: _NonlinearState,
     beta: Callable[[PyTree, PyTree, PyTree], Array],
-    search: Callable[[Callable[[Array], Array], Array, Array], Array],
+    search: Callable[[Callable[[Array], Array], Array, Array, Array], Array],
 ) -> tuple[PyTree, _NonlinearState, Array]:
     value, g = phi.value_and_gradient(learned)
     change = jax.tree.map(jnp.subtract, g, state.gradient)
@@ -231,8 +233,11 @@ def _nonlinear_step(
     d = jax.tree.map(lambda d, x: jnp.where(downhill, d, -x), d, g)  # restart
     zero = jnp.zeros_like(value)
     _, slope, curved = phi.along(learned, d, zero)
-    # The Newton length along the line, so that the search starts near its end.
-    guess = jnp.where(curved > 0, divide(-slope, curved), 1.0)
+    # The Newton length along the line, so that the search starts near its end. Where Phi curves
+    # down there is none, and it may have no lower bound: then a step that P can follow.
+    size = divide(jnp.sqrt(vdot(learned, learned)), jnp.sqrt(vdot(d, d)), 1.0)
+    convex, short = curved > 0, BOUNDED * size
+    guess = jnp.where(convex, jnp.minimum(divide(-slope, curved), LONGEST * size), short)
     line = jax.tree.map(lambda x: (guess * x).astype(x.dtype), d)
 
     # A custom rule: the slope is known from tangent sweeps, no transpose is needed.
@@ -245,8 +250,14 @@ def _nonlinear_step(
         found, slope, _ = phi.along(learned, line, *primals)
         return found, slope * tangents[0]
 
-    t = search(along, value, (guess * slope).astype(value.dtype))
+    longest = jnp.where(convex, divide(LONGEST * size, guess, 1.0), 1.0).astype(value.dtype)
+    t = search(along, value, (guess * slope).astype(value.dtype), longest)
     t = jnp.where(jnp.isfinite(t), t, 0.0)
+    found, _, bent = phi.along(learned, line, t)
+    t = jnp.where(found < value, t, 0.0)
+    # It went past a valley that is none: Phi curves down at the end, so that nothing holds it.
+    runaway = convex & ~(bent > 0) & (t > 0)
+    t = jnp.where(runaway, jnp.minimum(t, divide(short, guess)), t)
     moved = jax.tree.map(lambda b, x: (b + t * x).astype(b.dtype), learned, line)
     return moved, _NonlinearState(g, d, jnp.array(True)), value
 
@@ -264,12 +275,17 @@ def _hager_zhang(g: PyTree, y: PyTree, d: PyTree) -> Array:
     return jnp.clip(divide(vdot(direction, g), dy), -BETA_LIMIT, BETA_LIMIT)
 
 
-def _zoom(function: Callable[[Array], Array], value: Array, slope: Array) -> Array:
-    search = optax.scale_by_zoom_linesearch(LINE_SEARCH_STEPS, initial_guess_strategy="one")
+def _zoom(function: Callable[[Array], Array], value: Array, slope: Array, longest: Array) -> Array:
+    search = optax.scale_by_zoom_linesearch(
+        LINE_SEARCH_STEPS, max_learning_rate=longest, initial_guess_strategy="one"
+    )
     return _search(search, function, value, slope)
 
 
-def _backtracking(function: Callable[[Array], Array], value: Array, slope: Array) -> Array:
+def _backtracking(
+    function: Callable[[Array], Array], value: Array, slope: Array, longest: Array
+) -> Array:
+    del longest  # it starts at the guess and goes back
     search = optax.scale_by_backtracking_linesearch(LINE_SEARCH_STEPS, decrease_factor=0.5)
     return _search(search, function, value, slope)
 
