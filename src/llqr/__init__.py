@@ -19,6 +19,7 @@ from llqr.metrics import Metric
 from llqr.objective import BoundObjective, Objective
 from llqr.refit import STATUS, Refit, RefitInfo, Streaming, StreamState
 from llqr.refit import solvers as solvers
+from llqr.sharding import state_shardings
 from llqr.sharpness import (
     Sharpness,
     SharpnessInfo,
@@ -82,5 +83,6 @@ __all__ = [
     "solvers",
     "stacked",
     "stages",
+    "state_shardings",
     "streaming",
 ]
