@@ -10,10 +10,12 @@ class RunError(Exception):
     Attributes:
       code: exit status of the process.
       title: the word before the message.
+      everywhere: whether every process of a run has it, so that one says it for all.
     """
 
     code = 1
     title = "Error"
+    everywhere = False
 
 
 class ConfigError(RunError, ValueError):
@@ -30,6 +32,15 @@ class DataError(RunError, ValueError):
 
 class TrainingError(RunError, RuntimeError):
     """Training that cannot go on."""
+
+    everywhere = True
+
+
+class LostProcess(RunError):
+    """Another process of the run is gone: this one must end at once, and waits for nothing."""
+
+    title = "Ended"
+    code = 75  # EX_TEMPFAIL: a scheduler may requeue the job
 
 
 def unknown(

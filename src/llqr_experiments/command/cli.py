@@ -24,7 +24,7 @@ from rich.table import Table
 from llqr_experiments.config.option import check, default, legal, options, spelt
 from llqr_experiments.config.options import SCHEDULERS, Config
 from llqr_experiments.config.schedulers import SCHEDULES
-from llqr_experiments.errors import ConfigError, RunError, unknown
+from llqr_experiments.errors import ConfigError, LostProcess, RunError, unknown
 from llqr_experiments.run.preemption import Interrupted
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -197,6 +197,10 @@ def execute(config: DictConfig, out_dir: Path) -> str | None:
     """
     try:
         _run(settings(config), out_dir)
+    except LostProcess as error:
+        show(error)
+        sys.stderr.flush()
+        os._exit(error.code)  # at its exit, JAX would wait for the other
     except RunError as error:
         _remove_if_empty(out_dir)
         if not _in_sweep() or isinstance(error, Interrupted):
@@ -231,6 +235,7 @@ def settings(config: DictConfig) -> Any:
 
 def _run(settings: Any, out_dir: Path) -> None:
     # Late: --help and bad options need no models.
+    from llqr_experiments import devices
     from llqr_experiments.command import plan
     from llqr_experiments.run import train
     from llqr_experiments.study import comparison, toys
@@ -244,12 +249,29 @@ def _run(settings: Any, out_dir: Path) -> None:
         plan.show(settings)
         _remove_if_empty(out_dir)
         return
+    made, wanted = out_dir, settings.distributed
+    devices.connect(wanted.coordinator, wanted.processes, wanted.index)
+    if devices.several():
+        _check_alone(settings)
+        out_dir = devices.decide(lambda: made)  # it has the time in its name
+        if made != out_dir:
+            _remove_if_empty(made)
     runner: Any = train.run
     if settings.toy.name:
         runner = toys.run
     elif settings.comparison.name:
         runner = comparison.run
     runner(settings, out_dir, command=shlex.join(["run.py", *sys.argv[1:]]))
+
+
+def _check_alone(settings: Any) -> None:
+    """Refuse what several processes cannot do together."""
+    told = "distributed.processes above 1 is for one training run"
+    for name in ("toy", "comparison"):
+        if getattr(settings, name).name:
+            raise ConfigError(f"{told}, not for {name}.name={getattr(settings, name).name}.")
+    if _in_sweep():
+        raise ConfigError(f"{told}, not for a sweep: start its runs one by one.")
 
 
 def _in_sweep() -> bool:
@@ -269,10 +291,18 @@ def stop(error: RunError) -> NoReturn:
 
 
 def show(error: RunError) -> None:
-    """Print an error."""
+    """Print an error; of one that all processes have, the first tells."""
+    who = ""
+    if "jax" in sys.modules:
+        from llqr_experiments import devices
+
+        if not devices.first():
+            if error.everywhere:
+                return
+            who = f"process {devices.index()}: "
     console = Console(stderr=True, highlight=False)
     console.print(f"{error.title}:", style="bold red", end=" ")
-    console.print(str(error), markup=False, soft_wrap=True)
+    console.print(who + str(error), markup=False, soft_wrap=True)
 
 
 def print_help() -> None:

@@ -1,5 +1,6 @@
 """What a run would do: its steps, refits, memory and cost, before anything is run."""
 
+import math
 from collections.abc import Iterable
 from contextlib import closing
 from typing import Any
@@ -15,7 +16,7 @@ from llqr_experiments.config import advice, build
 from llqr_experiments.config.options import Config
 from llqr_experiments.record.console import counts
 from llqr_experiments.run.job import Run, batches, prepare, refits_in_words
-from llqr_experiments.run.step import TrainState, init
+from llqr_experiments.run.step import TrainState, init, shardings
 from llqr_experiments.study import comparison
 from llqr_experiments.task import tasks
 
@@ -54,7 +55,7 @@ def show(config: Config) -> None:
 
 def _show_run(config: Config, console: Console) -> None:
     with tasks.wide(config):
-        _show(prepare(config), console)
+        _show(prepare(config, planned=True), console)
 
 
 def _show(job: Run, console: Console) -> None:
@@ -109,6 +110,13 @@ def _rows(job: Run, state: TrainState) -> Iterable[tuple[str, str]]:
         "memory",
         ", ".join(f"{name} {_amount(tree)}" for name, tree in _parts(state)),
     )
+    if job.layout is not None:
+        axes = " x ".join(f"{name} {size}" for name, size in job.layout.mesh.shape.items())
+        yield "devices", f"{job.layout.mesh.size}: {axes}"
+        onto = shardings(job.recipe, job.layout, state)
+        pairs = zip(_parts(state), _parts(onto), strict=True)
+        held = (f"{name} {_bytes(_held(tree, where))}" for (name, tree), (_, where) in pairs)
+        yield "per device", ", ".join(held)
     gradients = job.last * 1.0
     if ascent is not None:
         perturbed = max(job.last - ascent.method.start, 0)
@@ -216,6 +224,12 @@ def _parts(state: TrainState) -> Iterable[tuple[str, Any]]:
 
 def _amount(tree: PyTree) -> str:
     return _bytes(memory.size(tree))
+
+
+def _held(tree: PyTree, onto: PyTree) -> int:
+    """Bytes of a tree on each device."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(onto), strict=True)
+    return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in pairs)
 
 
 def _bytes(size: int) -> str:

@@ -118,6 +118,30 @@ class Logging:
 
 
 @dataclass
+class Mesh:
+    """How the devices of a run are arranged."""
+
+    data: int | None = option(
+        None, "devices along which a batch is spread; null: all that are left", low=1
+    )
+    fsdp: int = option(1, "the same, along which parameters and P are spread too", low=1)
+    tensor: int = option(1, "devices along which the columns of matrices are spread", low=1)
+
+
+@dataclass
+class Distributed:
+    """The processes of a run that has several."""
+
+    coordinator: str | None = option(
+        None, "HOST:PORT of process 0, the same for all; null: as SLURM or mpirun say"
+    )
+    processes: int | None = option(
+        None, "how many there are; null: as the launcher says, or one", low=1
+    )
+    index: int | None = option(None, "which one this is, from 0; null: as the launcher says", low=0)
+
+
+@dataclass
 class Toy:
     """A toy function instead of a training run."""
 

@@ -16,7 +16,9 @@ from llqr_experiments.config.groups import (
     Architecture,
     Comparison,
     Dataset,
+    Distributed,
     Logging,
+    Mesh,
     Toy,
     TranslationEval,
 )
@@ -50,6 +52,8 @@ class Config:
     architecture: Architecture = field(default_factory=Architecture)
     logging: Logging = field(default_factory=Logging)
     translation_eval: TranslationEval = field(default_factory=TranslationEval)
+    mesh: Mesh = field(default_factory=Mesh)
+    distributed: Distributed = field(default_factory=Distributed)
     toy: Toy = field(default_factory=Toy)
     comparison: Comparison = field(default_factory=Comparison)
     lr_scheduler: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})

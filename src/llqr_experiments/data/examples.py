@@ -17,7 +17,9 @@ import numpy as np
 from llqr_experiments.data.dataset import Dataset
 
 Batch = dict[str, np.ndarray]
-Transform = Callable[[Batch, np.random.Generator], Batch]
+Transform = Callable[..., Batch]
+"""(batch, rng) -> batch. Where processes share a batch also with `of=(rows, B)`: the batch is those
+rows of B, for all of which random numbers are drawn."""
 
 
 class Examples(Protocol):
@@ -35,11 +37,14 @@ class Examples(Protocol):
         """Return the examples `index`, (B,) integers, as evaluation sees them: always the same."""
         ...
 
-    def draw(self, index: np.ndarray, rng: np.random.Generator) -> Batch:
+    def draw(
+        self, index: np.ndarray, rng: np.random.Generator, rows: np.ndarray | None = None
+    ) -> Batch:
         """Return the examples `index`, (B,) integers, as training sees them.
 
         All randomness comes from `rng`, which must not be kept. Without augmentation it is
-        `gather`.
+        `gather`. With `rows`, only these rows of the batch are returned, as they are in the whole:
+        random numbers are drawn for all of them. Runs of one process do not ask for it.
         """
         ...
 
@@ -87,10 +92,16 @@ class Source:
         image = normalized(self.images[index], self.mean, self.std, self.scale)
         return {"image": image, "label": self.labels[index].astype(np.int32)}
 
-    def draw(self, index: np.ndarray, rng: np.random.Generator) -> Batch:
-        """Return the examples `index` as `gather` does, augmented."""
-        batch = self.gather(index)
-        return batch if self.augment is None else self.augment(batch, rng)
+    def draw(
+        self, index: np.ndarray, rng: np.random.Generator, rows: np.ndarray | None = None
+    ) -> Batch:
+        """Return the examples `index` as `gather` does, augmented; of a batch some rows."""
+        batch = self.gather(index if rows is None else index[rows])
+        if self.augment is None:
+            return batch
+        if rows is None:
+            return self.augment(batch, rng)
+        return self.augment(batch, rng, of=(rows, len(index)))
 
 
 def normalized(

@@ -11,6 +11,7 @@ import numpy as np
 from llqr_experiments import data
 from llqr_experiments.config.options import Config
 from llqr_experiments.data import translation
+from llqr_experiments.devices import WHOLE, Share
 from llqr_experiments.errors import ConfigError
 
 Totals = Mapping[str, float]
@@ -22,17 +23,18 @@ class Streams:
     """Batches of a run, each kind in an order that the seed decides.
 
     Attributes:
-      training: (config) -> endless iterator with `get_state`, `set_state` and `close`.
-      refits: (config) -> the same for refits, of its own order.
-      evaluation: (split, batch size) -> every example of a split once; "train" is one.
+      training: (config, share) -> endless iterator with `get_state`, `set_state` and `close`; of
+        every batch, the rows that belong to a share.
+      refits: (config) -> the same for refits, of its own order; whole batches.
+      evaluation: (split, batch size, share) -> every example of a split once; "train" is one.
       length: (config) -> training batches in an epoch; it need not be whole. Options that the
         data does not have are told here.
       shapes: (config) -> shapes and dtypes of a training batch.
     """
 
-    training: Callable[[Config], Any]
+    training: Callable[..., Any]
     refits: Callable[[Config], Any]
-    evaluation: Callable[[str, int], Iterator[data.Batch]]
+    evaluation: Callable[..., Iterator[data.Batch]]
     length: Callable[[Config], float]
     shapes: Callable[[Config], dict[str, jax.ShapeDtypeStruct]]
 
@@ -111,7 +113,7 @@ def example_streams(splits: Mapping[str, data.Examples]) -> Streams:
     train = splits["train"]
     examples = lambda config: config.batch_size * config.grad_acc_steps  # noqa: E731
 
-    def training(config: Config) -> Any:
+    def training(config: Config, share: Share = WHOLE) -> Any:
         return data.train_stream(
             train,
             batch_size=examples(config),
@@ -119,14 +121,15 @@ def example_streams(splits: Mapping[str, data.Examples]) -> Streams:
             partial=cast(data.Partial, config.partial_batch),
             seed=config.rng_seed,
             num_threads=config.data_threads,
+            share=share,
         )
 
     def refits(config: Config) -> Any:
         size, seed = config.precond_batch_size, config.rng_seed
         return data.refit_stream(train, batch_size=size, seed=seed, num_threads=0)
 
-    def evaluation(split: str, size: int) -> Iterator[data.Batch]:
-        return data.evaluation_batches(splits[split], size)
+    def evaluation(split: str, size: int, share: Share = WHOLE) -> Iterator[data.Batch]:
+        return data.evaluation_batches(splits[split], size, share=share)
 
     def length(config: Config) -> float:
         partial = cast(data.Partial, config.partial_batch)
@@ -155,9 +158,9 @@ def pair_streams(found: translation.Translation, coverage: float) -> Streams:
                     f"leave it at {plain} (dataset.max_tokens is the size of a batch)."
                 )
 
-    def training(config: Config) -> Any:
+    def training(config: Config, share: Share = WHOLE) -> Any:
         return translation.train_stream(
-            train, bucketing, seed=config.rng_seed, num_threads=config.data_threads
+            train, bucketing, seed=config.rng_seed, num_threads=config.data_threads, share=share
         )
 
     def refits(config: Config) -> Any:
@@ -169,11 +172,12 @@ def pair_streams(found: translation.Translation, coverage: float) -> Streams:
             coverage=coverage,
         )
 
-    def evaluation(split: str, size: int) -> Iterator[data.Batch]:
+    def evaluation(split: str, size: int, share: Share = WHOLE) -> Iterator[data.Batch]:
         for batch in translation.evaluation_batches(
             getattr(found, split), bucketing, batch_size=size
         ):
-            yield {name: batch[name] for name in ("source", "target_in", "label")}
+            rows = slice(None) if share.whole else share.rows(size)
+            yield {name: batch[name][rows] for name in ("source", "target_in", "label")}
 
     def length(config: Config) -> float:
         check(config)

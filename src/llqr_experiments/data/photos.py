@@ -64,15 +64,19 @@ class Photos:
             images[row] = images[seen] if seen < row else self._view(i, SIDES[0], (middle, middle))
         return self._batch(index, images)
 
-    def draw(self, index: np.ndarray, rng: np.random.Generator) -> Batch:
-        """Return crops of the images `index`, (B,) integers, each at random."""
+    def draw(
+        self, index: np.ndarray, rng: np.random.Generator, rows: np.ndarray | None = None
+    ) -> Batch:
+        """Return crops of the images `index`, (B,) integers, each at random; or of some rows."""
+        held = slice(None) if rows is None else rows
         if not self.augment:
-            return self.gather(index)
+            return self.gather(index[held])
         count = len(index)
         sides = np.where(rng.random(count) < 0.5, *SIDES)
         corners = rng.integers(0, sides[:, None] - CROP + 1, (count, 2))
         flipped = rng.random(count) < 0.5
-        images = np.empty((count, CROP, CROP, 3), np.float32)
+        index, sides, corners, flipped = (x[held] for x in (index, sides, corners, flipped))
+        images = np.empty((len(index), CROP, CROP, 3), np.float32)
         for row, i in enumerate(index):
             image = self._view(i, sides[row], corners[row])
             images[row] = image[:, ::-1] if flipped[row] else image

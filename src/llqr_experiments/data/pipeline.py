@@ -18,6 +18,7 @@ import numpy as np
 
 from llqr_experiments.data.examples import Batch, Examples
 from llqr_experiments.data.order import Order, Partial, batches_per_epoch
+from llqr_experiments.devices import WHOLE, Share
 from llqr_experiments.errors import DataError
 
 # Keys of the seeds derived from a stream's seed. An epoch's key is a single small integer, so a
@@ -63,6 +64,7 @@ def train_stream(
     partial: Partial = "straddle",
     num_threads: int = 2,
     prefetch: int | None = None,
+    share: Share = WHOLE,
 ) -> grain.DatasetIterator[Batch]:
     """Return an endless stream of shuffled batches, each of B rows.
 
@@ -85,6 +87,8 @@ def train_stream(
       num_threads: worker threads that prepare batches ahead of time; 0 prepares each on demand.
       prefetch: number of batches kept ready; None: two for each thread, since those of large
         images take hundreds of megabytes.
+      share: of every batch, the rows that this process fetches: the same as they are in the
+        whole, whose random numbers are all drawn. The stream's state is that of the whole.
 
     Returns:
       An iterator of batches of the source, and for "pad" in every batch "mask": (B,) bool, False
@@ -106,7 +110,7 @@ def train_stream(
     # Not grain's own `shuffle`, which walks the cycles of a cipher: 4 us per example for n =
     # 60,000, 320 us for n = 100. A permutation per epoch and a slice per batch cost below 1 us.
     order = Order(len(source), batch_size, seed, overlap, partial)
-    draw = functools.partial(_draw_filled, source, batch_size) if partial == "pad" else source.draw
+    draw = functools.partial(_draw, source, batch_size, partial == "pad", share)
     batches = (
         grain.MapDataset.range(sys.maxsize // batch_size)
         .map(order.batch)
@@ -161,7 +165,7 @@ def refit_seed(seed: int) -> int:
 
 
 def evaluation_batches(
-    source: Examples, batch_size: int, *, num_threads: int = 2
+    source: Examples, batch_size: int, *, num_threads: int = 2, share: Share = WHOLE
 ) -> Iterator[Batch]:
     """Return every example once, in order, in batches of B rows.
 
@@ -172,6 +176,7 @@ def evaluation_batches(
       source: n examples.
       batch_size: B, at least 1.
       num_threads: worker threads that prepare batches ahead of time; 0 prepares each on demand.
+      share: as for `train_stream`.
 
     Returns:
       An iterator of ceil(n / B) batches of the source, and with "mask": (B,) bool, False for the
@@ -183,27 +188,39 @@ def evaluation_batches(
     """
     # Checked here and not in the generator, which would run only at the first batch.
     _check(source, batch_size)
-    return _in_order(source, batch_size, num_threads)
+    return _in_order(source, batch_size, num_threads, share)
 
 
-def _in_order(source: Examples, batch_size: int, num_threads: int) -> Iterator[Batch]:
+def _in_order(source: Examples, batch_size: int, num_threads: int, share: Share) -> Iterator[Batch]:
     n = len(source)
+    rows = slice(None) if share.whole else share.rows(batch_size)
 
     def gather(start: int) -> Batch:
         index, mask = _filled(np.arange(start, min(start + batch_size, n)), batch_size)
-        return _masked(source.gather(index), mask)
+        return _masked(source.gather(index[rows]), mask[rows])
 
     batches = grain.MapDataset.range(0, n, batch_size).map(gather)
     with closing(iter(batches.to_iter_dataset(_read_options(num_threads, None)))) as iterator:
         yield from iterator
 
 
-def _draw_filled(
-    source: Examples, batch_size: int, index: np.ndarray, rng: np.random.Generator
+def _draw(
+    source: Examples,
+    batch_size: int,
+    fill: bool,
+    share: Share,
+    index: np.ndarray,
+    rng: np.random.Generator,
 ) -> Batch:
-    """Return the examples `index`, (B,) or fewer, filled up, as training sees them."""
-    index, mask = _filled(index, batch_size)
-    return _masked(source.draw(index, rng), mask)
+    """Return the examples `index`, as training sees them; (B,) or, where they are filled, fewer."""
+    index, mask = _filled(index, batch_size) if fill else (index, None)
+    if share.whole:
+        batch = source.draw(index, rng)
+    else:
+        rows = share.rows(batch_size)
+        batch = source.draw(index, rng, rows)
+        mask = None if mask is None else mask[rows]
+    return batch if mask is None else _masked(batch, mask)
 
 
 def _filled(index: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

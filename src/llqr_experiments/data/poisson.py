@@ -40,10 +40,12 @@ class Rows:
         """Return "x" and "operator", (B, 2), and "label", (B,): all float64."""
         return {"x": self.x[index], "operator": self.operator[index], "label": self.label[index]}
 
-    def draw(self, index: np.ndarray, rng: np.random.Generator) -> Batch:
+    def draw(
+        self, index: np.ndarray, rng: np.random.Generator, rows: np.ndarray | None = None
+    ) -> Batch:
         """Return the rows `index`: nothing is random."""
         del rng
-        return self.gather(index)
+        return self.gather(index if rows is None else index[rows])
 
 
 def solution(x: np.ndarray) -> np.ndarray:

@@ -178,13 +178,16 @@ def cifar_augmentation(
     # In float32 and in this order, as `examples.normalized` does it, so that it is the same number.
     black = (np.float32(0) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
-    def augment(batch: Batch, rng: np.random.Generator) -> Batch:
+    def augment(
+        batch: Batch, rng: np.random.Generator, of: tuple[np.ndarray, int] | None = None
+    ) -> Batch:
         images = batch["image"]
-        count, height, width = images.shape[:3]
-        offsets = rng.integers(0, 2 * pad + 1, (count, 2))
-        flipped = rng.random(count) < 0.5
-        cut = rng.random(count) < 0.5
-        centres = rng.integers(0, (height, width), (count, 2))
+        held, height, width = images.shape[:3]
+        rows, count = (slice(None), held) if of is None else of
+        offsets = rng.integers(0, 2 * pad + 1, (count, 2))[rows]
+        flipped = (rng.random(count) < 0.5)[rows]
+        cut = (rng.random(count) < 0.5)[rows]
+        centres = rng.integers(0, (height, width), (count, 2))[rows]
         images = _crop_and_flip(images, offsets, flipped, pad)
         hole = _squares(centres, cutout, height, width) & cut[:, None, None]
         return {**batch, "image": np.where(hole[..., None], black, images)}

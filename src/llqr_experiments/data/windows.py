@@ -70,7 +70,9 @@ class Windows:
             "label": np.where(exists, found, IGNORE)[:, 1:],
         }
 
-    def draw(self, index: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def draw(
+        self, index: np.ndarray, rng: np.random.Generator, rows: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """Return what `gather` does: nothing about these examples is random."""
         del rng
-        return self.gather(index)
+        return self.gather(index if rows is None else index[rows])

@@ -24,8 +24,10 @@ from llqr_experiments.record.trackers import Aim, Jsonl, TensorBoard, Trackers
 
 INCIDENTAL = (
     "logging", "report_freq", "checkpoint_freq", "checkpoint_keep", "data_threads", "resume",
+    "mesh", "distributed",
 )  # fmt: skip
-"""Options that may differ when a run goes on in its folder: they do not change its numbers."""
+"""Options that may differ when a run goes on in its folder: they do not change its numbers (other
+devices round them differently)."""
 
 
 FILES = ("config.yaml", "meta.json", "metrics.jsonl")

@@ -4,8 +4,9 @@
   <run>/checkpoints/best/<step>      the one with the best evaluation
   <run>/checkpoints/damaged/<step>   set aside because it could not be read
 
-Written by orbax, in the background: a folder gets its name when it is complete. The checksum of
-every array is kept beside it, because a file that is cut off or altered can still be read.
+Written by orbax, in the background: a folder gets its name when it is complete. An array that is
+spread over devices is written by those who hold it, and read onto any number of them. The checksum
+of every piece is kept beside it, because a file that is cut off or altered can still be read.
 """
 
 import errno
@@ -29,10 +30,11 @@ import numpy as np
 from rich.markup import escape
 
 from llqr._tree import leaf_names
+from llqr_experiments import devices
 from llqr_experiments.errors import ConfigError, DataError
 
-FORMAT = 1
-"""Of the layout below; a newer one is refused."""
+FORMAT = 2
+"""Of the layout below; a newer one is refused. In format 1, an array had one checksum."""
 
 LATEST, BEST, DAMAGED = "latest", "best", "damaged"
 
@@ -82,10 +84,11 @@ class Checkpoints:
             **deepcopy(meta),
             "format": FORMAT,
             "step": step,
-            "checksums": {name: _checksum(array) for name, array in arrays.items()},
+            "checksums": _checksums(arrays),
         }
         try:
-            _check_space(self.folder, sum(array.nbytes for array in arrays.values()))
+            size = sum(array.nbytes for array in arrays.values())
+            devices.decide(lambda: _check_space(self.folder, size))
             manager = self._manager(kind)
             if step in manager.all_steps():
                 return
@@ -121,7 +124,7 @@ class Checkpoints:
         One that is not is reported, set aside, and the one before is tried.
 
         Args:
-          like: pytree with the structure, shapes and dtypes of the state.
+          like: pytree with the structure, shapes, dtypes and shardings of the state.
           kind: `LATEST` or `BEST`.
           own: False leaves damaged ones where they are.
 
@@ -180,6 +183,8 @@ def newest_whole(
 ) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
     """Return step, arrays and facts of the newest checkpoint that is whole; None: there is none.
 
+    Where a run has several processes, the first one finds it, and the others read the same.
+
     Args:
       folder: of checkpoints.
       say: prints a line for the user: those that are damaged are reported.
@@ -189,6 +194,22 @@ def newest_whole(
     Raises:
       ConfigError: it is of a newer format.
     """
+    found = None
+
+    def look() -> int | None:
+        nonlocal found
+        found = _newest_whole(folder, say, kind, aside)
+        return None if found is None else found[0]
+
+    step = devices.decide(look)
+    if step is None or found is not None:
+        return found
+    return step, *read(folder, step, kind)
+
+
+def _newest_whole(
+    folder: Path, say: Callable[[str], None], kind: str, aside: bool
+) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
     for step in reversed(steps(folder, kind)):
         try:
             return step, *read(folder, step, kind)
@@ -215,7 +236,7 @@ def steps(folder: Path, kind: str = LATEST) -> list[int]:
 def read(
     folder: Path, step: int, kind: str = LATEST
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return arrays by name and the facts of one checkpoint.
+    """Return arrays by name and the facts of one checkpoint, on the host and whole.
 
     Raises:
       ConfigError: it is of a newer format.
@@ -223,21 +244,25 @@ def read(
     """
     import orbax.checkpoint as ocp
 
-    path = (folder / kind / str(step)).absolute()
-    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    path, me = (folder / kind / str(step)).absolute(), jax.process_index()
+    # Every process for itself: it waits for no other.
+    alone = ocp.options.MultiprocessingOptions(me, {me}, f"reader{me}")
+    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
     meta = reader.restore(path, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]  # type: ignore[call-arg]
     if meta["format"] > FORMAT:
         raise ConfigError(
             f"{path} has format {meta['format']}, and this version of llqr reads up to {FORMAT}."
         )
-    found = reader.restore(path, ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]  # type: ignore[call-arg]
+    checksums = meta["checksums"]
+    onto = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in checksums}
+    items = {"state": ocp.args.PyTreeRestore(restore_args=onto)}  # type: ignore[call-arg]
+    found = reader.restore(path, ocp.args.Composite(**items))["state"]
     reader.close()
     arrays = {name: np.asarray(array) for name, array in found.items()}
-    if set(arrays) != set(meta["checksums"]):
+    if set(arrays) != set(checksums):
         raise DataError("arrays are missing.")
     for name, array in arrays.items():
-        if _checksum(array) != meta["checksums"][name]:
-            raise DataError(f"{name} is not what was written.")
+        _check_pieces(name, array, checksums[name])
     return {_today(name): array for name, array in arrays.items()}, meta
 
 
@@ -285,7 +310,8 @@ def load_fields(
                 f"{folder} is of another model: {name} is {have or 'not there'}, and "
                 f"{jnp.shape(leaf)} here."
             )
-    return treedef.unflatten([jnp.asarray(found[name]) for name in wanted]), step
+    placed = [_like(found[name], leaf) for name, leaf in zip(wanted, leaves, strict=True)]
+    return treedef.unflatten(placed), step
 
 
 def find(run: Path) -> Path:
@@ -300,11 +326,21 @@ def find(run: Path) -> Path:
     raise ConfigError(f"{run} holds no checkpoint: give the folder of a run that has written one.")
 
 
-def _flat(state: Any) -> dict[str, np.ndarray]:
-    """Copies of all leaves, by a name that tells its place: later steps reuse the buffers."""
-    leaves = jax.device_get(jax.tree.leaves(state))
+def _flat(state: Any) -> dict[str, Any]:
+    """Copies of all leaves, by a name that tells its place: later steps reuse the buffers.
+
+    What is spread over devices stays so; the rest is on the host.
+    """
+    spread = [
+        isinstance(leaf, jax.Array) and not leaf.is_fully_replicated
+        for leaf in jax.tree.leaves(state)
+    ]
+    leaves = zip(jax.tree.leaves(state), spread, strict=True)
+    host = iter(jax.device_get([leaf for leaf, kept in leaves if not kept]))
+    leaves = zip(_names(state), jax.tree.leaves(state), spread, strict=True)
     return {
-        name: np.array(leaf, copy=True) for name, leaf in zip(_names(state), leaves, strict=True)
+        name: jnp.copy(leaf) if kept else np.array(next(host), copy=True)
+        for name, leaf, kept in leaves
     }
 
 
@@ -330,7 +366,61 @@ def _unflat(arrays: dict[str, np.ndarray], like: Any) -> Any:
                 f"the checkpoint is of another model or optimizer: {name!r} is "
                 f"{have.dtype}{list(have.shape)} there, {want[1]}{list(want[0])} here."
             )
-    return treedef.unflatten([jnp.asarray(arrays[name]) for name in names])
+    return treedef.unflatten(
+        [_like(arrays[name], leaf) for name, leaf in zip(names, leaves, strict=True)]
+    )
+
+
+def _like(array: np.ndarray, leaf: Any) -> jax.Array:
+    """An array where `leaf` lies."""
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return jnp.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+Pieces = dict[str, int]
+"""Checksums of an array, by the pieces in which it was written: "0:4,8:16"."""
+
+
+def _checksums(arrays: dict[str, Any]) -> dict[str, Pieces]:
+    """The checksum of every piece of every array; each is taken by a process that holds it."""
+    mine: dict[str, Pieces] = {}
+    for name, array in arrays.items():
+        pieces = [(np.s_[()], array)] if isinstance(array, np.ndarray) else [
+            (shard.index, np.asarray(shard.data))
+            for shard in array.addressable_shards
+            if shard.replica_id == 0
+        ]  # fmt: skip
+        mine[name] = {_place(index, array.shape): _checksum(piece) for index, piece in pieces}
+    found: dict[str, Pieces] = {name: {} for name in arrays}
+    for theirs in devices.gather(mine):
+        for name, pieces in theirs.items():
+            found[name] |= pieces
+    return found
+
+
+def _place(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
+    """A piece of an array in words."""
+    whole = [slice(None)] * (len(shape) - len(index))
+    ranges = [s.indices(n) for s, n in zip((*index, *whole), shape, strict=True)]
+    return ",".join(f"{start}:{stop}" for start, stop, _ in ranges)
+
+
+def _check_pieces(name: str, array: np.ndarray, expected: Pieces | int) -> None:
+    """Raise DataError if a piece of an array is not what was written, or none is known of it."""
+    if isinstance(expected, int):  # format 1
+        expected = {_place((), array.shape): expected}
+    known = 0
+    for place, checksum in expected.items():
+        ends = [part.split(":") for part in place.split(",") if part]
+        piece = array[tuple(slice(int(start), int(stop)) for start, stop in ends)]
+        known += piece.size
+        if _checksum(piece) != checksum:
+            where = "" if len(expected) == 1 else f", in its part {place},"
+            raise DataError(f"{name}{where} is not what was written.")
+    if known != array.size:
+        raise DataError(f"{name}: not all of it has a checksum.")
 
 
 def _checksum(array: np.ndarray) -> int:

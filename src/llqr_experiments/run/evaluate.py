@@ -13,6 +13,7 @@ import numpy as np
 import llqr
 from llqr._types import Array, Params
 from llqr_experiments import data
+from llqr_experiments.devices import Layout
 from llqr_experiments.task.tasks import STATISTICS, examples, keep, measure, sums_of
 
 BINS, RESERVOIR = 50, 200_000
@@ -61,6 +62,7 @@ def evaluate(
     batches: Iterable[data.Batch],
     histograms: Histograms | None = None,
     name: str = "test",
+    layout: Layout | None = None,
 ) -> dict[str, float]:
     """Return the sums of `tasks.measure` over a whole split.
 
@@ -70,14 +72,20 @@ def evaluate(
       batches: of the split, all of one shape or of a few.
       histograms: where to add p(correct) and loss of every example; None: nowhere.
       name: of the split, in the histograms.
+      layout: over devices: batches are of the rows that this process holds; None: one device.
     """
     params, statistics = model
     totals: dict[str, Array] = {}
     for batch in batches:
-        totals = totals or {key: jnp.zeros(()) for key in sums_of(batch)}
+        if not totals:
+            totals = {key: jnp.zeros(()) for key in sums_of(batch)}
+            totals = layout.place(totals, layout.everywhere) if layout else totals
+        batch = layout.join(batch) if layout else batch
         batch = {**batch, STATISTICS: statistics}
         totals = _accumulate(objective.forward, params, totals, batch)
         if histograms is not None:
-            for key, values in _examples(objective.forward, params, batch).items():
-                histograms.add(f"{name}/{key}_hist", np.asarray(values)[np.asarray(keep(batch))])
+            kept, found = keep(batch), _examples(objective.forward, params, batch)
+            kept, found = layout.whole((kept, found)) if layout else (kept, found)
+            for key, values in found.items():
+                histograms.add(f"{name}/{key}_hist", np.asarray(values)[np.asarray(kept)])
     return {key: float(total) for key, total in totals.items()}

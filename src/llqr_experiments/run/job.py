@@ -4,17 +4,19 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
 import llqr
-from llqr_experiments import capacity, data
+from llqr_experiments import capacity, data, devices
 from llqr_experiments.config import build
 from llqr_experiments.config.option import become
 from llqr_experiments.config.options import Config
 from llqr_experiments.data import kinds
 from llqr_experiments.data.kinds import KINDS
 from llqr_experiments.data.material import Material
+from llqr_experiments.devices import WHOLE, Layout, Share
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.run.checkpoint import find
 from llqr_experiments.run.goal import Goal, goal
@@ -34,6 +36,7 @@ class Run:
       refit_steps: steps before which P is refitted.
       blocks: of the preconditioner; None without one.
       goal: what the best checkpoint is best in.
+      layout: over devices; None: there is one.
     """
 
     config: Config
@@ -43,6 +46,28 @@ class Run:
     refit_steps: frozenset[int]
     blocks: llqr.Description | None
     goal: Goal
+    layout: Layout | None = None
+
+    @property
+    def share(self) -> Share:
+        """Which rows of a batch this process fetches."""
+        return self.layout.share if self.layout else WHOLE
+
+    def join(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch over all devices, of which this process has fetched its share."""
+        return self.layout.join(batch) if self.layout else batch
+
+    def put(self, batch: dict[str, Any], axis: int = 0) -> dict[str, Any]:
+        """Return a batch over all devices that every process has fetched as a whole."""
+        return self.layout.put(batch, axis) if self.layout else batch
+
+    def whole(self, tree: Any) -> Any:
+        """Return arrays that every process can read."""
+        return self.layout.whole(tree) if self.layout else tree
+
+    def multiple(self, rows: int) -> int:
+        """Return the next number of rows that divide over the devices."""
+        return -(-rows // self.share.parts) * self.share.parts
 
     @property
     def last(self) -> int:
@@ -50,15 +75,22 @@ class Run:
         return self.horizon.total_steps - 1
 
 
-def prepare(config: Config) -> Run:
+def prepare(config: Config, *, planned: bool = False) -> Run:
     """Load the data and build everything that stays the same.
+
+    Args:
+      config: validated options.
+      planned: whether the devices need not be there.
 
     Raises:
       ConfigError: an illegal option.
       DataError: the data cannot be used.
     """
     check(config)
-    made = kinds.make(config.dataset)
+    layout = devices.layout(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, planned=planned)
+    _check_rows(config, layout)
+    # The first process may have to download, for all of them.
+    made = devices.one_by_one(lambda: kinds.make(config.dataset))
     horizon = _horizon(config, made)
     task = tasks.build(config, made)
     recipe = Recipe(
@@ -74,7 +106,23 @@ def prepare(config: Config) -> Run:
         capacity.check(size * (count or 0), f"{name}={count}: as many times the parameters")
     refits = build.refit_steps(config, horizon)
     blocks = llqr.describe(recipe.tx, task.params) if config.use_preconditioner else None
-    return Run(config, task, recipe, horizon, refits, blocks, goal(config, task.material))
+    best = goal(config, task.material)
+    return Run(config, task, recipe, horizon, refits, blocks, best, layout)
+
+
+def _check_rows(config: Config, layout: Layout | None) -> None:
+    """Raise ConfigError where a batch of one shape does not divide over the devices."""
+    kind = kinds.of(config.dataset.name)
+    if layout is None or kind is None or kind.decoded:
+        return
+    groups = config.sam_groups if config.sam_mode else 1
+    if config.batch_size % (groups * layout.parts):
+        told = f" in sam_groups={groups}" if groups > 1 else ""
+        raise ConfigError(
+            f"batch_size={config.batch_size}{told} does not divide over {layout.parts} devices "
+            f"(mesh.data x mesh.fsdp): give a multiple of {groups * layout.parts}, or fewer "
+            "devices by mesh.data."
+        )
 
 
 def check(config: Config) -> None:

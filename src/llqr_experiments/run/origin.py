@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llqr_experiments import devices
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.record import run_folder
 from llqr_experiments.record.lock import ELSEWHERE
 from llqr_experiments.run.checkpoint import Checkpoint, Checkpoints, find, load_fields
 from llqr_experiments.run.job import Run
-from llqr_experiments.run.step import TrainState, init
+from llqr_experiments.run.step import TrainState, begin
 
 Say = Callable[[str], None]
 """Prints a line for the user."""
@@ -62,13 +63,13 @@ def origin(job: Run, entered: bool, out_dir: Path, checkpoints: Checkpoints, say
       ConfigError: there is nothing to go on with, or it is not this run's.
     """
     config, found = job.config, None
-    new = init(job.recipe, job.task.params, job.task.statistics)
+    new = begin(job.recipe, job.task.params, job.task.statistics, job.layout)
     if entered or config.preempt_handling:
         found = interrupted(job, new, checkpoints)
     if found is None and config.resume:
         found = resumed(job, new, say)
     if found is None and entered:
-        _refuse_finished(out_dir)
+        devices.decide(lambda: _refuse_finished(out_dir))
     if found is None and config.init_from:
         found = initialised(job, new, say)
     if found is None:

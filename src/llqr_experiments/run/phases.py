@@ -11,6 +11,7 @@ from rich.markup import escape
 
 import llqr
 from llqr._types import Array, Params, PyTree
+from llqr_experiments import devices
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.record import insight, measures
 from llqr_experiments.record.translations import FILE, append
@@ -32,6 +33,9 @@ def refit(job: Run, session: Session, training: dict[str, Any], desk: Desk) -> N
     with clock.phase("refit"):
         batch, objective = refit_objective(job, session.refits, state.statistics)
         opt_state = llqr.refresh(job.recipe.tx, state.opt_state, state.params, objective)
+        if job.layout is not None:  # whatever the refit has made of it
+            onto = jax.tree.map(lambda x: x.sharding, state.opt_state)
+            opt_state = jax.device_put(opt_state, onto)
         jax.block_until_ready(opt_state)
     seconds = clock.seconds["refit"] - before
     with clock.phase("insight"):
@@ -55,6 +59,8 @@ def refit_objective(
         more = [next(refits) for _ in range(steps - 1)]
         seen = jax.tree.map(lambda *leaves: np.stack(leaves), batch, *more)
         statistics = jax.tree.map(lambda x: np.stack([x] * steps), statistics)
+        statistics = job.put(statistics, axis=1) if job.layout else statistics
+    batch, seen = job.put(batch), job.put(seen, int(seen is not batch))
     return batch, tasks.bound(job.task, seen, statistics)
 
 
@@ -69,16 +75,16 @@ def evaluation(job: Run, session: Session, desk: Desk) -> dict[str, float]:
     check_health(job, session.state, desk)
     histograms = Histograms() if config.record_histograms else None
     with desk.clock.phase("evaluation"):
-        made, size = job.task.material, config.eval_batch_size or config.batch_size
+        made, size = job.task.material, job.multiple(config.eval_batch_size or config.batch_size)
         splits = {name: name for name in made.evaluated}
         splits |= {"train_eval": "train"} if config.add_train_eval else {}
         model = session.state.params, session.state.statistics
         found = {}
         for name, split in splits.items():
-            batches = made.streams.evaluation(split, size)
-            totals = evaluate(job.task.objective, model, batches, histograms, name)
+            batches = made.streams.evaluation(split, size, job.share)
+            totals = evaluate(job.task.objective, model, batches, histograms, name, job.layout)
             found |= made.rates(name, totals)
-    if histograms is not None:
+    if histograms is not None and devices.first():
         try:
             histograms.write(desk.out_dir / HISTOGRAMS, step)
         except (OSError, ValueError) as error:  # a full disk; losses that are not finite
@@ -173,6 +179,7 @@ def _translate(
             batch_size=config.eval_batch_size or 128,
             most=most,
             follow=follow,
+            layout=job.layout,
         )
     say(
         f"step {step:>6}   {split} BLEU [bold]{found.bleu.score:.2f}[/] on {found.examples:,} "
@@ -182,6 +189,8 @@ def _translate(
         say(f"{'':>14}source      {escape(sample.source)}")
         say(f"{'':>14}translation {escape(sample.hypothesis)}")
         say(f"{'':>14}reference   {escape(sample.reference)}")
+    if not devices.first():
+        return found
     try:
         path, bleu = desk.out_dir / FILE, found.bleu
         append(path, step, split, bleu.score, bleu.signature, found.samples)
@@ -213,6 +222,7 @@ def sharpness(state: TrainState) -> dict[str, float]:
 def quality(job: Run, state: TrainState, step: int, desk: Desk) -> llqr.Quality:
     """Compare the steps of `config.quality` with the exact one, on the first refit batch."""
     config, batch = job.config, next(job.task.material.streams.refits(job.config))
+    batch, state = job.put(batch), state._replace(params=job.whole(state.params))
     with desk.clock.phase("quality"):
         found = insight.measure(config, _bound(job, batch, state), state.params)
     desk.display.say(f"\nstep {step:>6}   steps compared with the exact one\n{found}\n")

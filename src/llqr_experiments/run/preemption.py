@@ -20,6 +20,7 @@ class Interrupted(RunError):
     """A signal ended the run, and everything is saved: run the same command again to go on."""
 
     title = "Interrupted"
+    everywhere = True
     code = 75  # EX_TEMPFAIL: a scheduler may requeue the job
 
 

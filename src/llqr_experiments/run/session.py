@@ -6,11 +6,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import jax
 
 from llqr._tree import leaf_names
+from llqr_experiments import devices
 from llqr_experiments.config.options import Config
 from llqr_experiments.errors import TrainingError
 from llqr_experiments.files import write
@@ -57,6 +59,7 @@ class Desk:
       checkpoints: of the run.
       interrupts: signals that ask the run to end.
       out_dir: the run's folder.
+      common: what any of the run's processes asks for.
     """
 
     display: Display
@@ -65,6 +68,7 @@ class Desk:
     checkpoints: Checkpoints
     interrupts: Interrupts
     out_dir: Path
+    common: devices.Common = field(default_factory=devices.Common)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record values."""
@@ -90,7 +94,7 @@ def begin(job: Run, origin: Origin, out_dir: Path, say: Callable[[str], None]) -
       say: prints a line for the user.
     """
     config, meta, streams = job.config, origin.meta, job.task.material.streams
-    training, refits = streams.training(config), streams.refits(config)
+    training, refits = streams.training(config, job.share), streams.refits(config)
     session = Session(origin.state, origin.step, training, refits)
     if not meta:
         return session
@@ -100,7 +104,7 @@ def begin(job: Run, origin: Origin, out_dir: Path, say: Callable[[str], None]) -
         session.refits.set_state(meta["refits"])
     else:
         say("[yellow]warning:[/] the options of the data are others: the streams start anew\n")
-    if origin.own:
+    if origin.own and devices.first():
         for name in (HISTOGRAMS, translations.FILE):
             _forget(out_dir / name, origin.step)
     return session
@@ -139,13 +143,13 @@ def _forget(path: Path, step: int) -> None:
 def checkpoint(job: Run, session: Session, desk: Desk) -> None:
     """Write a checkpoint if one is due; end the run if a signal asks for it."""
     step, every = session.step, job.config.checkpoint_freq
-    signal, checkpoints = desk.interrupts.requested, desk.checkpoints
+    signal, checkpoints = desk.common.any(desk.interrupts.requested or 0), desk.checkpoints
     due = step == job.last or (step > 0 and step % (every or 1) == 0)
     if every and (due or signal):
         check_health(job, session.state, desk)
         with desk.clock.phase("checkpoint"):
             checkpoints.save(step, session.state, _meta(job, session, desk))
-    if signal is None:
+    if not signal:
         return
     checkpoints.wait()
     saved = "Nothing is saved of it."
@@ -154,7 +158,7 @@ def checkpoint(job: Run, session: Session, desk: Desk) -> None:
             f"It is saved up to step {checkpoints.newest}; the same command for the folder "
             f"{desk.out_dir} goes on from there."
         )
-    raise Interrupted(f"{signal.name} ended the run at step {step}. {saved}")
+    raise Interrupted(f"{Signals(signal).name} ended the run at step {step}. {saved}")
 
 
 def keep_best(job: Run, session: Session, found: dict[str, float], desk: Desk) -> None:

@@ -13,6 +13,7 @@ import llqr
 from llqr._tree import norm, normal_like
 from llqr._types import Array, Int, Params
 from llqr_experiments.config import build
+from llqr_experiments.devices import Layout
 from llqr_experiments.task.tasks import KEY, STATISTICS, Carry
 
 
@@ -68,6 +69,52 @@ def init(recipe: Recipe, params: Params, statistics: Any = ()) -> TrainState:
     health = Health(count(-1), count(-1), count(0))
     state = TrainState(count(0), params, recipe.tx.init(params), statistics, sharpness, health)
     return jax.tree.map(jnp.array, state)  # steps donate their state
+
+
+def begin(recipe: Recipe, params: Params, statistics: Any, layout: Layout | None) -> TrainState:
+    """Return the state before the first step, on the devices of a run.
+
+    Args:
+      recipe: of the steps.
+      params: on one device or on the host, the same in all processes.
+      statistics: as the parameters.
+      layout: over devices; None: one.
+    """
+    if layout is None:
+        return init(recipe, params, statistics)
+    start, model = partial(init, recipe), layout.place((params, statistics), layout.everywhere)
+    onto = shardings(recipe, layout, jax.eval_shape(start, *model))
+    return jax.jit(start, out_shardings=onto)(*model)
+
+
+def shardings(recipe: Recipe, layout: Layout, state: TrainState) -> TrainState:
+    """Return where every array of a state lies: what belongs to a parameter, like the parameter.
+
+    Args:
+      recipe: of the steps.
+      layout: over devices.
+      state: its arrays, or their shapes.
+    """
+    params = jax.tree.map(lambda x: layout.parameter(x.shape), state.params)
+    known = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state.params, params
+    )
+    alike = lambda x: jax.tree.structure(x) == jax.tree.structure(params)  # noqa: E731
+
+    def rest(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: params if alike(x) else layout.everywhere, tree, is_leaf=alike
+        )
+
+    opt_state = llqr.state_shardings(recipe.tx, known)
+    return TrainState(
+        rest(state.step),
+        params,
+        opt_state,
+        jax.tree.map(lambda _: layout.everywhere, state.statistics),
+        rest(state.sharpness),
+        rest(state.health),
+    )
 
 
 def _no_loss(params: Params) -> Array:

@@ -1,7 +1,7 @@
 """A run, from config to plots: a loop of named phases that can stop at any step and go on."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,17 +10,19 @@ import jax
 
 import llqr
 from llqr._types import Array, Params
+from llqr_experiments import devices
 from llqr_experiments.config import advice, build
 from llqr_experiments.config.options import Config
 from llqr_experiments.record import insight, lock, plots, run_folder
 from llqr_experiments.record.clock import Clock
 from llqr_experiments.record.console import Display, counts, shown
+from llqr_experiments.record.trackers import Trackers
 from llqr_experiments.run import phases
 from llqr_experiments.run.job import Run, batches, prepare, refits_in_words, title
 from llqr_experiments.run.origin import origin
 from llqr_experiments.run.preemption import Interrupts
 from llqr_experiments.run.session import Desk, Session, begin, checkpoint, checkpoints_of
-from llqr_experiments.run.step import Recipe, TrainState, advance
+from llqr_experiments.run.step import Recipe, TrainState, advance, shardings
 from llqr_experiments.task import tasks
 
 
@@ -51,8 +53,16 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
       TrainingError: a loss or gradient is not finite.
       Interrupted: a signal came, and everything is saved.
     """
-    with lock.hold(out_dir, command):
-        return _run(config, out_dir, command, quiet)
+    with devices.ending(), _alone(out_dir, command):
+        return _run(config, out_dir, command, quiet or not devices.first())
+
+
+@contextmanager
+def _alone(folder: Path, command: str) -> Iterator[None]:
+    """Hold a folder for the processes of this run."""
+    with ExitStack() as stack:
+        devices.decide(lambda: stack.enter_context(lock.hold(folder, command)))
+        yield
 
 
 def _run(config: Config, out_dir: Path, command: str, quiet: bool) -> Result:
@@ -62,20 +72,24 @@ def _run(config: Config, out_dir: Path, command: str, quiet: bool) -> Result:
         interrupts = stack.enter_context(Interrupts())
         with clock.phase("setup"):
             # Nothing is written into the folder before all is known to be there and to fit.
-            again = run_folder.look(config, out_dir)
+            again = devices.decide(lambda: run_folder.look(config, out_dir))
             job = prepare(config)
             display = Display(job.last, config.report_freq, quiet=quiet)
             checkpoints = checkpoints_of(job, out_dir, display.say)
             if config.preempt_handling:  # another folder's run may have the same job's
-                stack.enter_context(lock.hold(checkpoints.folder, command))
+                stack.enter_context(_alone(checkpoints.folder, command))
             start = origin(job, again, out_dir, checkpoints, display.say)
             facts = {"steps": job.last, "refits": len(job.refit_steps)}
-            run_folder.enter(config, out_dir, command, again=again, **facts)
+            if job.layout is not None:
+                facts |= {"mesh": dict(job.layout.mesh.shape), "processes": jax.process_count()}
+            devices.decide(lambda: run_folder.enter(config, out_dir, command, again=again, **facts))
             session = begin(job, start, out_dir, display.say)
             clock.add(start.seconds)
-            trackers = run_folder.open_trackers(
-                config, job.task.name, out_dir, display.say, start.trackers
-            )
+            trackers = Trackers(display.say)
+            if devices.first():
+                trackers = run_folder.open_trackers(
+                    config, job.task.name, out_dir, display.say, start.trackers
+                )
             stack.callback(session.stream.close)
             stack.callback(session.refits.close)
             stack.callback(trackers.close)
@@ -89,8 +103,12 @@ def _run(config: Config, out_dir: Path, command: str, quiet: bool) -> Result:
         final = _loop(job, session, desk)
         if config.quality:
             quality["after training"] = phases.quality(job, session.state, job.last, desk)
-            insight.draw(quality, title(config), out_dir / "quality.png")
+            if devices.first():
+                insight.draw(quality, title(config), out_dir / "quality.png")
         checkpoints.wait()
+    result = Result(final, job.task, session.state.params, session.state.statistics)
+    if not devices.first():
+        return result
     try:
         run_folder.finish(out_dir, results=final, best=session.best, time=dict(clock.seconds))
         kind = job.task.material.kind
@@ -98,10 +116,14 @@ def _run(config: Config, out_dir: Path, command: str, quiet: bool) -> Result:
     except (OSError, ValueError) as error:
         display.say(f"[yellow]warning:[/] the closing files are not written: {error}")
     display.closing(_results(job, session, final), clock, run_folder.shorten(out_dir))
-    return Result(final, job.task, session.state.params, session.state.statistics)
+    return result
 
 
-@partial(jax.jit, static_argnames=("loss", "recipe", "active", "probing"), donate_argnames="state")
+@partial(
+    jax.jit,
+    static_argnames=("loss", "recipe", "active", "probing", "layout"),
+    donate_argnames="state",
+)
 def train_step(
     loss: Callable[..., Any],
     recipe: Recipe,
@@ -109,6 +131,7 @@ def train_step(
     state: TrainState,
     batch: dict[str, Array],
     probing: llqr.Objective | None = None,
+    layout: devices.Layout | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update; also sums over the batch (before the update), see `tasks.measure`.
 
@@ -119,8 +142,14 @@ def train_step(
       state: before the step.
       batch: of the step.
       probing: the task's, in a step with a streaming refit.
+      layout: over devices; None: one.
     """
-    return advance(loss, recipe, active, state, batch, tasks.sums_of(batch), probing, refresh=False)
+    state, sums = advance(
+        loss, recipe, active, state, batch, tasks.sums_of(batch), probing, refresh=False
+    )
+    if layout is not None:
+        state = jax.lax.with_sharding_constraint(state, shardings(recipe, layout, state))
+    return state, sums
 
 
 def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:
@@ -138,7 +167,7 @@ def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:
         if step == job.last:
             break
         with clock.phase("data"):
-            batch = next(session.stream)
+            batch = job.join(next(session.stream))
         due, streams = step in job.refit_steps, config.precond_streaming
         if due and not streams:
             phases.refit(job, session, batch, desk)
@@ -146,7 +175,7 @@ def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:
             active = ascent is not None and step >= ascent.method.start
             session.state, sums = train_step(
                 job.task.training, job.recipe, active, session.state, batch,
-                job.task.probing if due and streams else None,
+                job.task.probing if due and streams else None, job.layout,
             )  # fmt: skip
         if ascent and step == ascent.method.start:
             desk.display.say(f"step {step:>6}   {config.sam_mode} becomes active")
@@ -170,6 +199,8 @@ def _announce(job: Run, display: Display) -> None:
         f"{counts(job.task.material.sizes)}   {job.last:,} steps of {batches(job)}   "
         f"{jax.devices()[0].platform.upper()}"
     )
+    if job.layout is not None:
+        display.say(_describe_layout(job.layout))
     if job.recipe.ascent:
         display.say(_describe_ascent(config, job.recipe.ascent))
     for text in advice.warnings(config, job.horizon, job.task.material.sizes["train"]):
@@ -181,6 +212,11 @@ def _announce(job: Run, display: Display) -> None:
         )
     else:
         display.say(f"{config.main_optimizer} without a preconditioner\n")
+
+
+def _describe_layout(layout: devices.Layout) -> str:
+    axes = ", ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
+    return f"{layout.mesh.size} devices of {jax.process_count()} process(es): {axes}"
 
 
 def _describe_ascent(config: Config, ascent: build.Ascent) -> str:

@@ -11,6 +11,7 @@ from llqr._types import Params
 from llqr_experiments.config.option import become
 from llqr_experiments.config.options import TranslationEval
 from llqr_experiments.data import translation
+from llqr_experiments.devices import Layout
 from llqr_experiments.models.decoding import Decoder, Rules, beam_search
 from llqr_experiments.record.translations import Sample
 
@@ -51,6 +52,7 @@ def translate(
     batch_size: int,
     most: int | None = None,
     follow: Follow = lambda batches, total: batches,
+    layout: Layout | None = None,
 ) -> Translated:
     """Translate a split and score it.
 
@@ -63,7 +65,10 @@ def translate(
       batch_size: sentences at once.
       most: translate this many, spread evenly over the split; None: all.
       follow: shows progress.
+      layout: over devices, along whose rows sentences are spread; None: one device.
     """
+    if layout is not None:
+        batch_size = -(-batch_size // layout.parts) * layout.parts
     pairs = _spread(getattr(data, split), most)
     rules = Rules(**become(options, "rules"))
     bucketing = replace(data.bucketing, percentiles=WIDTHS)
@@ -71,7 +76,9 @@ def translate(
     found: dict[int, np.ndarray] = {}
     batches = translation.evaluation_batches(pairs, bucketing, batch_size=batch_size)
     for batch in follow(batches, total):
-        best = jax.device_get(beam_search(decoder, params, batch["source"], rules).tokens[:, 0])
+        source = layout.put(batch["source"]) if layout else batch["source"]
+        tokens = beam_search(decoder, params, source, rules).tokens
+        best = jax.device_get(layout.whole(tokens) if layout else tokens)[:, 0]
         found |= {int(i): row for i, row in zip(batch["index"], best, strict=True) if i >= 0}
     written = "space" if options.detok == "none" else options.detok
 

@@ -14,6 +14,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import grain
 import numpy as np
@@ -24,6 +25,7 @@ from llqr_experiments.data.translation.batching import Bucketing, Buckets, Shape
 from llqr_experiments.data.translation.corpus import Pairs, Sentences
 from llqr_experiments.data.translation.vocabulary import EOS, PAD
 from llqr_experiments.data.windows import IGNORE
+from llqr_experiments.devices import WHOLE, Share
 from llqr_experiments.errors import DataError
 
 Batch = dict[str, np.ndarray]
@@ -65,7 +67,13 @@ def epoch_length(pairs: Pairs, bucketing: Bucketing) -> int:
 
 
 def train_stream(
-    pairs: Pairs, bucketing: Bucketing, *, seed: int, num_threads: int = 2, prefetch: int = 16
+    pairs: Pairs,
+    bucketing: Bucketing,
+    *,
+    seed: int,
+    num_threads: int = 2,
+    prefetch: int = 16,
+    share: Share = WHOLE,
 ) -> grain.DatasetIterator[Batch]:
     """Return an endless stream of batches of similar lengths, in a few shapes.
 
@@ -79,6 +87,8 @@ def train_stream(
         non-negative integer.
       num_threads: worker threads that prepare batches ahead of time; 0 prepares each on demand.
       prefetch: number of batches kept ready.
+      share: of every batch, the rows that this process holds; rows of padding are added, until
+        the parts of the share divide them.
 
     Returns:
       An iterator of batches. `get_state()` returns a small JSON-able dictionary; `set_state()`
@@ -93,7 +103,11 @@ def train_stream(
 
     def batch(k: int) -> Batch:
         shape, index = buckets.batch(seed, k)
-        return assemble(pairs, index, shape, bucketing.left_pad_source)
+        rows = -(-shape.rows // share.parts) * share.parts
+        found = assemble(pairs, index, replace(shape, rows=rows), bucketing.left_pad_source)
+        if share.whole:
+            return found
+        return {name: x[share.rows(rows)] for name, x in found.items()}
 
     return _iterate(grain.MapDataset.range(sys.maxsize).map(batch), num_threads, prefetch)
 
