@@ -20,7 +20,8 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 
 def config(*overrides: str) -> Config:
-    """Compose and validate, as run.py does."""
+    """Compose and validate, as run.py does; on one device, unless an override says otherwise."""
+    overrides = ("mesh.data=1", *overrides)
     with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
         composed = compose("config", overrides=list(overrides))
     return OmegaConf.to_object(composed)  # type: ignore[return-value]

@@ -280,7 +280,7 @@ def test_a_newer_format_is_refused(tmp_path, monkeypatch):
         patch.setattr(checkpoint, "FORMAT", 99)
         checkpoints.save(1, {"w": jnp.ones(2)}, {})
         checkpoints.close()
-    with pytest.raises(ConfigError, match="format 99, and this version of llqr reads up to 1"):
+    with pytest.raises(ConfigError, match="format 99, and this version of llqr reads up to 2"):
         checkpoints.restore({"w": jnp.ones(2)})
 
 

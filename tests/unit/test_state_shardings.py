@@ -1,0 +1,99 @@
+"""Where the arrays of an optimizer lie: bytes per device, errors, and the numbers of one device."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+import llqr
+
+P = PartitionSpec
+WHOLE = ("scalar", "dense", "low-rank-memory", "low-rank-memory-asym")
+"""A number each, or blocks of a module, which lie like its first leaf: here that is a bias."""
+
+
+def shapes(mesh: Any) -> Any:
+    """Parameters of which matrices are spread over four devices."""
+    like = {
+        "w": ((64, 32), P("d")), "k": ((3, 3, 16, 32), P(None, None, None, "d")), "b": ((4,), P()),
+    }  # fmt: skip
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for name, (shape, spec) in like.items()
+    }
+
+
+@pytest.mark.parametrize("refit", [llqr.Refit(), llqr.Streaming()], ids=["published", "streaming"])
+@pytest.mark.parametrize("name", llqr.STRUCTURES)
+def test_every_structure_is_spread(name: str, refit: Any) -> None:
+    params = shapes(AbstractMesh((4,), ("d",)))
+    try:
+        tx = llqr.scale_by_llqr(structure=name, refit=refit, metric="gaussian")
+    except ValueError:
+        pytest.skip("a structure that does not stream")
+    found, state = llqr.state_shardings(tx, params), jax.eval_shape(tx.init, params)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    arrays, onto = ((s.blocks, s.stream) for s in (state, found))
+    pairs = list(zip(jax.tree.leaves(arrays), jax.tree.leaves(onto), strict=True))
+    total = sum(x.size for x, _ in pairs)
+    held = sum(math.prod(s.shard_shape(x.shape)) for x, s in pairs)
+    assert held <= total if name in WHOLE else held < 0.27 * total
+
+
+def test_what_belongs_to_a_parameter_lies_like_it() -> None:
+    params = shapes(AbstractMesh((4,), ("d",)))
+    tx = llqr.llqr(optax.adam(0.1), structure="e-kfac", metric="gaussian")
+    found = llqr.state_shardings(tx, params)
+    for name, like in params.items():
+        assert found.base[0].mu[name] == found.base[0].nu[name] == like.sharding
+    blocks = found.preconditioner.blocks
+    assert blocks["spectrum"]["w"] == params["w"].sharding
+    assert blocks["spectrum"]["k"].spec == P(None, "d"), "by the axis of its length"
+    assert blocks["left"]["w"].spec == blocks["right"]["w"].spec == P("d", None)
+    assert blocks["left"]["b"] is None
+    assert found.preconditioner.count.spec == P()
+
+
+def test_a_parameter_that_is_not_on_the_mesh_is_named() -> None:
+    params = shapes(AbstractMesh((4,), ("d",)))
+    tx = llqr.scale_by_llqr(metric="gaussian")
+    with pytest.raises(ValueError, match="parameter 'b' has the sharding None"):
+        llqr.state_shardings(tx, params | {"b": jax.ShapeDtypeStruct((4,), jnp.float32)})
+    other = shapes(AbstractMesh((2,), ("d",)))
+    with pytest.raises(ValueError, match="must be on one mesh, and are not: 'b' on"):
+        llqr.state_shardings(tx, params | {"w": other["w"]})
+
+
+@pytest.mark.parametrize("structure", ["kfac", "e-kfac"])
+def test_a_compiled_step_keeps_the_shardings_and_the_numbers(structure: str) -> None:
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    params = {"w": jnp.linspace(-1, 1, 32).reshape(8, 4), "b": jnp.ones(4)}
+    x = jnp.sin(jnp.arange(48.0)).reshape(6, 8)
+    objective = llqr.Objective(
+        lambda p, x: jnp.tanh(x @ p["w"] + p["b"]), lambda z, x: jnp.mean((z - 1) ** 2)
+    )
+    refit = llqr.Refit(steps=2, learning_rate=0.1)
+    tx = llqr.llqr(
+        optax.sgd(0.1, momentum=0.9), structure=structure, metric="gaussian", refit=refit
+    )
+
+    def step(params: Any, state: Any, x: Any, onto: Any = None) -> Any:
+        grads = jax.grad(objective)(params, x)
+        updates, state = tx.update(grads, state, params, objective=objective.bind(x))
+        state = state if onto is None else jax.lax.with_sharding_constraint(state, onto)
+        return optax.apply_updates(params, updates), state
+
+    expected = jax.jit(step)(params, tx.init(params), x)
+    where = {"w": NamedSharding(mesh, P("d", None)), "b": NamedSharding(mesh, P())}
+    spread, batch = jax.device_put(params, where), jax.device_put(x, NamedSharding(mesh, P("d")))
+    onto = llqr.state_shardings(tx, spread)
+    state = jax.jit(tx.init, out_shardings=onto)(spread)
+    found = jax.jit(lambda *given: step(*given, onto=onto))(spread, state, batch)
+    for array, where in zip(jax.tree.leaves(found[1]), jax.tree.leaves(onto), strict=True):
+        assert array.sharding.is_equivalent_to(where, array.ndim)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert jnp.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
