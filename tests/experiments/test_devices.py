@@ -73,7 +73,8 @@ WAYS = {
         "sam_groups=2", "perturb_mode=ema_precond_grad", "main_optimizer=polyak",
         "record_histograms=true", "partial_batch=pad",
     ),
-    "streaming": ("method=streaming", "precond_stream_every=2", "learning_rate=0.01"),
+    # With sides, rounding chooses the basis where the first moments have rank to spare.
+    "streaming": ("block_structure=diagonal", "method=streaming", "precond_stream_every=2", "learning_rate=0.01"),
     "many refit batches": ("multibatch_training=true", "precond_solver=adam"),
     "chunks": (
         "llqr_batch_update_mode=chunked_lqr_segment", "llqr_batch_update_chunk_size=16",
@@ -86,7 +87,8 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_training_has_the_numbers_of_one_device(tmp_path, way):
     plain = support.run(tmp_path / "one", *QUICK, *WAYS[way])
-    assert_alike(support.run(tmp_path / "two", *QUICK, *WAYS[way], *FSDP), plain, 1e-11)
+    within = 1e-8 if "quality=[kfac]" in WAYS[way] else 1e-11  # by an ill-conditioned solve
+    assert_alike(support.run(tmp_path / "two", *QUICK, *WAYS[way], *FSDP), plain, within)
 
 
 @pytest.mark.slow
