@@ -74,7 +74,10 @@ WAYS = {
         "record_histograms=true", "partial_batch=pad",
     ),
     # With sides, rounding chooses the basis where the first moments have rank to spare.
-    "streaming": ("block_structure=diagonal", "method=streaming", "precond_stream_every=2", "learning_rate=0.01"),
+    "streaming": (
+        "block_structure=diagonal", "method=streaming", "precond_stream_every=2",
+        "learning_rate=0.01",
+    ),
     "many refit batches": ("multibatch_training=true", "precond_solver=adam"),
     "chunks": (
         "llqr_batch_update_mode=chunked_lqr_segment", "llqr_batch_update_chunk_size=16",
