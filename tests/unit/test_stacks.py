@@ -10,6 +10,7 @@ import pytest
 
 import llqr
 from llqr.structures import plan as plans
+from llqr.structures.rules import rule_table
 
 LAYERS, WIDTH, ROWS = 3, 4, 7
 AXES = (0, 1)
@@ -78,7 +79,7 @@ def both(structure: Any, axis: int, steps: int, **options: Any) -> tuple[Any, An
     """Parameters after some steps, of the stacked model in the unrolled one's tree, and of that."""
     name = structure if isinstance(structure, str) else structure.name
     by_layer = llqr.STRUCTURES[name].view == "module"
-    table = [*llqr.stacked(structure, "layers/", (axis,)), *plans.rule_table(structure)]
+    table = [*llqr.stacked(structure, "layers/", (axis,)), *rule_table(structure)]
     found = []
     params = stacked_params(axis)
     trees = params, unstacked(params, axis, by_layer)
@@ -150,15 +151,17 @@ def test_any_axes_are_rows_and_columns() -> None:
     """Fused query, key and value [d, 3, heads, head]: three matrices d x (heads head)."""
     x = {"qkv": jnp.arange(2.0 * 3 * 4 * 5).reshape(2, 3, 4, 5)}
     table = [llqr.Rule(match="qkv", structure="kfac", rows=(0,), columns=(-2, -1)), ("*", "kfac")]
-    plan = plans.make_plan(x, plans.rule_table(table), 100)
-    assert [(b.shape, b.label) for b in plan] == [((2, 20), f"qkv[{i}]") for i in range(3)]
+    plan = plans.make_plan(x, rule_table(table), 100)
+    (block,) = plan
+    assert (block.shape, block.labels) == ((2, 20), [f"qkv[{i}]" for i in range(3)])
     rng = np.random.default_rng(0)
-    draw = lambda n: jnp.asarray(rng.normal(size=(n, n)))  # noqa: E731
-    arrays = [{"left": draw(2), "right": draw(20)} for _ in plan]
+    draw = lambda n: jnp.asarray(rng.normal(size=(3, n, n)))  # noqa: E731
+    arrays = [{"left": draw(2), "right": draw(20)}]
     found = plans.multiply(plan, arrays, x)["qkv"]
-    for i, own in enumerate(arrays):
+    for i in range(3):
         matrix = np.asarray(x["qkv"])[:, i].reshape(2, 20)
-        expected = np.asarray(own["left"]) @ matrix @ np.asarray(own["right"]).T
+        left, right = (np.asarray(arrays[0][side])[i] for side in ("left", "right"))
+        expected = left @ matrix @ right.T
         np.testing.assert_allclose(found[:, i].reshape(2, 20), expected, rtol=1e-12)
     trees = plans.pack(plan, arrays, x, ("left", "right"))
     assert trees["left"]["qkv"].shape == (3, 2, 2)
@@ -170,7 +173,7 @@ def test_rows_after_columns() -> None:
     """A kernel [out, in], as Equinox and PyTorch write it, seen with its inputs as rows."""
     x = {"w": jnp.arange(6.0).reshape(2, 3)}
     rule = llqr.Rule(match="*", structure="kfac", rows=(1,), columns=(0,))
-    plan = plans.make_plan(x, plans.rule_table([rule]), 100)
+    plan = plans.make_plan(x, rule_table([rule]), 100)
     left = jnp.diag(jnp.array([1.0, 2.0, 3.0]))
     found = plans.multiply(plan, [{"left": left, "right": jnp.eye(2)}], x)["w"]
     np.testing.assert_array_equal(found, x["w"] * jnp.array([1.0, 2.0, 3.0]))
@@ -269,10 +272,11 @@ def test_cut_where_the_curvature_is(sizes: tuple[int, ...]) -> None:
 
 def test_parts_multiply_as_a_block_matrix() -> None:
     x = {"w": jnp.asarray(np.random.default_rng(3).normal(size=(5, 7)))}
-    plan = plans.make_plan(x, plans.rule_table("kfac"), 100, block_size=3)
-    assert len(plan) == 6
-    assert [block.grid for block in plan] == [(2, 3)] * 6
-    arrays = [{"left": (i + 1.0) * jnp.eye(3), "right": jnp.eye(3)} for i in range(len(plan))]
+    plan = plans.make_plan(x, rule_table("kfac"), 100, block_size=3)
+    (block,) = plan
+    assert block.labels == [f"w[{i}:{j}]" for i in range(2) for j in range(3)]
+    eyes = jnp.broadcast_to(jnp.eye(3), (6, 3, 3))
+    arrays = [{"left": jnp.arange(1.0, 7)[:, None, None] * eyes, "right": eyes}]
     factors = np.kron(np.arange(1.0, 7).reshape(2, 3), np.ones((3, 3)))[:5, :7]
     found: Any = plans.multiply(plan, arrays, x)
     np.testing.assert_allclose(found["w"], factors * x["w"], rtol=1e-15)
