@@ -85,7 +85,7 @@ def test_beta_of_hager_and_zhang_and_of_polak_and_ribiere() -> None:
 def test_cg_starts_again_where_phi_curves_down() -> None:
     """No step along such a direction, and none of it in the next one."""
     phi = Quadratic(np.diag([-1.0, 2.0]), np.array([1.0, 0.1]))
-    solver = solvers.make("cg", momentum=0.9, clip_norm=None, clip_value=None)
+    solver = solvers.make("cg", (), momentum=0.9, clip_norm=None, clip_value=None)
     x = jnp.array([0.5, -0.3])
     state = solver.init(x, phi.value_and_gradient(x))
     state = state._replace(direction=jnp.array([1.0, 0.0]))

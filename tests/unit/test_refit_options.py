@@ -120,7 +120,7 @@ def test_conjugate_gradients_end_in_as_many_steps_as_there_are_dimensions(name: 
     rng = np.random.default_rng(0)
     q, _ = np.linalg.qr(rng.normal(size=(6, 6)))
     phi = Quadratic(q @ np.diag([1.0, 3.0, 10.0, 30.0, 100.0, 300.0]) @ q.T, rng.normal(size=6))
-    solver = solvers.make(name, momentum=0.9, clip_norm=None, clip_value=None)
+    solver = solvers.make(name, (), momentum=0.9, clip_norm=None, clip_value=None)
     x = jnp.zeros(6)
     state = solver.init(x, phi.value_and_gradient(x))
     for _ in range(6):

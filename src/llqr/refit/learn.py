@@ -185,10 +185,10 @@ def _solver(setup: Setup) -> solvers.Solver:
     refit = setup.refit
     return solvers.make(
         refit.solver,
+        setup.plan,
         momentum=refit.momentum,
         clip_norm=refit.clip_norm,
         clip_value=refit.clip_value,
-        plan=setup.plan,
     )
 
 

@@ -38,6 +38,7 @@ from llqr._types import Array, Bool, Float, Number, PyTree
 from llqr.refit.objective import Phi
 from llqr.refit.options import DETERMINISTIC, LINE_SEARCHES, SOLVERS, SolverLike
 from llqr.structures import plan as plans
+from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Plan
 
@@ -74,20 +75,20 @@ class Solver:
 
 def make(
     solver: SolverLike,
+    plan: Plan,
     *,
     momentum: float,
     clip_norm: float | None,
     clip_value: float | None,
-    plan: Plan,
 ) -> Solver:
     """Return an inner solver by name, or one around an optax transformation.
 
     Args:
       solver: a name of `SOLVERS`, or a transformation whose updates are added as they are.
-      momentum: mu.
-      clip_norm: largest L2 norm of each array of G, of each matrix; None: no clipping.
-      clip_value: largest absolute entry of G; None: no clipping.
       plan: the blocks whose arrays are learned.
+      momentum: mu.
+      clip_norm: largest L2 norm of each array of G, matrix by matrix; None: no clipping.
+      clip_value: largest absolute entry of G; None: no clipping.
 
     References:
       Hager and Zhang, A Survey of Nonlinear Conjugate Gradient Methods (2006), for cg_zoom_hz.
@@ -106,7 +107,7 @@ def make(
     named = isinstance(solver, str)
     chain = [optax.identity()]
     if clip_norm is not None:
-        chain.append(_clip_each(clip_norm, plan))
+        chain.append(_each_matrix(_clip_each(clip_norm), plan))
     if clip_value is not None:
         chain.append(optax.clip(clip_value))
     if solver == "momentum":
@@ -114,7 +115,7 @@ def make(
     elif solver == "adam":
         chain.append(optax.scale_by_adam())
     elif solver == "relative":
-        chain.append(scale_by_relative(plan))
+        chain.append(_each_matrix(scale_by_relative(), plan))
     elif not named:
         chain.append(_by_matrix(solver, plan))
     tx = optax.with_extra_args_support(optax.chain(*chain))
@@ -130,24 +131,33 @@ def make(
     return Solver(lambda learned, _: tx.init(learned), first_order)
 
 
+def _each_matrix(tx: optax.GradientTransformation, plan: Plan) -> optax.GradientTransformation:
+    """Let a transformation without a state act on each matrix by itself."""
+
+    def one(_: Block, g: Arrays, s: Arrays) -> Any:
+        return tx.update(g, optax.EmptyState(), s)[0]
+
+    return optax.stateless(lambda g, s: tuple(plans.each(plan, one, g, s)))
+
+
 def _by_matrix(
     tx: optax.GradientTransformation, plan: Plan
 ) -> optax.GradientTransformationExtraArgs:
-    """Show a transformation the arrays of each matrix: it may care for a leaf's shape."""
+    """Show any transformation the arrays of each matrix: it may care for a leaf's shape."""
     tx = optax.with_extra_args_support(tx)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         apart, at = plans.per_matrix(plan, updates), plans.per_matrix(plan, params)
         moved: Any
-        moved, state = tx.update(apart, state, at, **extra)
+        moved, state = tx.update(tuple(apart), state, tuple(at), **extra)
         return tuple(plans.from_matrices(plan, moved)), state
 
     return optax.GradientTransformationExtraArgs(
-        lambda params: tx.init(plans.per_matrix(plan, params)), update
+        lambda params: tx.init(tuple(plans.per_matrix(plan, params))), update
     )
 
 
-def scale_by_relative(plan: Plan) -> optax.GradientTransformation:
+def scale_by_relative() -> optax.GradientTransformation:
     """Make steps relative to the array that is learned: the solver "relative".
 
     A matrix side S (the entries "left" and "right" of a dict, square) with gradient G moves
@@ -157,24 +167,20 @@ def scale_by_relative(plan: Plan) -> optax.GradientTransformation:
     largest entry by the root mean square of s and no entry by more than itself: with a
     learning rate below 1, none crosses zero. A step does not depend on the scale of G.
 
-    Args:
-      plan: the blocks whose arrays are learned.
-
     Example:
       >>> import jax.numpy as jnp
-      >>> from llqr.structures import make_plan, rule_table
-      >>> plan = make_plan(jnp.ones(2), rule_table("diagonal"), max_dim=10)
-      >>> tx, learned = scale_by_relative(plan), ({"spectrum": jnp.array([1.0, 1.0])},)
-      >>> gradient = ({"spectrum": jnp.array([2.0, 0.0])},)
-      >>> tx.update(gradient, tx.init(learned), learned)[0][0]["spectrum"].tolist()
+      >>> tx = scale_by_relative()
+      >>> updates, _ = tx.update([jnp.array([2.0, 0.0])], tx.init(None), [jnp.array([1.0, 1.0])])
+      >>> updates[0].tolist()
       [1.0, 0.0]
 
     References:
       Li, Preconditioned Stochastic Gradient Descent, arXiv 1512.04202.
     """
 
-    def one(slot: str, g: Array, s: Array) -> Array:
-        if slot in ("left", "right") and s.ndim == 2 and s.shape[0] == s.shape[1]:
+    def one(path: Any, g: Array, s: Array) -> Array:
+        side = getattr(path[-1], "key", None) in ("left", "right") if path else False
+        if side and s.ndim == 2 and s.shape[0] == s.shape[1]:
             step = s @ g
             step = jnp.where(jnp.sum(step * g) > 0, step, g)
             size, typical = jnp.sqrt(jnp.sum(step * step)), jnp.sqrt(jnp.sum(s * s) / s.shape[0])
@@ -184,22 +190,19 @@ def scale_by_relative(plan: Plan) -> optax.GradientTransformation:
         step = divide(jnp.sqrt(jnp.mean(s * s)), size) * step
         return jnp.clip(step, -jnp.abs(s), jnp.abs(s)).astype(g.dtype)
 
-    def of_matrix(_: Any, g: Arrays, s: Arrays) -> Arrays:
-        return {slot: one(slot, g[slot], s[slot]) for slot in g}
+    return optax.stateless(
+        lambda updates, params: jax.tree_util.tree_map_with_path(one, updates, params)
+    )
 
-    return optax.stateless(lambda g, s: tuple(plans.each(plan, of_matrix, g, s)))
 
-
-def _clip_each(limit: float, plan: Plan) -> optax.GradientTransformation:
-    """Scale every array of every matrix to an L2 norm of at most `limit`."""
+def _clip_each(limit: float) -> optax.GradientTransformation:
+    """Scale every array to an L2 norm of at most `limit`."""
 
     def clip(x: Array) -> Array:
         norm = jnp.sqrt(jnp.sum(x * x))
         return x * jnp.minimum(1.0, limit / jnp.maximum(norm, jnp.finfo(x.dtype).tiny))
 
-    return optax.stateless(
-        lambda updates, _: tuple(plans.each(plan, lambda _, own: jax.tree.map(clip, own), updates))
-    )
+    return optax.stateless(lambda updates, _: jax.tree.map(clip, updates))
 
 
 # --- linear conjugate gradients ------------------------------------------------------------------
