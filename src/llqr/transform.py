@@ -45,6 +45,9 @@ class NoObjectiveError(ValueError):
 Refresh: TypeAlias = bool | Bool[Array, ""] | OnlyRefit | None
 Precondition: TypeAlias = Literal["gradient", "update"]
 
+BLOCK_SIZE = 1024
+"""Of `llqr.streaming`: a QR factorisation of a longer side takes longer than a training step."""
+
 
 def scale_by_llqr(
     *,
@@ -368,7 +371,7 @@ def streaming_llqr(
     metric: MetricLike = "ngd",
     damping: Number = DAMPING,
     max_dim: int = 10_000,
-    block_size: int | None = None,
+    block_size: int | None = BLOCK_SIZE,
     graft: Graft = "rms",
     route: Route | None = None,
     refit: Streaming | None = None,
@@ -386,7 +389,7 @@ def streaming_llqr(
       metric: from which labels can be drawn.
       damping: lambda > 0, in units of the largest curvature of each block.
       max_dim: a dense side longer than this becomes diagonal: a fixed identity.
-      block_size: one longer than this is cut into blocks.
+      block_size: one longer than this is cut into blocks of at most this; None: it is not.
       graft: length of P m.
       route: how the network is linearised.
       refit: when P follows.

@@ -1,6 +1,5 @@
 """A block: structured matrices of one kind and shape, and where in the tree they act."""
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -90,6 +89,10 @@ class Block:
         """
         if len(self.sources) == 1:
             return found[0]
+        shape = found[0].shape[self.sources[0].stacked :]
+        if self._end_to_end(shape):
+            flat = [replicate(x).reshape(-1, *shape[1:]) for x in found]
+            return jnp.concatenate(flat).reshape(self.count, *shape)
         found = [x if s.stacked else x[None] for x, s in zip(found, self.sources, strict=True)]
         if len({str(jax.typeof(x).sharding.spec) for x in found}) > 1:
             found = [replicate(x) for x in found]
@@ -103,9 +106,23 @@ class Block:
         """
         if len(self.sources) == 1:
             return [x]
-        ends = list(itertools.accumulate(source.count for source in self.sources))
-        found = jnp.split(x, ends[:-1])
+        shape, counts = x.shape[1:], [source.count for source in self.sources]
+        if self._end_to_end(shape):
+            sizes = [count * shape[0] for count in counts]
+            found = jax.lax.split(x.reshape(-1, *shape[1:]), sizes)
+            return [
+                x.reshape(-1, *shape) if s.stacked else x
+                for x, s in zip(found, self.sources, strict=True)
+            ]
+        found = jax.lax.split(x, counts)
         return [x if s.stacked else x[0] for x, s in zip(found, self.sources, strict=True)]
+
+    def _end_to_end(self, shape: tuple[int, ...]) -> bool:
+        """Whether arrays of a matrix are joined at their first axis: no operation for each leaf.
+
+        Not numbers, nor elementwise matrices, whose first axis may be sharded.
+        """
+        return len(shape) == 1 or (len(shape) > 1 and not self.structure.elementwise)
 
     def each(self, function: Callable[..., Any], *arguments: PyTree) -> Any:
         """Return function(*arguments) of every matrix: all at once, up to `AT_ONCE` entries.
