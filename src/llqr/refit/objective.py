@@ -31,6 +31,9 @@ from llqr.refit.setup import Blocks
 from llqr.structures import plan as plans
 from llqr.structures.plan import Plan
 
+BENT = 1e-3
+"""From which on Phi curves down along P h: curvature below minus this share of the slope."""
+
 
 @dataclass(frozen=True)
 class Phi:
@@ -62,15 +65,21 @@ class Phi:
 
         return jnp.mean(each(self.model, self.batched, one, *self.directions))
 
-    def is_flat(self, blocks: Blocks) -> Bool[Array, ""]:
-        """Return whether C, without damping, is zero along P h, and P h is not zero."""
+    def bent(self, blocks: Blocks) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+        """Return whether C, without damping, is zero along P h, and whether Phi curves down there.
 
-        def one(model: QuadraticModel, h: Params, _: Params) -> tuple[Array, Array]:
+        Phi does if u.(C + lambda I) u < 0 by more than rounding: a share of its slope l.u.
+        """
+
+        def one(model: QuadraticModel, h: Params, linear: Params) -> tuple[Array, ...]:
             u = plans.multiply(self.plan, blocks, h)
-            return model.curvature.bilinear(u, u), vdot(u, u)
+            squared, curved = vdot(u, u), model.curvature.bilinear(u, u)
+            bent = curved / model.top_eigenvalue + (model.damping * squared).astype(curved.dtype)
+            return curved, squared, bent, vdot(linear, u)
 
-        curved, squared = each(self.model, self.batched, one, *self.directions)
-        return jnp.all(curved == 0) & jnp.any(squared > 0)
+        curved, squared, bent, slope = each(self.model, self.batched, one, *self.directions)
+        flat = jnp.all(curved == 0) & jnp.any(squared > 0)
+        return flat, jnp.mean(bent) < -BENT * jnp.abs(jnp.mean(slope))
 
     def value_and_gradient(self, learned: Blocks) -> tuple[Float[Array, ""], Blocks]:
         """Return Phi and its gradient in what is learned: one product with C."""

@@ -53,6 +53,7 @@ def refit_record(report: llqr.Report, agreement: float) -> dict[str, float]:
         "refit objective after": report.objective_after,
         "refit steps": float(report.steps),
         "refit guarded blocks": float(len(guarded)),
+        "refit indefinite blocks": float(sum(b.status == "indefinite" for b in blocks)),
         "refit cosine Pg and g": report.cosine,
         "refit cosine refit and training gradient": agreement,
         "Maximum across preconditioner": max(b.maximum for b in blocks),
