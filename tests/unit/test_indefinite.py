@@ -47,13 +47,12 @@ def refitted(
     return tx, state, llqr.linearize(bound, params, metric, damping=damping)
 
 
-@pytest.mark.parametrize("damping", [0.0, 1e4])
+@pytest.mark.parametrize("damping", [0.0, 10.0])
 @pytest.mark.parametrize("metric", ["newton", "gauss_newton"])
 def test_the_status_says_that_phi_curves_down(metric: str, damping: float) -> None:
     """With enough damping it does not, whatever the metric."""
-    options = {"solver": "sgd", "steps": 20, "learning_rate": 1e-6, "clip_norm": None}
-    options |= {} if damping else {"solver": "cg_zoom_hz", "steps": 10}
-    tx, state, model = refitted(metric, (0, 1.0), damping, **options)
+    options = {"solver": "sgd", "steps": 2, "learning_rate": 1e-6}
+    tx, state, model = refitted(metric, (11, 0.5), damping, **options)
     u = llqr.precondition(tx, state, model.gradient)
     curved = float(model.bilinear(u, u))
     info = llqr.find(state).refit
