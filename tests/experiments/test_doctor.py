@@ -3,13 +3,17 @@
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
+import optax
 import pytest
 
+import llqr
 from llqr_experiments import doctor
 from llqr_experiments.command import cli
 from llqr_experiments.command.doctor import tell
 from llqr_experiments.config.option import options
 from llqr_experiments.config.options import Config
+from llqr_experiments.record import insight
 from llqr_experiments.report import diagnosis
 from llqr_experiments.report.diagnosis import diagnose
 from llqr_experiments.report.runs import Run
@@ -27,6 +31,7 @@ HEALTHY = {
     "refit indefinite blocks": [0.0, 0.0],
     "refit cosine Pg and g": [0.5, 0.4],
     "refit cosine refit and training gradient": [0.8, 0.7],
+    "refit update over parameters": [0.0, 1e-3],
     "Preconditioner l2 norm": [10.0, 12.0],
 }
 FINISHED = {"steps": 3, "finished": "now"}
@@ -67,6 +72,12 @@ SICK = {
     "unlike": (
         {"refit cosine refit and training gradient": [0.05, 0.01]}, {}, {},
         "training does not take", "0.03 in the median of 2",
+    ),
+    "long": (
+        {"refit update over parameters": [0.9, 0.5]}, {}, {}, "as long as the parameters", "0.7",
+    ),
+    "short": (
+        {"refit update over parameters": [0.0, 1e-9]}, {}, {}, "hardly move", "learning_rate=0.1",
     ),
     "grown": ({"Preconditioner l2 norm": [1.0, 101.0]}, {}, {}, "grows", "1 after the first, 101"),
     "adam": (
@@ -139,6 +150,16 @@ def test_a_real_run(tmp_path, capsys):
     assert "seen: in 3 of 3 refits" in said
     assert "try:  " in said
     assert re.search(r"refit objective after: .+ -> .+, 3 times", said)
+    assert re.search(r"refit update over parameters: 0\.\d+ -> 0\.\d+, 3 times", said)
     with pytest.raises(SystemExit):
         doctor.main([str(tmp_path)])
     assert "is no run" in capsys.readouterr().err
+
+
+def test_the_length_of_the_next_update():
+    """Of plain descent with P = 1: rate |g| / |w|; and no refit happens on the way."""
+    tx = llqr.llqr(optax.sgd(0.5), metric="gaussian", refit=llqr.Refit(every=1))
+    params, x = {"w": 2 * jnp.ones(4)}, jnp.arange(4.0)
+    bound = llqr.Objective(lambda p, x: p["w"] * x, lambda z, x: jnp.sum(z)).bind(x)
+    found = insight.step_length(tx, tx.init(params), bound, params)
+    assert float(found) == pytest.approx(0.5 * 14**0.5 / 4, rel=1e-6)

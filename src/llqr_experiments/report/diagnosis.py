@@ -31,6 +31,8 @@ RISE = 1.5
 """A loss that ends above so many times its least has diverged."""
 ACROSS = 0.05
 """A cosine below which two directions have nothing in common."""
+LONG_STEP, SHORT_STEP = 0.3, 1e-6
+"""Lengths of an update, by that of the parameters, between which nothing is said."""
 GROWTH = 100.0
 """So many times larger, P has grown away."""
 LONG = 60.0
@@ -45,6 +47,7 @@ GUARDED, INDEFINITE = "refit guarded blocks", "refit indefinite blocks"
 COSINES = ("refit cosine Pg and g", "refit cosine Pm and m")
 AGREEMENT = "refit cosine refit and training gradient"
 NORM = "Preconditioner l2 norm"
+LENGTH = "refit update over parameters"
 
 
 def diagnose(run: Run) -> list[Finding]:
@@ -57,16 +60,18 @@ def diagnose(run: Run) -> list[Finding]:
 
 
 def figures(run: Run) -> list[tuple[str, str]]:
-    """Return what the checks look at, as (name, first value -> last value) of what was logged."""
-    names = (*LOSSES, BEFORE, AFTER, GUARDED, INDEFINITE, *COSINES, AGREEMENT, NORM)
+    """Return what the checks look at, as (name, first value -> last value)."""
+    names = (*LOSSES, BEFORE, AFTER, GUARDED, INDEFINITE, *COSINES, AGREEMENT, LENGTH, NORM)
     found = [(name, run.series(name)) for name in names]
-    rows = [
-        (name, f"{_form(points[0])} -> {_form(points[-1])}, {len(points)} times")
-        for name, points in found
-        if points
-    ]
+    rows = [(name, _course(points)) for name, points in found if points]
     times = [f"{name} {seconds:.1f} s" for name, seconds in run.phases().items()]
     return [*rows, ("time", ", ".join(times))] if times else rows
+
+
+def _course(points: list[Point]) -> str:
+    if len(points) == 1:
+        return f"{_form(points[0])}, once"
+    return f"{_form(points[0])} -> {_form(points[-1])}, {len(points)} times"
 
 
 def _form(point: Point) -> str:
@@ -210,6 +215,24 @@ def _unlike(run: Run) -> Iterator[Finding]:
         )
 
 
+def _length(run: Run) -> Iterator[Finding]:
+    values = _values(run, LENGTH)
+    seen = f"{LENGTH}: {median(values):.3g} in the median of {len(values)}" if values else ""
+    if values and median(values) > LONG_STEP:
+        yield Finding(
+            "steps are nearly as long as the parameters",
+            f"{seen}; learning_rate={run.options.get('learning_rate')}",
+            "lower learning_rate by 10; precond_graft=global gives P g the length of g.",
+        )
+    if values and median(values) < SHORT_STEP:
+        yield Finding(
+            "steps hardly move the parameters",
+            f"{seen}; learning_rate={run.options.get('learning_rate')}",
+            "raise learning_rate by 10; precond_graft=global; lower damping; "
+            "divergence_reduction=mean, if the refit batch is large.",
+        )
+
+
 def _grown(run: Run) -> Iterator[Finding]:
     values = _values(run, NORM)
     if len(values) > 1 and values[0] > 0 and values[-1] > GROWTH * values[0]:
@@ -275,6 +298,6 @@ def _short(run: Run) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[Run], Iterator[Finding]], ...] = (
-    _not_finite, _diverged, _no_refit, _guarded, _indefinite, _unmoved, _across, _unlike, _grown,
-    _adam, _slow, _short,
+    _not_finite, _diverged, _no_refit, _guarded, _indefinite, _unmoved, _across, _unlike, _length,
+    _grown, _adam, _slow, _short,
 )  # fmt: skip
