@@ -2,7 +2,9 @@ r"""What of a refit is installed: EMA with the old arrays, projection, guards, i
 
 A block keeps its old arrays if the new ones are not finite or turn its share of h.Ph
 non-positive, and every block does if Phi did not decrease, or if C is zero along all of P h: Phi
-has then no minimum but that of the damping, and P would grow for nothing.
+has then no minimum but that of the damping, and P would grow for nothing. Where Phi curves down
+along P h, which the metric can tell of beforehand or not (newton; gauss_newton of some losses),
+what lowers it is installed, and the status says so.
 """
 
 from typing import Any, NamedTuple
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llqr import metrics
 from llqr._tree import all_finite, cosine, vdot
 from llqr._types import Array, Bool, Float, Int, Number
 from llqr.refit.objective import Phi
@@ -68,12 +71,13 @@ def judge(
     keep = [f & u for f, u in zip(finite, upright, strict=True)]
     proposed = tuple(each(plan, lambda _, *choice: _choose(*choice), keep, new, old))
     before = phi.value(phi.blocks) if before is None else before
-    after, flat = phi.value_and_flat(proposed)
+    after, flat, down = phi.value_and_bend(proposed)
+    down &= not metrics.can_sample(setup.metric.tree)  # C is a covariance: negative by rounding
     decreased = (after < before) & jnp.isfinite(after)  # False for NaN too
     installed = _choose(decreased & ~flat, proposed, old)
 
     def status(_: Block, finite: Array, upright: Array, new: Arrays, old: Arrays) -> Array:
-        return _status(finite, upright, decreased, flat, _same(new, old))
+        return _status(finite, upright, decreased, flat, down, _same(new, old))
 
     found = each(plan, status, finite, upright, new, old)
     pxs = _products(plan, installed, xs)
@@ -111,10 +115,11 @@ def _same(a: Arrays, b: Arrays) -> Bool[Array, ""]:
 
 def _status(
     finite: Bool[Array, ""], upright: Bool[Array, ""], decreased: Bool[Array, ""],
-    flat: Bool[Array, ""], same: Bool[Array, ""],
+    flat: Bool[Array, ""], down: Bool[Array, ""], same: Bool[Array, ""],
 ) -> Int[Array, ""]:  # fmt: skip
     code = {word: i for i, word in enumerate(STATUS)}
-    choice = jnp.where(decreased, code["updated"], code["rejected"])
+    installed = jnp.where(down, code["indefinite"], code["updated"])
+    choice = jnp.where(decreased, installed, code["rejected"])
     choice = jnp.where(flat, code["flat"], choice)
     choice = jnp.where(upright, choice, code["inverted"])
     choice = jnp.where(finite, choice, code["nonfinite"])

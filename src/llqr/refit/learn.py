@@ -25,6 +25,7 @@ from llqr.refit.objective import Phi
 from llqr.refit.options import DETERMINISTIC
 from llqr.refit.record import RefitInfo
 from llqr.refit.setup import Blocks, Inputs, Setup
+from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
 
 EVALUATION_PROBES = 4
@@ -183,13 +184,19 @@ def phi_at(setup: Setup, fixed: Linearized, step: Int[Array, ""]) -> Phi:
 
 def _solver(setup: Setup) -> solvers.Solver:
     refit = setup.refit
+    clamps = not refit.allow_grad_inversion and any(mx.clamps(b.structure) for b in setup.plan)
     return solvers.make(
         refit.solver,
         setup.plan,
         momentum=refit.momentum,
         clip_norm=refit.clip_norm,
         clip_value=refit.clip_value,
+        clamp=partial(_clamp, setup.plan) if clamps else None,
     )
+
+
+def _clamp(plan: plans.Plan, learned: Blocks) -> Blocks:
+    return tuple(mx.clamp(b.structure, arrays) for b, arrays in zip(plan, learned, strict=True))
 
 
 def _start(setup: Setup, fixed: Linearized) -> _Carry:

@@ -31,6 +31,9 @@ from llqr.refit.setup import Blocks, Seen
 from llqr.structures import plan as plans
 from llqr.structures.plan import Plan
 
+BENT = 1e-3
+"""From which on Phi curves down along P h: curvature below minus this share of the slope."""
+
 
 @dataclass(frozen=True)
 class Phi:
@@ -58,21 +61,29 @@ class Phi:
 
     def value(self, blocks: Blocks) -> Float[Array, ""]:
         """Return Phi of P with these arrays, of all slots."""
-        return self.value_and_flat(blocks)[0]
+        return self.value_and_bend(blocks)[0]
 
-    def value_and_flat(self, blocks: Blocks) -> tuple[Float[Array, ""], Bool[Array, ""]]:
-        """Return Phi, and whether C, without damping, is zero along P h, and P h is not zero."""
+    def value_and_bend(
+        self, blocks: Blocks
+    ) -> tuple[Float[Array, ""], Bool[Array, ""], Bool[Array, ""]]:
+        """Return Phi, whether C, without damping, is zero along P h, and whether Phi curves down.
 
-        def one(model: QuadraticModel, h: Seen, linear: Seen) -> tuple[Array, Array, Array]:
+        Phi does if u.(C + lambda I) u < 0 by more than rounding: a share of its slope l.u.
+        """
+
+        def one(model: QuadraticModel, h: Seen, linear: Seen) -> tuple[Array, ...]:
             u = [b.multiply(a, x) for b, a, x in zip(self.plan, blocks, h, strict=True)]
             leaves, squared = self._tree(model, u), vdot(u, u)
-            bare = model.curvature.bilinear(leaves, leaves)
-            curved = bare / model.top_eigenvalue
-            curved = curved + (model.damping * squared).astype(curved.dtype)
-            return _phi(linear, u, curved), bare, squared
+            bare, slope = model.curvature.bilinear(leaves, leaves), vdot(linear, u)
+            bent = bare / model.top_eigenvalue
+            bent = bent + (model.damping * squared).astype(bent.dtype)
+            return slope + 0.5 * bent, bare, squared, bent, slope
 
-        value, curved, squared = each(self.model, self.batched, one, *self.directions)
-        return jnp.mean(value), jnp.all(curved == 0) & jnp.any(squared > 0)
+        found = each(self.model, self.batched, one, *self.directions)
+        value, bare, squared, bent, slope = found
+        flat = jnp.all(bare == 0) & jnp.any(squared > 0)
+        down = jnp.mean(bent) < -BENT * jnp.abs(jnp.mean(slope))
+        return jnp.mean(value), flat, down
 
     def value_and_gradient(self, learned: Blocks) -> tuple[Float[Array, ""], Blocks]:
         """Return Phi and its gradient in what is learned: one product with C."""
