@@ -8,12 +8,14 @@ On a batch, at the start and after a training by streaming refits at the customa
   conditioning  largest eigenvalue of C + lambda I by the mean one, and of P (C + lambda I)
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.sparse.linalg import cg
 
 import llqr
 
@@ -61,55 +63,54 @@ def _at(workload: Workload, carry: Any, batch: Any) -> dict[str, Any]:
     bound = workload.objective.bind(batch)
     options = {"metric": workload.metric, "damping": DAMPING, "divergence_reduction": "unit"}
     model = llqr.linearize(bound, params, **options)
-    tx = METHODS["LLQR streaming"]
-    found = llqr.quality(bound, params, structures=["e-kfac"], **options)
-    rows = {row.name: row for row in found.rows}
-    shares = {name: round(row.best_share, 4) for name, row in rows.items()}
-    cosines = {name: round(row.whole.cosine, 4) for name, row in rows.items()}
-    del tx
-
-    def precondition(x: Any) -> Any:
-        return llqr.precondition(_transformation(workload), state, x)
-
+    tx = llqr.streaming(1.0, metric=workload.metric)
     product = jax.jit(model.product)
+
+    def preconditioned(x: Any) -> Any:
+        return llqr.precondition(tx, state, x)
+
+    found = llqr.quality(bound, params, structures=(), **options)
+    cosines = {row.name: row.whole.cosine for row in found.rows}
+    shares = {row.name: row.best_share for row in found.rows}
+    step = jax.tree.map(jnp.negative, preconditioned(model.gradient))
+    exact, _ = cg(product, jax.tree.map(jnp.negative, model.gradient), tol=1e-6, maxiter=5000)
+    cosines["streaming"] = _dot(step, exact) / (_dot(step, step) * _dot(exact, exact)) ** 0.5
+    slope, curved = _dot(model.gradient, step), _dot(step, product(step))
+    shares["streaming"] = -(slope**2) / curved / 2 / found.objective
     return {
-        "cosine": cosines,
-        "share": shares,
-        "cross-layer": round(1 - rows["block-diagonal"].best_share, 4),
-        "conditioning": _conditioning(product, params),
-        "conditioning after P": _conditioning(lambda x: precondition(product(x)), params),
+        "cosine": {name: round(value, 4) for name, value in cosines.items()},
+        "share": {name: round(value, 4) for name, value in shares.items()},
+        "cross-layer": round(1 - shares["block-diagonal"], 4),
+        "conditioning": conditioning(product, params),
+        "conditioning after P": conditioning(lambda x: preconditioned(product(x)), params),
     }
 
 
-def _transformation(workload: Workload) -> Any:
-    return llqr.streaming(1.0, metric=workload.metric)
-
-
-def _conditioning(product: Any, params: Any) -> float:
+def conditioning(product: Callable[[Any], Any], params: Any) -> float:
     """Return the largest eigenvalue by the mean one: power steps, and probes of the trace."""
     size = sum(x.size for x in jax.tree.leaves(params))
-
-    def drawn(key: Any) -> Any:
-        leaves, treedef = jax.tree.flatten(params)
-        keys = jax.random.split(key, len(leaves))
-        return treedef.unflatten(
-            [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-        )
-
-    def dot(a: Any, b: Any) -> float:
-        return sum(
-            float(jnp.vdot(x, y)) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
-        )
-
-    v = drawn(jax.random.key(0))
-    largest = 0.0
+    v, largest = _drawn(jax.random.key(0), params), 0.0
     for _ in range(_POWER_STEPS):
-        norm = dot(v, v) ** 0.5
-        v = product(jax.tree.map(lambda x: x / norm, v))  # noqa: B023
-        largest = dot(v, v) ** 0.5
-    probes = [drawn(jax.random.key(i + 1)) for i in range(_TRACE_PROBES)]
-    trace = float(np.mean([dot(p, product(p)) for p in probes]))
+        norm = _dot(v, v) ** 0.5
+        v = product(jax.tree.map(lambda x, norm=norm: x / norm, v))
+        largest = _dot(v, v) ** 0.5
+    probes = [_drawn(jax.random.key(i + 1), params) for i in range(_TRACE_PROBES)]
+    trace = float(np.mean([_dot(p, product(p)) for p in probes]))
     return float(f"{largest * size / trace:.3g}")
+
+
+def _drawn(key: Any, params: Any) -> Any:
+    """Return signs in the shapes of the parameters."""
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten(
+        [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    )
+
+
+def _dot(a: Any, b: Any) -> float:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum(float(jnp.vdot(x, y)) for x, y in pairs)
 
 
 def told(found: dict[str, Any]) -> str:
@@ -120,9 +121,9 @@ def told(found: dict[str, Any]) -> str:
             continue
         lines.append(
             f"- {name}: cosine to the exact step {at['cosine']['gradient']:.2f} of the gradient, "
-            f"{at['cosine']['e-kfac']:.2f} of a refitted e-kfac; share of its decrease "
-            f"{at['share']['gradient']:.0%} and {at['share']['e-kfac']:.0%}; "
-            f"{at['cross-layer']:.0%} of it comes from terms between layers; largest by mean "
+            f"{at['cosine']['streaming']:.2f} of P g; share of its decrease "
+            f"{at['share']['gradient']:.0%} and {at['share']['streaming']:.0%}, of the step "
+            f"without terms between layers {at['share']['block-diagonal']:.0%}; largest by mean "
             f"eigenvalue {at['conditioning']:.3g}, behind P {at['conditioning after P']:.3g}."
         )
     return "\n".join(lines)

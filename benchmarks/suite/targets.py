@@ -46,7 +46,7 @@ def fix(
       trials: of all methods that are run.
 
     Raises:
-      RuntimeError: LLQR has trials already, or no baseline has come to an end.
+      RuntimeError: LLQR has trials already, no baseline has come to an end, or one at zero.
     """
     if found := read(folder, workload.name):
         return found
@@ -67,6 +67,11 @@ def fix(
             f"targets from: ask for baselines too, not for {', '.join(m.name for m in trials)}."
         )
     loss, rate, of = ends[name]
+    if loss <= 0:
+        raise RuntimeError(
+            f"{workload.name}: {name} ends with a loss of {loss}, and no target lies before it: "
+            "give the workload fewer steps, or more to learn."
+        )
     start = of.record["trials"][0]["columns"][workload.measure][0]
     record = {
         "measure": workload.measure,

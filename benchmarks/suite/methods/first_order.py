@@ -54,19 +54,29 @@ def _sam(workload: Workload, rho: float, momentum: float) -> Engine:
 
 
 def _lbfgs(workload: Workload, **options: Any) -> Engine:
-    def keywords(kind: str, params: Any, batch: Batch) -> dict[str, Any]:
-        value, grad = jax.value_and_grad(workload.objective)(params, batch)
-        return {
-            "value": value,
-            "grad": grad,
-            "value_fn": lambda p: workload.objective(p, batch),
-        }
+    """Gradients come from the line search before, so that only its calls are counted."""
+    tx = optax.lbfgs(**options)
 
-    def counted(state: Any) -> Any:
-        return 1 + state[-1].info.num_linesearch_steps
+    def step(carry: Any, batch: Batch, rate: Any) -> Any:
+        del rate
+        params, state = carry
 
-    return optax_engine(
-        workload, lambda rate: optax.lbfgs(**options), keywords=keywords, counted=counted
+        def loss(p: Any) -> Any:
+            return workload.objective(p, batch)
+
+        value, grad = optax.value_and_grad_from_state(loss)(params, state=state)
+        updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    def counted(carry: Any) -> Any:
+        search, first = carry[1][-1], carry[1][0].count == 1
+        return search.info.num_linesearch_steps + first
+
+    return Engine(
+        start=lambda params, batch, key: (params, tx.init(params)),
+        step=lambda kind: step,
+        parameters=lambda carry: carry[0],
+        counted=counted,
     )
 
 

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 
 from benchmarks.suite.engine import PLAIN, REFIT, Engine, optax_engine
@@ -31,10 +30,9 @@ def _soap(workload: Workload, **options: Any) -> Engine:
 
 def _kron(workload: Workload, **options: Any) -> Engine:
     psgdax = importlib.import_module("psgdax")  # an extra
-    dtype = jnp.float64 if workload.float64 else jnp.float32
 
     def make(rate: Any) -> optax.GradientTransformation:
-        tx = psgdax.kron(rate, precond_dtype=dtype, **options)
+        tx = psgdax.kron(rate, **options)
 
         def init(params: Any) -> Any:
             with contextlib.redirect_stdout(None):  # it prints its sizes
@@ -56,7 +54,8 @@ METHODS = (
            ({"b2": 0.99}, {"b1": 0.9}, {"shampoo_decay": 0.9}), second_order=True),
     Method("PSGD-Kron", _kron, 1e-3, {"b1": 0.9},
            ({"b1": 0.95}, {"preconditioner_lr": 0.3}, {"weight_decay": 0.01}),
-           second_order=True, package="psgdax"),
+           second_order=True, package="psgdax",
+           applies=lambda workload: not workload.float64),  # its state is float32 in parts
     Method("K-FAC", _kfac, 0.03,
            {"damping": 1e-2, "momentum": 0.9, "every": 5, "constraint": 1e-3},
            ({"damping": 1e-4}, {"damping": 1e-3}, {"damping": 0.1}),

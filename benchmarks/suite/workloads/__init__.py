@@ -8,9 +8,9 @@ from .problem import Workload
 
 MAKERS: dict[str, Callable[[], Workload]] = {
     "digits": images.digits,
-    "digits-full-batch": images.full_batch,
     "noisy-digits": images.noisy,
     "autoencoder": images.autoencoder,
+    "autoencoder-full-batch": images.full_batch,
     "recurrent-digits": images.recurrent_digits,
     "fashion-mlp": images.fashion_mlp,
     "fashion-resnet": images.fashion_resnet,

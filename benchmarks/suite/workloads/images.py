@@ -72,21 +72,6 @@ def digits() -> Workload:
     )
 
 
-def full_batch() -> Workload:
-    """A tanh MLP on all images at once."""
-    workload = digits()
-    count = rows(workload.train)
-    return replace(
-        workload,
-        name="digits-full-batch",
-        parameters=partial(networks.perceptron_parameters, widths=(64, 32, 10)),
-        forward=partial(_perceptron, activation=jax.numpy.tanh),
-        batch=count,
-        steps=300,
-        told=f"digits, MLP 64-32-10, tanh, all {count} images in a batch",
-    )
-
-
 def noisy() -> Workload:
     """Batches of 16 images, many with a wrong label; the labels of the test are right."""
     workload = digits()
@@ -125,6 +110,18 @@ def autoencoder() -> Workload:
         steps=800,
         metric="gaussian",
         told="digits, autoencoder 64-48-24-8-24-48-64, sigmoid, squared error",
+    )
+
+
+def full_batch() -> Workload:
+    """The same with all images in every batch."""
+    workload = autoencoder()
+    return replace(
+        workload,
+        name="autoencoder-full-batch",
+        batch=rows(workload.train),
+        steps=400,
+        told="the same, all images in a batch",
     )
 
 
