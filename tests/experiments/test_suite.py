@@ -4,8 +4,13 @@ import doctest
 import importlib
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +35,7 @@ from benchmarks.suite.training import compiled, trial
 from benchmarks.suite.workloads import mnist1d, networks, physics
 from benchmarks.suite.workloads.problem import Workload, cross_entropy
 
+ROOT = Path(__file__).parents[2]
 SMOKE, QUICK, FULL = (protocol.TIERS[name] for name in ("smoke", "quick", "full"))
 CHOSEN = "SGD Nesterov,AdamW,LLQR streaming"
 
@@ -251,6 +257,24 @@ def test_one_process_at_a_time(ran):
         runner.run(workload, methods.choose(CHOSEN), SMOKE, folder)
 
 
+def test_the_command_goes_on_where_it_was_killed(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.suite", "run", "digits", "--tier", "smoke",
+               "--methods", "SGD Nesterov,AdamW", "--out", str(tmp_path),
+               "--jobs", "1"]  # fmt: skip
+    first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE)
+    assert first.stdout is not None
+    first.stdout.readline()  # of the first trial
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) < 11  # ten trials and the targets, if all were run here
+    for name in ("sgd-nesterov", "adamw"):
+        trials = json.loads((tmp_path / "digits" / f"{name}.json").read_text())["trials"]
+        assert len(trials) == 5
+        assert len({(t["rate"], t["seed"]) for t in trials}) == 5
+    assert targets.read(tmp_path, "digits") is not None
+
+
 def test_report(ran):
     folder, _, _ = ran
     page = reports.write(["tiny"], methods.choose(CHOSEN), SMOKE, folder)
@@ -321,6 +345,7 @@ def test_conditioning_of_a_known_matrix():
     assert found == pytest.approx(8 / (12 / 5), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_streaming_conditions_the_curvature():
     found = diagnosis.diagnose(tiny(steps=40))
     assert found["steps"] == 40
