@@ -19,7 +19,12 @@ from sklearn.neural_network import MLPClassifier
 from benchmarks.suite import methods, workloads
 from benchmarks.suite.training import compiled, trial
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # kfac-jax 0.0.8 was written for an older JAX.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 SEEDS = range(3)
 
 
@@ -73,8 +78,6 @@ def test_lbfgs_against_scipy():
     assert np.mean(losses) == pytest.approx(np.mean(found), rel=0.25)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_kfac_against_its_own_optimizer():
     pytest.importorskip("kfac_jax")
     kfac = importlib.import_module("benchmarks.suite.methods.kfac")
