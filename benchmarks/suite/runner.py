@@ -88,16 +88,19 @@ class _Bench:
         self.programs: dict[tuple[Method, int | None], Program] = {}
 
     def in_turns(self, following: Callable[..., Setting | None], methods: Iterable[Method]) -> None:
-        """Run one trial of each method after another, until none is due."""
+        """Run one trial of each method after another, seed by seed, until none is due."""
         waiting = list(methods)
         while waiting:
-            for method in list(waiting):
-                get = self.trials[method].get
-                due = following(self.tier, method, self.workload.measure, get)
-                if due is None:
-                    waiting.remove(method)
-                else:
-                    self._run(method, due)
+            due = {method: self._due(following, method) for method in waiting}
+            waiting = [method for method in waiting if due[method] is not None]
+            first = min((setting.seed for setting in due.values() if setting), default=None)
+            for method in waiting:
+                setting = due[method]
+                if setting is not None and setting.seed == first:
+                    self._run(method, setting)
+
+    def _due(self, following: Callable[..., Setting | None], method: Method) -> Setting | None:
+        return following(self.tier, method, self.workload.measure, self.trials[method].get)
 
     def _run(self, method: Method, setting: Setting) -> None:
         key = method, setting.alternative
