@@ -1,10 +1,10 @@
 """Does the best learning rate stay where it is when a network gets wider?
 
-    uv run python benchmarks/rate_transfer.py            # figures: results/rate_transfer.json
-    uv run python benchmarks/rate_transfer.py --quick    # seconds: does it run?
+    uv run python -m benchmarks.rate_transfer            # figures: results/rate_transfer.json
+    uv run python -m benchmarks.rate_transfer --quick    # seconds: does it run?
 
 An MLP 196-w-w-10 on Fashion-MNIST at 14x14, w = 64, 128, 256; 400 steps of 128 with the schedule
-of the study (5 % warm-up, linear decay to 0). For each width and method, training losses at the
+of the suite (5 % warm-up, linear decay to 0). For each width and method, training losses at the
 end, as means over seeds, on rates of powers of 2 that are extended until the best is not at an end.
 The best rate between them is the vertex of the parabola through the best three, in log2 of the
 rate.
@@ -13,20 +13,49 @@ rate.
 import argparse
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
-import workloads
-from methods import METHODS, Method
-from reporting import RESULTS, environment
 from rich.console import Console
 from rich.table import Table
-from study import best_rate, next_rate
-from training import run
-from workloads import Workload
+
+from benchmarks.reporting import RESULTS, environment
+from benchmarks.suite import workloads
+from benchmarks.suite.methods import METHODS, Method
+from benchmarks.suite.training import compiled, trial
+from benchmarks.suite.workloads.networks import perceptron_parameters
+from benchmarks.suite.workloads.problem import Workload, take
 
 WIDTHS = (64, 128, 256)
-NAMES = ("AdamW", "LLQR streaming e-kfac")
+FACTOR = 2.0
+LONGEST_GRID = 10
+"""A method whose best rate is still at an end after so many is reported as it is."""
+
+COMPARED = {
+    "AdamW": replace(
+        METHODS["AdamW"], rate=2e-3, options={**METHODS["AdamW"].options, "weight_decay": 1e-2}
+    ),
+    "LLQR streaming e-kfac": METHODS["LLQR streaming"],
+}
 Losses = dict[str, float]
+
+
+def best_rate(rates: Losses) -> str:
+    """Return the rate with the lowest loss."""
+    return min(rates, key=lambda rate: rates[rate])
+
+
+def next_rate(rates: Losses, first: float) -> float | None:
+    """Return the rate to try next, None if the best lies inside the grid."""
+    if not rates:
+        return first
+    grid = sorted(map(float, rates))
+    best = float(best_rate(rates))
+    if len(grid) == LONGEST_GRID or grid[0] < best < grid[-1]:
+        return None
+    if not np.isfinite(rates[f"{best:g}"]):  # all have diverged
+        return grid[0] / FACTOR
+    return grid[-1] * FACTOR if best == grid[-1] else grid[0] / FACTOR
 
 
 def vertex(losses: Losses) -> float:
@@ -45,16 +74,20 @@ def vertex(losses: Losses) -> float:
     return float(rates[i] * 2 ** (0.5 * (low - high) / (low - 2 * best + high)))
 
 
+def perceptron(width: int) -> Workload:
+    """Return an MLP 196-width-width-10 on Fashion-MNIST at 14x14."""
+    workload = workloads.load("fashion-mlp")
+    parameters = partial(perceptron_parameters, widths=(196, width, width, 10))
+    fixed = take(workload.train, slice(5000))
+    return replace(workload, name=f"mlp of {width}", parameters=parameters, fixed=fixed, steps=400)
+
+
 def losses_of(workload: Workload, method: Method, seeds: int, most: int) -> Losses:
     """Return rate -> mean training loss at the end."""
-    tx, found = method.optimizer(), {}
-    while len(found) < most and (rate := next_rate(found, method.rate)) is not None:
-        ends = [
-            run(workload, method, tx, rate, seed, workload.steps, 1)[-1]["loss"]
-            for seed in range(seeds)
-        ]
-        mean = float(np.mean(ends))
-        found[f"{rate:g}"] = mean if np.isfinite(mean) else float("inf")
+    program, found = compiled(workload, method), {}
+    while len(found) < most and (rate := next_rate(found, method.rate or 1.0)) is not None:
+        ends = [trial(program, rate, seed, 1)["train"][-1] for seed in range(seeds)]
+        found[f"{rate:g}"] = float("inf") if None in ends else float(np.mean(ends))
     return found
 
 
@@ -70,14 +103,13 @@ def main() -> None:
     path, rows = RESULTS / "rate_transfer.json", {}
     if path.exists() and not given.quick:
         rows = json.loads(path.read_text())["rows"]
-    for name in (given.only,) if given.only else NAMES:
-        method = next(m for m in METHODS if m.name == name)
-        rows[name] = {}
+    for name in (given.only,) if given.only else COMPARED:
+        method, rows[name] = COMPARED[name], {}
         for width in WIDTHS[:1] if given.quick else WIDTHS:
-            workload = workloads.perceptron(width)
+            workload = perceptron(width)
             if given.quick:
                 workload = replace(workload, steps=10)
-            found = losses_of(workload, method, given.seeds, 2 if given.quick else 10)
+            found = losses_of(workload, method, given.seeds, 2 if given.quick else LONGEST_GRID)
             rows[name][str(width)] = {"losses": found, "best": vertex(found)}
             print(name, width, found, flush=True)
         if not given.quick:

@@ -1,7 +1,7 @@
 """What streaming refits cost: all steps of a training, refits included, against the plain ones.
 
-    uv run python benchmarks/streaming_cost.py               # figures: results/streaming_cost.json
-    uv run python benchmarks/streaming_cost.py chars --repeats 20
+    uv run python -m benchmarks.streaming_cost               # figures: results/streaming_cost.json
+    uv run python -m benchmarks.streaming_cost characters --repeats 20
 
 One process; five steps of each kind in turn, so that what else runs on the machine meets all of
 them. The mean over a training has 20 refits at its start and one at every tenth step after. Ratios
@@ -19,39 +19,40 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-NAMES = ("chars", "cnn", "mlp")
-METHODS = ("AdamW", "SOAP", "Muon", "LLQR streaming e-kfac")
+NAMES = ("characters", "fashion-resnet", "fashion-mlp")
+PLAIN = "SGD Nesterov"
+METHODS = ("AdamW", "SOAP", "Muon", "LLQR streaming")
 
 
 def measure(name: str, repeats: int) -> list[dict[str, Any]]:
     """Return a row for each method: milliseconds of its steps, and ratios to those of SGD."""
     import jax  # late: the environment of its threads comes first
-    import methods
     import numpy as np
-    import workloads
-    from training import start, train_step
+
+    from benchmarks.suite import methods, workloads
+    from benchmarks.suite.training import compiled
 
     workload, rate = workloads.load(name), np.float32(0)
     batch = next(workload.batches(0))
-    chosen = {m.name: m for m in methods.METHODS if m.name in ("SGD", *METHODS)}
-    kinds = {who: [m.kinds(i) for i in range(workload.steps)] for who, m in chosen.items()}
-    optimizers = {who: m.optimizer() for who, m in chosen.items()}
-    runs = {
-        (who, kind): start(workload, optimizers[who], 0)
-        for who in chosen
-        for kind in sorted(set(kinds[who]))
+    programs = {who: compiled(workload, methods.METHODS[who]) for who in (PLAIN, *METHODS)}
+    kinds = {
+        who: [program.engine.kind(i) for i in range(workload.steps)]
+        for who, program in programs.items()
     }
+
+    def carry(who: str) -> Any:
+        made = programs[who].engine.start(workload.initial(0), batch, jax.random.key(0))
+        return jax.tree.map(jax.numpy.copy, made)
+
+    runs = {(who, kind): carry(who) for who in programs for kind in sorted(set(kinds[who]))}
     times: dict[Any, list[float]] = {run: [] for run in runs}
     for repeat in range(repeats + 1):
-        for (who, kind), (params, state) in runs.items():
+        for who, kind in runs:
             clock = time.perf_counter()
             for _ in range(5):
-                params, state = train_step(
-                    workload, optimizers[who], kind, params, state, batch, rate
-                )
-            jax.block_until_ready(params)
-            runs[who, kind] = params, state
-            if repeat:  # the first compiles
+                runs[who, kind] = programs[who].steps[kind](runs[who, kind], batch, rate)
+            jax.block_until_ready(runs[who, kind])
+            if repeat:
                 times[who, kind].append((time.perf_counter() - clock) * 200)
 
     def mean(who: str, of: Callable[[list[float]], float]) -> float:
@@ -64,11 +65,11 @@ def measure(name: str, repeats: int) -> list[dict[str, Any]]:
             {
                 "workload": name,
                 "method": who,
-                "plain, ms": mean("SGD", statistics.median),
+                "plain, ms": mean(PLAIN, statistics.median),
                 "step, ms": min(middle.values()),
                 "refit step, ms": max(middle.values()),
-                "all / SGD, medians": mean(who, statistics.median) / mean("SGD", statistics.median),
-                "all / SGD, smallest": mean(who, min) / mean("SGD", min),
+                "all / SGD, medians": mean(who, statistics.median) / mean(PLAIN, statistics.median),
+                "all / SGD, smallest": mean(who, min) / mean(PLAIN, min),
             }
         )
     return rows
@@ -84,7 +85,7 @@ def main() -> None:
     if unknown := set(given.workloads) - set(NAMES):
         parser.error(f"unknown {sorted(unknown)}: choose from {', '.join(NAMES)}")
     os.environ["OPENBLAS_NUM_THREADS"] = str(given.blas_threads)
-    from reporting import environment, show, write
+    from benchmarks.reporting import environment, show, write
 
     rows = [row for name in given.workloads for row in measure(name, given.repeats)]
     show("streaming refits: all steps of a training", rows)

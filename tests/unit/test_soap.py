@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-HERE = Path(__file__).resolve().parents[2] / "benchmarks"
+HERE = Path(__file__).resolve().parents[2] / "benchmarks" / "suite" / "methods"
 B1, B2, SHAMPOO, EPS = 0.9, 0.8, 0.7, 1e-8
 
 

@@ -1,0 +1,65 @@
+"""The command: run, report, diagnose."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.suite", description="Optimizers side by side."
+    )
+    parser.add_argument("action", choices=("run", "report", "diagnose"))
+    parser.add_argument("workloads", nargs="*", help="all of them, if none is named")
+    parser.add_argument("--tier", default="quick", help="smoke, quick or full")
+    parser.add_argument("--methods", default="", help="names between commas; all, if none is named")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)),
+                        help="workloads at a time, one core each")  # fmt: skip
+    parser.add_argument("--core", type=int, help=argparse.SUPPRESS)  # of a child
+    parser.add_argument("--told", default="", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.core is not None:  # before jax counts them
+        os.sched_setaffinity(0, {given.core})
+    return given
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    given = _arguments()
+    from . import methods, protocol, runner, store, workloads
+
+    if given.tier not in protocol.TIERS:
+        sys.exit(f"unknown tier {given.tier!r}: choose from {', '.join(protocol.TIERS)}.")
+    tier = protocol.TIERS[given.tier]
+    names = given.workloads or list(workloads.MAKERS)
+    if unknown := [name for name in names if name not in workloads.MAKERS]:
+        sys.exit(f"unknown workloads {unknown}: choose from {', '.join(workloads.MAKERS)}.")
+    try:
+        chosen = methods.choose(given.methods)
+    except ValueError as error:
+        sys.exit(str(error))
+    folder = given.out or (store.RESULTS if tier.shorter == 1 else Path("outputs") / tier.name)
+    if missing := [m for m in chosen if not methods.is_installed(m)]:
+        print(
+            f"left out, not installed: {', '.join(m.name for m in missing)} (uv sync --extra peers)"
+        )
+    if given.action == "run" and given.core is not None:
+        runner.run_here(names[0], chosen, tier, folder, given.told)
+    elif given.action == "run":
+        failed = runner.run_all(names, chosen, tier, folder, given.jobs, runner.typed())
+        if failed:
+            sys.exit(f"failed: {', '.join(failed)}; what they had done is kept.")
+    elif given.action == "report":
+        from . import report
+
+        report.write(names, chosen, tier, folder)
+    else:
+        from . import diagnosis
+
+        diagnosis.write(names, folder)
+
+
+if __name__ == "__main__":
+    main()

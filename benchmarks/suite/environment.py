@@ -1,0 +1,31 @@
+"""Where results were measured."""
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "optax", "numpy", "psgdax", "kfac-jax")
+
+
+def environment(**more: Any) -> dict[str, Any]:
+    """Return versions, machine and what else is told."""
+    return {
+        "versions": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "cores used": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0]),
+        **more,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,104 @@
+"""The page that a person reads, and its pictures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from . import diagnosis, plots, tables
+from .methods.method import Method
+from .protocol import LEVEL, PENALTY, Tier
+from .summary import Result, read
+
+DOCS = Path(__file__).parents[2] / "docs"
+OURS = "LLQR streaming"
+
+
+def write(names: list[str], methods: list[Method], tier: Tier, folder: Path) -> Path | None:
+    """Write the report of what is there.
+
+    For results that are kept, the page goes into the documentation; for others beside them.
+
+    Returns:
+      The page, None if there is nothing to report.
+    """
+    results = [found for name in names if (found := read(folder, name, methods, tier))]
+    if not results:
+        print(f"nothing to report in {folder}: run first.")
+        return None
+    kept = tier.shorter == 1 and folder.resolve().is_relative_to(DOCS.parent)
+    place, images = (DOCS, DOCS / "images" / "suite") if kept else (folder, folder / "images")
+    plots.profiles(results, images / "profiles.png")
+    plots.curves(results, images / "curves.png")
+    plots.sensitivity(results, images / "rates.png")
+    path = place / "benchmark-results.md"
+    path.write_text(page(results, tier, folder, str(images.relative_to(place))))
+    print(f"written to {path}")
+    return path
+
+
+def page(results: list[Result], tier: Tier, folder: Path, images: str) -> str:
+    """Return the report in Markdown."""
+    seeds = sorted({len(e.runs) for r in results for e in r.entries.values()})
+    parts = [
+        "# Benchmark: results",
+        f"Written by `uv run python -m benchmarks.suite report --tier {tier.name}`; do not edit. "
+        f"{len(results)} workloads, {tier.rates} rates and "
+        f"{'one more setting' if tier.alternatives else 'nothing else'} tuned, seeds: "
+        f"{', '.join(map(str, seeds))} of {tier.seeds}. [What is compared and how](benchmark.md).",
+        _where(results),
+        "## Over all workloads",
+        f"Geometric mean of the costs of all targets by those of {tables.REFERENCE}, below 1 is "
+        f"better; a target that is not reached counts as {PENALTY:g} times the largest budget.",
+        tables.means(results),
+        f"![Performance profiles]({images}/profiles.png)",
+        f"## Wins and losses of {OURS}",
+        _sum(results),
+        tables.wins(results, OURS, tier),
+        "## Loss against gradient evaluations",
+        f"![Curves]({images}/curves.png)",
+        "## Sensitivity to the rate",
+        f"![Loss at the end against the rate]({images}/rates.png)",
+    ]
+    for result in results:
+        parts += _workload(result, folder)
+    return "\n\n".join(parts) + "\n"
+
+
+def _sum(results: list[Result]) -> str:
+    found = tables.count(results, OURS)
+    return ", ".join(f"{word} {number} times" for word, number in found.items()) + "."
+
+
+def _where(results: list[Result]) -> str:
+    """Return in which environments all of it was measured."""
+    found: dict[str, None] = {}
+    for result in results:
+        for entry in result.entries.values():
+            for where in entry.environments:
+                versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
+                found[f"{where['platform']}, {where['cores used']} of {where['cores']} cores, "
+                      f"Python {where['python']}, {versions}"] = None  # fmt: skip
+    loads = [w["load"] for r in results for e in r.entries.values() for w in e.environments]
+    return (
+        f"Measured on: {'; '.join(found)}. Load when processes began: {min(loads)} to "
+        f"{max(loads)}: seconds beside other jobs tell an order at most."
+    )
+
+
+def _workload(result: Result, folder: Path) -> list[str]:
+    fixed = result.fixed
+    parts = [
+        f"## {result.name}",
+        f"Targets in the {result.measure} loss, fixed from {fixed['method']} at "
+        f"{fixed['rate']:g} ({fixed['best']:.4g} on the tuning seed, from {fixed['start']:.4g}), "
+        f"the best of {len(fixed['baselines'])} baselines.",
+        tables.ends(result),
+        f"Costs of the targets: median over seeds ({LEVEL:.0%} bootstrap interval).",
+        tables.costs(result, "gradients"),
+        tables.costs(result, "seconds"),
+    ]
+    path = folder / result.name / diagnosis.NAME
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        parts += ["Why:", diagnosis.told(found)]
+    return parts

@@ -1,0 +1,151 @@
+"""What a report needs of the results: targets of each workload, runs of each method."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import plan, targets
+from .methods.method import Method
+from .protocol import TUNING_SEED, Tier
+from .statistics import cost, geometric_mean, penalised
+from .store import Setting, slug
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One method on one workload.
+
+    Attributes:
+      method: the method.
+      setting: what was tuned, its seed apart.
+      runs: seed -> trial, of the tuned setting.
+      usual: seed -> trial, of the customary setting.
+      rates: rate -> loss at the end on the tuning seed, infinite where it diverged.
+      edge: whether the tuned rate is the smallest or the largest that was tried.
+      environments: where it was measured.
+    """
+
+    method: Method
+    setting: Setting
+    runs: dict[int, dict[str, Any]]
+    usual: dict[int, dict[str, Any]]
+    rates: dict[float, float]
+    edge: bool
+    environments: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One workload.
+
+    Attributes:
+      name: of the workload.
+      fixed: its targets, see `targets.fix`.
+      entries: method's name -> what it did.
+    """
+
+    name: str
+    fixed: dict[str, Any]
+    entries: dict[str, Entry]
+
+    @property
+    def measure(self) -> str:
+        """The loss that is looked at."""
+        return self.fixed["measure"]
+
+    def ends(self, name: str) -> dict[int, float]:
+        """Return seed -> loss at the end of a method's runs."""
+        runs = self.entries[name].runs
+        return {seed: plan.final(trial, self.measure) for seed, trial in runs.items()}
+
+    def costs(self, name: str, target: str, axis: str) -> list[float]:
+        """Return what a target has cost a method, seed by seed.
+
+        Args:
+          name: of the method.
+          target: "easy", "medium" or "hard".
+          axis: "step", "gradients", "seconds", or "all seconds" with compilation.
+        """
+        place, values = self.fixed["targets"][target], []
+        for trial in self.entries[name].runs.values():
+            column = "seconds" if axis == "all seconds" else axis
+            value = cost(trial["columns"], place, column, self.measure)
+            values.append(value + (trial["compilation"] if axis == "all seconds" else 0.0))
+        return values
+
+    def cost(self, name: str, target: str, axis: str) -> float:
+        """Return the median of it, infinite if most runs fail."""
+        return statistics.median_high(self.costs(name, target, axis))
+
+    def budget(self, axis: str) -> float:
+        """Return the median end of the longest of all methods on an axis."""
+        column = "seconds" if axis == "all seconds" else axis
+        return max(
+            statistics.median(t["columns"][column][-1] for t in entry.runs.values())
+            for entry in self.entries.values()
+        )
+
+
+def read(folder: Path, name: str, methods: list[Method], tier: Tier) -> Result | None:
+    """Read a workload's results, None if it has no targets or no runs yet."""
+    fixed = targets.read(folder, name)
+    if fixed is None:
+        return None
+    entries = {}
+    for method in methods:
+        path = folder / name / f"{slug(method.name)}.json"
+        if path.exists():
+            entry = _entry(json.loads(path.read_text()), method, tier, fixed["measure"])
+            if entry.runs:
+                entries[method.name] = entry
+    return Result(name, fixed, entries) if entries else None
+
+
+def _entry(record: dict[str, Any], method: Method, tier: Tier, measure: str) -> Entry:
+    trials = {Setting(t["rate"], t["seed"], t["alternative"]): t for t in record["trials"]}
+    get = trials.get
+    chosen = plan.best(tier, method, measure, get)
+    runs = {s.seed: t for s in plan.compared(tier, method, measure, get) if (t := get(s))}
+    usual = {s.seed: t for s in plan.untuned(tier, method) if (t := get(s))}
+    tried = {
+        rate: plan.final(trial, measure)
+        for rate in sorted(plan.rates(tier, method))
+        if (trial := get(Setting(rate, TUNING_SEED)))
+    }
+    edge = plan.at_the_edge(tier, method, chosen)
+    return Entry(method, chosen, runs, usual, tried, edge, record["environments"])
+
+
+def tasks(results: list[Result], axis: str) -> dict[str, list[float]]:
+    """Return method -> cost of every workload and target, NaN where it was not run."""
+    names = list(dict.fromkeys(name for result in results for name in result.entries))
+    return {
+        name: [
+            result.cost(name, target, axis) if name in result.entries else math.nan
+            for result in results
+            for target in result.fixed["targets"]
+        ]
+        for name in names
+    }
+
+
+def ratios(results: list[Result], axis: str, reference: str) -> Mapping[str, tuple[float, int]]:
+    """Return method -> geometric mean of its costs by those of a reference, and how many tasks.
+
+    Tasks are those that both were run on; one that was not reached counts as the penalty.
+    """
+    found: dict[str, list[float]] = {}
+    for result in results:
+        if reference not in result.entries:
+            continue
+        budget = result.budget(axis)
+        for target in result.fixed["targets"]:
+            base = penalised(result.cost(reference, target, axis), budget)
+            for name in result.entries:
+                value = penalised(result.cost(name, target, axis), budget)
+                found.setdefault(name, []).append(value / base)
+    return {name: (geometric_mean(values), len(values)) for name, values in found.items()}
