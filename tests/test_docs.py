@@ -1,9 +1,14 @@
 """Every Python block of the README and the documentation runs."""
 
+import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from llqr_experiments.command import cli
+from tests.experiments import support
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,6 +33,19 @@ def test_readme_commands_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
     for preset in re.findall(r"experiment=([\w-]+)", text):
         assert (ROOT / "configs" / "experiment" / f"{preset}.yaml").exists()
+
+
+def test_commands_of_the_tuning_guide_are_legal():
+    page = (ROOT / "docs" / "tuning.md").read_text()
+    page = page.replace("\\\n", " ")
+    commands = re.findall(r"^(?:\w+=\S+ )*uv run python run.py (.*)$", page, re.MULTILINE)
+    assert len(commands) >= 10
+    for command in commands:
+        arguments = shlex.split(command, comments=True)
+        cli.check_arguments(arguments)
+        support.config(*arguments)
+    for module in re.findall(r"python -m ([\w.]+)", page):
+        assert importlib.util.find_spec(module), module
 
 
 def test_the_architecture_names_every_module_of_the_runner():

@@ -16,7 +16,8 @@ class NonConvexError(ValueError):
 
 NOT_CONVEX = (
     "the curvature is not positive along a search direction, so that the step has no minimum. "
-    "Use a larger damping, or a positive semi-definite metric (ngd, gauss_newton) with some."
+    "Use a larger damping, or a positive semi-definite metric (ngd, or gauss_newton of a loss that "
+    "is convex in the outputs) with some."
 )
 
 

@@ -28,7 +28,8 @@ refuse outputs of one column or one axis: one logit for each row is `bernoulli`'
 entry of the outputs as a binary prediction of its own.
 
 `gauss_newton` is positive only where the loss is convex in the outputs; elsewhere (a contrastive
-loss on embeddings) it is indefinite, like `newton`: use some damping.
+loss on embeddings) it is indefinite, like `newton`: use some damping. A refit that ends where
+this shows has the status "indefinite".
 
 `newton` and `gauss_newton` take the loss with its own reduction (usually a mean); the
 divergences are reduced over rows by `divergence_reduction`: "sum" (the papers' runs), "mean",

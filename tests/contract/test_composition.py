@@ -496,6 +496,28 @@ def test_a_refresh_of_what_multisteps_accumulates_for() -> None:
     assert int(record(state.inner_opt_state).refits) == 1
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_lookahead_around_refits_from_outside() -> None:
+    """Fast steps are those of what is inside; every second one ends halfway to the slow ones."""
+    inner = llqr.llqr(optax.sgd(0.1), **pb.options(refit=llqr.Refit(every=None, steps=2)))
+    tx = optax.lookahead(inner, sync_period=2, slow_step_size=0.5)
+    params = optax.LookaheadParams.init_synced(pb.params())
+    state, bound = tx.init(params), pb.bound()
+    with pytest.raises(ValueError, match=r"the updates (have|lack)"):  # fast and slow
+        llqr.refresh(tx, state, params, bound)
+    refitted = llqr.refresh(inner, state.fast_state, params.fast, bound)
+    state, step, fast = state._replace(fast_state=refitted), jax.jit(tx.update), pb.params()
+    for _ in range(2):
+        updates, state = step(jax.grad(bound)(params.fast), state, params)
+        params = optax.apply_updates(params, updates)
+        by_hand, _ = inner.update(jax.grad(bound)(fast), refitted, fast)
+        fast = optax.apply_updates(fast, by_hand)
+    halfway = jax.tree.map(lambda slow, fast: (slow + fast) / 2, pb.params(), fast)
+    pb.assert_close(params.fast, halfway)
+    pb.assert_close(params.slow, halfway)
+    assert int(record(state.fast_state).refits) == 1
+
+
 # --- loops that pass no keywords on ---------------------------------------------------------
 
 

@@ -246,7 +246,8 @@ def test_update_is_linear_in_the_gradient(structure: str) -> None:
 
 NEEDS_OBJECTIVE = (
     "update() needs objective=objective.bind(batch) where a refit can happen, and none "
-    "arrived. Pass it, or pass refresh=False and refit with llqr.refresh(tx, state, params, objective)."
+    "arrived. Pass it, or pass refresh=False and refit with "
+    "llqr.refresh(tx, state, params, objective)."
 )
 
 

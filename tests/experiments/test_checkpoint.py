@@ -598,3 +598,27 @@ def test_a_run_from_before_an_option_existed_goes_on():
     run_folder.check_same(there, here, ROOT)
     with pytest.raises(ConfigError, match="precond_stream_every=10 there, 5 here"):
         run_folder.check_same(there, here | {"precond_stream_every": 5}, ROOT)
+
+
+def test_a_checkpoint_with_placeholders_from_before_goes_on(tmp_path):
+    """What no refit had reported yet was NaN once, and is 0 today: the first one overwrites it."""
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+    bound = llqr.Objective(
+        lambda p, x: x @ p["kernel"] + p["bias"], lambda z, x: jnp.mean((z - 1) ** 2)
+    ).bind(jnp.ones((4, 3)))
+    tx = llqr.llqr(optax.sgd(0.1), metric="gauss_newton", refit=llqr.Refit(steps=2))
+    today = tx.init(params)
+    nan = {name: jnp.full_like(today.preconditioner.refit._asdict()[name], jnp.nan)
+           for name in ("objective_before", "objective_after", "cosine", "cosines")}  # fmt: skip
+    ours = today.preconditioner
+    kept = checkpoint.Checkpoints(tmp_path, 1, print)
+    kept.save(3, today._replace(preconditioner=ours._replace(refit=ours.refit._replace(**nan))), {})
+    kept.close()
+    found = checkpoint.Checkpoints(tmp_path, 1, print).restore(today)
+    assert found is not None
+    assert np.isnan(found.state.preconditioner.refit.objective_before)
+    assert llqr.inspect(tx, found.state, params).refits == 0
+    grads = jax.grad(bound)(params)
+    ends = [tx.update(grads, state, params, objective=bound) for state in (found.state, today)]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    assert int(ends[0][1].preconditioner.refit.refits) == 1

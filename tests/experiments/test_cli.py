@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -32,6 +33,8 @@ ROOT = Path(__file__).parents[2]
         ("dataset=fashon_mnist", r"did you mean 'fashion_mnist'\?"),
         ("lr_scheduler.tmax=3", r"unknown option of lr_scheduler 'tmax': did you mean 't_max'\?"),
         ("experiment", r"cannot read 'experiment': write key=value"),
+        ("init_key=range(0,2,0.5)", r"init_key=0.0: must be"),
+        ("batch_size=range(0,3)", r"batch_size=0: must be >= 1"),
     ],
 )
 def test_a_misspelt_argument_names_the_nearest(argument, message, capsys):
@@ -179,13 +182,19 @@ def test_help_lists_every_option_with_its_default(capsys, monkeypatch):
 
 
 def test_ctrl_c_while_jax_is_imported_says_nothing(tmp_path):
-    command = [sys.executable, str(ROOT / "run.py"), f"hydra.run.dir={tmp_path / 'run'}"]
+    command = [sys.executable, str(ROOT / "run.py")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=tmp_path)
     assert process.stderr is not None
     assert process.stderr.readline().startswith(b"starting: ")
+    for _ in range(1000):  # Hydra makes the folder, and the imports begin
+        if any(tmp_path.glob("outputs/*/*")):
+            break
+        time.sleep(0.01)
+    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     assert process.communicate()[1] == b""
     assert process.returncode == -signal.SIGINT
+    assert list(tmp_path.iterdir()) == [], "a folder without a run is left behind"
 
 
 def test_run_py_trains_from_the_command_line(tmp_path):

@@ -84,6 +84,15 @@ class TestLayouts:
         data = load(folder, tokenizer="bpe")
         assert decoded(data, "train") == PARTS["train"].replace(" \n \n", " \n\n")[1:]
 
+    def test_a_byte_order_mark_in_the_first_row_is_no_text(self, tmp_path):
+        """The file that a table was made from began with it; further in it is a character."""
+        for split in PARTS:
+            file = write(tmp_path / "p", {}) / f"{split}-00000-of-00001.parquet"
+            table = pyarrow.table({"text": ["\ufeffa b\n", "\ufeffc\n"]})
+            pyarrow.parquet.write_table(table, file)
+        data = load(tmp_path / "p", tokenizer="char")
+        assert decoded(data, "train") == "a b\n\ufeffc\n"
+
     @pytest.mark.parametrize("valid", ["valid", "validation", "val"])
     def test_text_per_split(self, tmp_path, valid):
         write(tmp_path / "t", {f"{k}.txt": v for k, v in PARTS.items() if k != "valid"})

@@ -327,16 +327,20 @@ def test_a_sweep_is_summed_up(tmp_path, capsys):
     assert lines[2].startswith('1,"[a,b]",92.5')
 
 
-def test_folders_of_a_sweep_are_named_after_what_is_swept():
+def test_folders_of_a_sweep_are_named_after_what_is_swept(tmp_path):
     """A name of all options would be too long, and a path in it would make folders."""
     config = OmegaConf.create(
-        {"hydra": {"overrides": {
-            "task": ["experiment=grokking", "dataset.dataset_dir=/a/b", "init_key=0,1", "+x=1"],
+        {"hydra": {"sweep": {"dir": str(tmp_path)}, "overrides": {
+            "task": [
+                "experiment=grokking", "dataset.dataset_dir=/a/b", "init_key=0,${here}", "+x=1"
+            ],
             "hydra": ["hydra.sweep.dir=here"],
         }}}
     )  # fmt: skip
     OmegaConf.set_readonly(config.hydra, True)
-    sweep.Summary().on_multirun_start(config)
+    summary = sweep.Summary()
+    summary.on_multirun_start(config)
+    assert summary._total == 2
     own, added = config.hydra.overrides.hydra
     assert own == "hydra.sweep.dir=here"
     assert added == (

@@ -236,6 +236,6 @@ def _cholesky(
         raise NonConvexError(
             f"stage {name!r}: R + damping + B^T V B has the eigenvalue {lowest:.3g}, so that the "
             "step has no minimum. Use a larger damping, or a positive semi-definite metric "
-            "(ngd, gauss_newton) with some damping."
+            "(ngd, or gauss_newton of a loss that is convex in the outputs) with some damping."
         )
     return factor

@@ -18,7 +18,9 @@ r"""Inner solvers: how a refit moves what it learns.
   cg_back_pr+    the same with beta of Polak and Ribiere, max(0, .), Armijo backtracking
 
 The first four are clipped first, and multiplied by the learning rate; the conjugate
-gradients find their own lengths: clipping and learning rate do not enter.
+gradients find their own lengths: clipping and learning rate do not enter. Where a step of the
+last two leaves the legal arrays (an elementwise P is positive), it is clamped, and halved until
+Phi falls all the same.
 
 Sources: Layerwise LQR (arXiv 2605.04230) for the names and defaults; Hager and Zhang, A
 Survey of Nonlinear Conjugate Gradient Methods (2006); the relative step is that of
@@ -37,6 +39,10 @@ from llqr._tree import divide, vdot
 from llqr._types import Array, Bool, Float, Number, PyTree
 from llqr.refit.objective import Phi
 from llqr.refit.options import DETERMINISTIC, LINE_SEARCHES, SOLVERS, SolverLike
+from llqr.structures import plan as plans
+from llqr.structures.block import Block
+from llqr.structures.matrix import Arrays
+from llqr.structures.plan import Plan
 
 __all__ = [
     "DETERMINISTIC",
@@ -49,6 +55,7 @@ __all__ = [
 ]
 
 LINE_SEARCH_STEPS = 20
+HALVINGS = 10
 BETA_LIMIT = 1e3
 BOUNDED, LONGEST = 0.1, 100.0
 """Bounds on a searched step, by the length of the arrays: where Phi curves down, and ever."""
@@ -70,15 +77,23 @@ class Solver:
 
 
 def make(
-    solver: SolverLike, *, momentum: float, clip_norm: float | None, clip_value: float | None
+    solver: SolverLike,
+    plan: Plan,
+    *,
+    momentum: float,
+    clip_norm: float | None,
+    clip_value: float | None,
+    clamp: Callable[[PyTree], PyTree] | None = None,
 ) -> Solver:
     """Return an inner solver by name, or one around an optax transformation.
 
     Args:
       solver: a name of `SOLVERS`, or a transformation whose updates are added as they are.
+      plan: the blocks whose arrays are learned.
       momentum: mu.
-      clip_norm: largest L2 norm of each array of G; None: no clipping.
+      clip_norm: largest L2 norm of each array of G, matrix by matrix; None: no clipping.
       clip_value: largest absolute entry of G; None: no clipping.
+      clamp: makes learned arrays legal, for a line search; None: all of them are.
 
     References:
       Hager and Zhang, A Survey of Nonlinear Conjugate Gradient Methods (2006), for cg_zoom_hz.
@@ -91,13 +106,13 @@ def make(
 
         def step(phi: Phi, learned: PyTree, state: Any, rate: Number) -> Any:
             del rate
-            return _nonlinear_step(phi, learned, state, beta, search)
+            return _nonlinear_step(phi, learned, state, beta, search, clamp)
 
         return Solver(_nonlinear_init, step)
     named = isinstance(solver, str)
     chain = [optax.identity()]
     if clip_norm is not None:
-        chain.append(_clip_each(clip_norm))
+        chain.append(_each_matrix(_clip_each(clip_norm), plan))
     if clip_value is not None:
         chain.append(optax.clip(clip_value))
     if solver == "momentum":
@@ -105,9 +120,9 @@ def make(
     elif solver == "adam":
         chain.append(optax.scale_by_adam())
     elif solver == "relative":
-        chain.append(scale_by_relative())
+        chain.append(_each_matrix(scale_by_relative(), plan))
     elif not named:
-        chain.append(solver)
+        chain.append(_by_matrix(solver, plan))
     tx = optax.with_extra_args_support(optax.chain(*chain))
 
     def first_order(phi: Phi, learned: PyTree, state: Any, rate: Number) -> Any:
@@ -119,6 +134,32 @@ def make(
         return moved, state, value
 
     return Solver(lambda learned, _: tx.init(learned), first_order)
+
+
+def _each_matrix(tx: optax.GradientTransformation, plan: Plan) -> optax.GradientTransformation:
+    """Let a transformation without a state act on each matrix by itself."""
+
+    def one(_: Block, g: Arrays, s: Arrays) -> Any:
+        return tx.update(g, optax.EmptyState(), s)[0]
+
+    return optax.stateless(lambda g, s: tuple(plans.each(plan, one, g, s)))
+
+
+def _by_matrix(
+    tx: optax.GradientTransformation, plan: Plan
+) -> optax.GradientTransformationExtraArgs:
+    """Show any transformation the arrays of each matrix: it may care for a leaf's shape."""
+    tx = optax.with_extra_args_support(tx)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        apart, at = plans.per_matrix(plan, updates), plans.per_matrix(plan, params)
+        moved: Any
+        moved, state = tx.update(tuple(apart), state, tuple(at), **extra)
+        return tuple(plans.from_matrices(plan, moved)), state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: tx.init(tuple(plans.per_matrix(plan, params))), update
+    )
 
 
 def scale_by_relative() -> optax.GradientTransformation:
@@ -224,6 +265,7 @@ def _nonlinear_step(
     state: _NonlinearState,
     beta: Callable[[PyTree, PyTree, PyTree], Array],
     search: Callable[[Callable[[Array], Array], Array, Array, Array], Array],
+    clamp: Callable[[PyTree], PyTree] | None,
 ) -> tuple[PyTree, _NonlinearState, Array]:
     value, g = phi.value_and_gradient(learned)
     change = jax.tree.map(jnp.subtract, g, state.gradient)
@@ -235,20 +277,23 @@ def _nonlinear_step(
     _, slope, curved = phi.along(learned, d, zero)
     # The Newton length along the line, so that the search starts near its end. Where Phi curves
     # down there is none, and it may have no lower bound: then a step that P can follow.
-    size = divide(jnp.sqrt(vdot(learned, learned)), jnp.sqrt(vdot(d, d)), 1.0)
+    length = jnp.sqrt(vdot(learned, learned))
+    length = jnp.where(length > 0, length, 1.0)  # arrays that start at zero have no length yet
+    size = divide(length, jnp.sqrt(vdot(d, d)), 1.0)
     convex, short = curved > 0, BOUNDED * size
     guess = jnp.where(convex, jnp.minimum(divide(-slope, curved), LONGEST * size), short)
     line = jax.tree.map(lambda x: (guess * x).astype(x.dtype), d)
 
-    # A custom rule: the slope is known from tangent sweeps, no transpose is needed.
+    # A custom rule: the slope is known from tangent sweeps, no transpose is needed. The search
+    # counts in float64 where JAX does, whatever Phi is in.
     @jax.custom_jvp
     def along(t: Array) -> Array:
-        return phi.along(learned, line, t)[0]
+        return phi.along(learned, line, t.astype(value.dtype))[0].astype(value.dtype)
 
     @along.defjvp
     def _rule(primals: Any, tangents: Any) -> Any:
-        found, slope, _ = phi.along(learned, line, *primals)
-        return found, slope * tangents[0]
+        found, slope, _ = phi.along(learned, line, primals[0].astype(value.dtype))
+        return found.astype(value.dtype), (slope * tangents[0]).astype(value.dtype)
 
     longest = jnp.where(convex, divide(LONGEST * size, guess, 1.0), 1.0).astype(value.dtype)
     t = search(along, value, (guess * slope).astype(value.dtype), longest)
@@ -258,8 +303,26 @@ def _nonlinear_step(
     # It went past a valley that is none: Phi curves down at the end, so that nothing holds it.
     runaway = convex & ~(bent > 0) & (t > 0)
     t = jnp.where(runaway, jnp.minimum(t, divide(short, guess)), t)
-    moved = jax.tree.map(lambda b, x: (b + t * x).astype(b.dtype), learned, line)
-    return moved, _NonlinearState(g, d, jnp.array(True)), value
+
+    def at(t: Array) -> PyTree:
+        moved = jax.tree.map(lambda b, x: (b + t * x).astype(b.dtype), learned, line)
+        return moved if clamp is None else clamp(moved)
+
+    if clamp is not None:  # the search does not know where arrays end
+        t = _halved(lambda t: phi.along(at(t), line, zero)[0], value, t)
+    return at(t), _NonlinearState(g, d, jnp.array(True)), value
+
+
+def _halved(function: Callable[[Array], Array], value: Array, t: Array) -> Array:
+    """The first of t, t/2, t/4, ... with a function value below `value`; 0 if there is none."""
+
+    def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        t, _, halvings = carry
+        return t / 2, function(t / 2) < value, halvings + 1
+
+    start = (t, function(t) < value, jnp.zeros((), jnp.int32))
+    t, lower, _ = jax.lax.while_loop(lambda c: ~c[1] & (c[0] > 0) & (c[2] < HALVINGS), step, start)
+    return jnp.where(lower, t, 0.0)
 
 
 def _polak_ribiere(g: PyTree, y: PyTree, d: PyTree) -> Array:

@@ -335,15 +335,30 @@ def project(structure: Structure, arrays: Arrays, *, allow_inversion: bool) -> A
       arrays: after a refit.
       allow_inversion: leave negative entries (`allow_grad_inversion`).
     """
-    out = dict(arrays)
-    if structure.elementwise and not structure.positive and not allow_inversion:
-        out["spectrum"] = jnp.maximum(out["spectrum"], CLAMP)
+    out = dict(arrays) if allow_inversion else clamp(structure, arrays)
     if structure.normalize:
         out["spectrum"] = _normalize(structure, out["spectrum"])
     for slot, side in structure.sides.items():
         fixed = side.project(_local(arrays, slot))
         out |= {_slot(slot, local): array for local, array in fixed.items()}
     return out
+
+
+def clamps(structure: Structure) -> bool:
+    """Whether `clamp` may change P."""
+    return structure.elementwise and not structure.positive
+
+
+def clamp(structure: Structure, arrays: Arrays) -> Arrays:
+    """Return arrays in which the entries of an elementwise P are at least 1e-8.
+
+    Args:
+      structure: the structure.
+      arrays: of P, or what a refit learns of them.
+    """
+    if not clamps(structure):
+        return dict(arrays)
+    return arrays | {"spectrum": jnp.maximum(arrays["spectrum"], CLAMP)}
 
 
 def cost(structure: Structure, shape: tuple[int, ...]) -> int:

@@ -1,6 +1,7 @@
 """The command line around Hydra: help, misspelt names, errors without a traceback."""
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, QuotedString, Sweep
+from hydra.core.override_parser.types import ChoiceSweep, QuotedString, RangeSweep, Sweep
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -108,9 +109,11 @@ def _check_argument(argument: str) -> None:
     try:
         override = OverridesParser.create().parse_override(argument)
         value = override.value()
+        values = value.list if isinstance(value, ChoiceSweep) else [value]
+        if isinstance(value, RangeSweep):
+            values = list(override.sweep_iterator())
     except HydraException as error:
         raise ConfigError(_unreadable(argument, error)) from error
-    values = value.list if isinstance(value, ChoiceSweep) else [value]
     values = [x.text if isinstance(x, QuotedString) else x for x in values]
     key = override.key_or_group
     group, _, rest = key.partition(".")
@@ -230,13 +233,22 @@ def settings(config: DictConfig) -> Any:
 
 
 def _run(settings: Any, out_dir: Path) -> None:
+    main = threading.current_thread() is threading.main_thread()
+    if main:  # nothing is lost yet, and nothing shall be left
+
+        def leave(*_: Any) -> None:
+            _remove_if_empty(out_dir)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+
+        signal.signal(signal.SIGINT, leave)
     # Late: --help and bad options need no models.
     from llqr_experiments.command import plan
     from llqr_experiments.run import train
     from llqr_experiments.study import comparison, toys
     from llqr_experiments.task.small import shrink
 
-    if threading.current_thread() is threading.main_thread():  # run.py has ended imports by it
+    if main:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if settings.smoke:
         settings = shrink(settings)
@@ -257,9 +269,14 @@ def _in_sweep() -> bool:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Hydra makes the folder of every job."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    """Hydra makes the folder of every job, and one for the day."""
+    parents = [parent for parent in folder.parents[:2] if HYDRAS_PARENTS.fullmatch(parent.name)]
+    for path in (folder, *parents):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+HYDRAS_PARENTS = re.compile(r"outputs|\d{4}-\d\d-\d\d")
 
 
 def stop(error: RunError) -> NoReturn:

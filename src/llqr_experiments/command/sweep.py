@@ -44,8 +44,10 @@ class Summary(Callback):
         Hydra would name all of them: a folder's name may not be so long, nor have a path in it.
         """
         shutil.rmtree(Path(config.hydra.sweep.dir) / JOBS, ignore_errors=True)  # of an earlier one
-        self._total = _count(config.hydra.overrides.task)
-        constant = unswept(config.hydra.overrides.task)
+        # As they were typed: an interpolation in one may be known to its job only, or to none.
+        task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+        self._total = _count(task)
+        constant = unswept(task)
         with read_write(config.hydra):  # the runs are composed with these overrides
             config.hydra.overrides.hydra.append(
                 f"hydra.job.config.override_dirname.exclude_keys=[{','.join(constant)}]"

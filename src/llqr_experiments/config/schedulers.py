@@ -119,6 +119,8 @@ SCHEDULES: dict[str, type] = {
 }
 """What each takes, by name."""
 
+_ARGUMENTS = frozenset(row.name for kind in SCHEDULES.values() for row in fields(kind))
+
 
 def check_scheduler(group: str, given: Any) -> None:
     """Raise ConfigError if a group does not name a schedule, with arguments that it takes.
@@ -137,7 +139,12 @@ def check_scheduler(group: str, given: Any) -> None:
         if argument == "name":
             continue
         if argument not in rows:
-            raise ConfigError(unknown(f"argument of {name}", argument, rows))
+            if argument in _ARGUMENTS and name == "constant":  # off, whatever a preset gave
+                continue
+            told = unknown(f"argument of {name}", argument, rows)
+            if argument in _ARGUMENTS:
+                told += f". ~{group}.{argument} leaves out what a preset gave."
+            raise ConfigError(told)
         if argument == "boundaries":
             value = boundaries(value)
         check(f"{group}.{argument}", rows[argument], value)

@@ -72,8 +72,9 @@ def _lines(paths: list[Path]) -> Lines:
 
 def _read(paths: list[Path]) -> Iterator[str]:
     for path in paths:
-        for row in _rows(path):
-            yield from split(row if row.endswith("\n") else f"{row}\n")
+        for number, row in enumerate(_rows(path)):
+            text = row if number else row.removeprefix("\ufeff")  # of the file it was made from
+            yield from split(text if text.endswith("\n") else f"{text}\n")
 
 
 def _rows(path: Path) -> Iterator[str]:

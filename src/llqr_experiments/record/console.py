@@ -114,6 +114,8 @@ class Display:
         if guarded:
             reasons = [f"{REASONS[word]}: {n}" for word, n in guarded.items()]
             line += " [yellow](" + ", ".join(reasons) + ")[/]"
+        if any(b.status == "indefinite" for b in report.blocks):
+            line += ", [yellow]curvature along the step negative: more damping[/]"
         self.say(line)
 
     def closing(self, results: dict[str, str], clock: Clock, folder: Path) -> None:

@@ -1,14 +1,16 @@
 """What a refit did, and how near the learned steps come to the exact one."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from matplotlib.figure import Figure
 
 import llqr
-from llqr._tree import cosine
+from llqr._tree import cosine, divide, norm
 from llqr._types import Array, Float, Params
 from llqr_experiments.config import build
 from llqr_experiments.config.option import accepted, become
@@ -39,12 +41,36 @@ def _gradient(objective: llqr.BoundObjective, params: Params) -> Params:
 _cosine = jax.jit(cosine)
 
 
-def refit_record(report: llqr.Report, agreement: float) -> dict[str, float]:
+def step_length(
+    tx: optax.GradientTransformationExtraArgs,
+    opt_state: Any,
+    training: llqr.BoundObjective,
+    params: Params,
+) -> Float[Array, ""]:
+    """Return the length of the update that follows, by that of the parameters.
+
+    Args:
+      tx: the optimizer.
+      opt_state: its state after a refit.
+      training: the loss on the next training batch; a perturbation is left out.
+      params: the parameters.
+    """
+    return _length(tx, opt_state, _gradient(training, params), params)
+
+
+@partial(jax.jit, static_argnames="tx")
+def _length(tx: Any, opt_state: Any, gradient: Params, params: Params) -> Float[Array, ""]:
+    updates, _ = tx.update(gradient, opt_state, params, refresh=False)
+    return divide(norm(updates), norm(params))
+
+
+def refit_record(report: llqr.Report, agreement: float, length: float) -> dict[str, float]:
     """Return what is logged about a refit, as one record.
 
     Args:
       report: of the preconditioner after it.
       agreement: cosine of refit and training gradient.
+      length: of the next update, by that of the parameters.
     """
     blocks = report.blocks
     guarded = [b for b in blocks if b.status in REASONS]
@@ -53,8 +79,10 @@ def refit_record(report: llqr.Report, agreement: float) -> dict[str, float]:
         "refit objective after": report.objective_after,
         "refit steps": float(report.steps),
         "refit guarded blocks": float(len(guarded)),
+        "refit indefinite blocks": float(sum(b.status == "indefinite" for b in blocks)),
         "refit cosine Pg and g": report.cosine,
         "refit cosine refit and training gradient": agreement,
+        "refit update over parameters": length,
         "Maximum across preconditioner": max(b.maximum for b in blocks),
         "Minimum across preconditioner": min(b.minimum for b in blocks),
         "Preconditioner l2 norm": sum(b.norm**2 for b in blocks) ** 0.5,
