@@ -77,6 +77,7 @@ def _where(results: list[Result]) -> str:
             for where in entry.environments:
                 versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
                 found[f"{where['platform']}, {where['cores used']} of {where['cores']} cores, "
+                      f"commit {where.get('commit', 'not noted')}, "
                       f"Python {where['python']}, {versions}"] = None  # fmt: skip
     loads = [w["load"] for r in results for e in r.entries.values() for w in e.environments]
     return (
