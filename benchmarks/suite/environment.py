@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import platform
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ PACKAGES = ("jax", "jaxlib", "optax", "numpy", "psgdax", "kfac-jax")
 def environment(**more: Any) -> dict[str, Any]:
     """Return versions, machine and what else is told."""
     return {
+        "commit": _commit(),
         "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
@@ -22,6 +25,14 @@ def environment(**more: Any) -> dict[str, Any]:
         "load": round(os.getloadavg()[0]),
         **more,
     }
+
+
+def _commit() -> str | None:
+    """Return the commit that is checked out, marked where files have changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    place = Path(__file__).parent
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
 def _version(name: str) -> str | None:

@@ -6,19 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from .methods import METHODS
 from .statistics import profile
 from .summary import Entry, Result, tasks
 
 FACTORS = np.geomspace(1, 16, 65).tolist()
 COLUMNS = 3
+COLORS = colormaps["tab20"].colors  # type: ignore[attr-defined]
+WORSE = 1.2
+"""Losses above this times that at the start are left out of the sensitivity to rates."""
 
 
-def style(entry_or_name: str) -> dict[str, Any]:
-    """Return how a method is drawn: LLQR in thick lines."""
-    ours = entry_or_name.startswith("LLQR")
-    return {"lw": 2.2 if ours else 1.2, "ls": "-" if ours else "--"}
+def style(name: str) -> dict[str, Any]:
+    """Return how a method is drawn: one colour everywhere, LLQR in thick lines."""
+    number = list(METHODS).index(name) if name in METHODS else len(METHODS)
+    ours = name.startswith("LLQR")
+    return {"color": COLORS[number % 20], "lw": 2.2 if ours else 1.2, "ls": "-" if ours else "--"}
 
 
 def profiles(results: list[Result], path: Path) -> None:
@@ -57,10 +63,9 @@ def sensitivity(results: list[Result], path: Path) -> None:
         if entry.method.rate is None:
             return
         found = {r / entry.method.rate: loss for r, loss in entry.rates.items()}
-        kept = {r: loss for r, loss in found.items() if math.isfinite(loss)}
+        kept = {r: loss for r, loss in found.items() if loss < WORSE * result.fixed["start"]}
         axes.plot(list(kept), list(kept.values()), marker=".", label=name, **style(name))
         axes.set_xscale("log")
-        axes.set_ylim(top=result.fixed["start"] * 1.2)
 
     _grid(results, path, draw, "rate / customary rate")
 

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from . import diagnosis, plots, tables
+from .methods import METHODS
 from .methods.method import Method
 from .protocol import LEVEL, PENALTY, Tier
 from .summary import Result, read
+from .workloads import MAKERS
 
 DOCS = Path(__file__).parents[2] / "docs"
 OURS = "LLQR streaming"
@@ -45,6 +47,7 @@ def page(results: list[Result], tier: Tier, folder: Path, images: str) -> str:
         f"{len(results)} workloads, {tier.rates} rates and "
         f"{'one more setting' if tier.alternatives else 'nothing else'} tuned, seeds: "
         f"{', '.join(map(str, seeds))} of {tier.seeds}. [What is compared and how](benchmark.md).",
+        _missing(results),
         _where(results),
         "## Over all workloads",
         f"Geometric mean of the costs of all targets by those of {tables.REFERENCE}, below 1 is "
@@ -69,6 +72,19 @@ def _sum(results: list[Result]) -> str:
     return ", ".join(f"{word} {number} times" for word, number in found.items()) + "."
 
 
+def _missing(results: list[Result]) -> str:
+    """Return what has not been run, or not to the end."""
+    there = {result.name for result in results}
+    ran = {name for result in results for name in result.entries}
+    absent = [name for name in MAKERS if name not in there]
+    others = [name for name in METHODS if name not in ran]
+    return (
+        f"Not there: workloads: {', '.join(absent) or 'none'}; methods: "
+        f"{', '.join(others) or 'none'}. What is said over all workloads is said of those that are "
+        "there."
+    )
+
+
 def _where(results: list[Result]) -> str:
     """Return in which environments all of it was measured."""
     found: dict[str, None] = {}
@@ -77,6 +93,7 @@ def _where(results: list[Result]) -> str:
             for where in entry.environments:
                 versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
                 found[f"{where['platform']}, {where['cores used']} of {where['cores']} cores, "
+                      f"commit {where.get('commit', 'not noted')}, "
                       f"Python {where['python']}, {versions}"] = None  # fmt: skip
     loads = [w["load"] for r in results for e in r.entries.values() for w in e.environments]
     return (
