@@ -149,7 +149,9 @@ def blocks(
     found = find(state)
     plan = visited(tx, params)[0].plan
     arrays = blocks_of(plan, found, params)
-    return {block.label: dict(own) for block, own in zip(plan, arrays, strict=True)}
+    labels = [label for block in plan for label in block.labels]
+    apart = plans.per_matrix(plan, arrays)
+    return {label: dict(own) for label, own in zip(labels, apart, strict=True)}
 
 
 def install(
@@ -181,8 +183,8 @@ def install(
     """
     found = find(state)
     plan = visited(tx, params)[0].plan
-    known = {block.label: i for i, block in enumerate(plan)}
-    arrays = list(blocks_of(plan, found, params))
+    known = {label: i for i, label in enumerate(la for block in plan for la in block.labels)}
+    arrays = plans.per_matrix(plan, blocks_of(plan, found, params))
     for name, slots in blocks.items():
         if name not in known:
             raise ValueError(unknown("block (path of its first leaf)", name, known))
@@ -199,6 +201,6 @@ def install(
                 raise ValueError(f"block {name!r}, slot {slot!r}: the array is not finite.")
         cast = {slot: jnp.asarray(array, own[slot].dtype) for slot, array in slots.items()}
         arrays[known[name]] = own | cast
-    packed = plans.pack(plan, arrays, params, tuple(found.blocks))
+    packed = plans.pack(plan, plans.from_matrices(plan, arrays), params, tuple(found.blocks))
     new = found._replace(blocks=packed)
     return jax.tree.map(lambda x: new if x is found else x, state, is_leaf=is_ours)

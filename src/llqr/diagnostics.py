@@ -24,7 +24,9 @@ from llqr.refit.setup import WHOLE, Blocks, Inputs, Setup, numbers_at
 from llqr.state import blocks_of, find, is_ours, plans_of
 from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
-from llqr.structures.plan import StructureLike
+from llqr.structures.block import Block
+from llqr.structures.matrix import Arrays
+from llqr.structures.rules import StructureLike, rule_table
 
 MAX_STEPS = 5000
 """Of conjugate gradients in `quality`."""
@@ -88,20 +90,18 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
     rows = []
     for plan in found:
         for block in plan:
-            if block.position:  # of a stack, which has one row
-                continue
-            count = math.prod(block.grid)
+            source, count = block.sources[0], block.count
             shapes = mx.array_shapes(block.structure, block.shape).values()
             stored = count * sum(math.prod(shape) for shape in shapes)
             rows.append(
                 Row(
                     leaf=block.names[0],
                     more=len(block.names) - 1,
-                    shape=block.views[0].whole,
+                    shape=source.views[0].whole,
                     view=block.shape,
-                    stack=block.grid,
+                    stack=source.grid,
                     structure=block.structure.name,
-                    parameters=sum(math.prod(view.whole) for view in block.views),
+                    parameters=sum(math.prod(view.whole) for view in source.views),
                     stored=stored,
                     bytes=stored * jnp.dtype(block.dtype).itemsize,
                     cost=count * mx.cost(block.structure, block.shape),
@@ -201,17 +201,17 @@ def inspect(
     ours = find(state)
     plan = plans_of(tx, params)[0]
     blocks = blocks_of(plan, ours, params)
-    sides = tuple(_asymmetric_sides(block) if asymmetry else () for block in plan)
-    measured, skew, info = jax.device_get((*_measure(blocks, sides), ours.refit))
+    found, info = jax.device_get((_measure(plan, blocks, asymmetry), ours.refit))
+    labels = [label for block in plan for label in block.labels]
     rows = []
-    for block, status, angle, (low, high, length), skews in zip(
-        plan, info.status, info.cosines, measured, skew, strict=True
+    for label, status, angle, ((low, high, length), skews) in zip(
+        labels, info.status, info.cosines, plans.per_matrix(plan, found), strict=True
     ):
         pairs = {slot: (float(a), float(b)) for slot, (a, b) in skews.items()}
         word = STATUS[int(status)]
         rows.append(
             BlockReport(
-                leaf=block.label,
+                leaf=label,
                 status=word,
                 cosine=float(angle),
                 minimum=float(low),
@@ -225,23 +225,24 @@ def inspect(
     return Report(*counts, before, after, float(info.cosine), tuple(rows))
 
 
-def _asymmetric_sides(block: plans.Block) -> tuple[str, ...]:
+def _asymmetric_sides(block: Block) -> tuple[str, ...]:
     """Slots of the block's square sides that are not symmetric by construction."""
     sides = block.structure.sides.items()
     return tuple(slot for slot, side in sides if side.square and not side.symmetric)
 
 
-@partial(jax.jit, static_argnames="sides")
-def _measure(blocks: Blocks, sides: tuple[tuple[str, ...], ...]) -> Any:
-    """Per block: (smallest, largest, norm) of its arrays, and asymmetry of the given sides."""
-    numbers, skew = [], []
-    for arrays, slots in zip(blocks, sides, strict=True):
+@partial(jax.jit, static_argnames=("plan", "asymmetry"))
+def _measure(plan: plans.Plan, blocks: Blocks, asymmetry: bool) -> Any:
+    """Of every matrix: (smallest, largest, norm) of its arrays, and asymmetry of its sides."""
+
+    def one(block: Block, arrays: Arrays) -> Any:
         values = list(arrays.values())
         low = jnp.min(jnp.stack([jnp.min(x) for x in values]))
         high = jnp.max(jnp.stack([jnp.max(x) for x in values]))
-        numbers.append((low, high, norm(values)))
-        skew.append({slot: _skew(arrays[slot]) for slot in slots})
-    return numbers, skew
+        slots = _asymmetric_sides(block) if asymmetry else ()
+        return (low, high, norm(values)), {slot: _skew(arrays[slot]) for slot in slots}
+
+    return plans.each(plan, one, blocks)
 
 
 def _skew(a: Float[Array, "d d"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -364,12 +365,12 @@ def quality(
     check_options(refit, metrics.resolve(metric), divergence_reduction, WHOLE)
     for chosen in structures:
         name = chosen if isinstance(chosen, str) else f"rules {len(steps)}"
-        plan = plans.make_plan(params, plans.rule_table(chosen), max_dim)
+        plan = plans.make_plan(params, rule_table(chosen), max_dim)
         setup = Setup(plan, frozen, divergence_reduction, identity_scaling, refit)
         setup.check()
         numbers = numbers_at(refit, jnp.zeros((), jnp.int32), damping)
         blocks = plans.identity(plan, 1.0)
-        inputs = Inputs(blocks, no_refit(len(plan)), params, objective, numbers)
+        inputs = Inputs(blocks, no_refit(plans.size(plan)), params, objective, numbers)
         blocks, _ = learn(setup, inputs)
         scaled = plans.multiply(plan, blocks, steps["gradient"])
         steps[name] = jax.tree.map(lambda x: x / identity_scaling, scaled)

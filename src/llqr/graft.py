@@ -5,10 +5,10 @@ from typing import Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import divide, norm
-from llqr._types import Array, Params
+from llqr._tree import at_least_float32, divide, norm
+from llqr._types import Params
 from llqr.structures import plan as plans
-from llqr.structures.view import View
+from llqr.structures.rules import matrix_like
 
 Graft: TypeAlias = Literal["none", "global", "block", "rms"]
 
@@ -36,8 +36,10 @@ def grafted(plan: plans.Plan, graft: Graft, scaled: Params, updates: Params) -> 
         return _to_rms(plan, scaled)
     if graft == "global":
         return _as_long_as(updates, scaled)
-    pieces = zip(plans.seen(plan, scaled), plans.seen(plan, updates), strict=True)
-    return plans.assemble(plan, [_as_long_as(g, p) for p, g in pieces], scaled)
+    of = plans.each(
+        plan, lambda _, g, p: _as_long_as(g, p), *(plans.gather(plan, x) for x in (updates, scaled))
+    )
+    return plans.scatter(plan, of, scaled)
 
 
 def _as_long_as(want: Params, have: Params) -> Params:
@@ -46,15 +48,11 @@ def _as_long_as(want: Params, have: Params) -> Params:
 
 
 def _to_rms(plan: plans.Plan, scaled: Params) -> Params:
-    def one(view: View, piece: Array) -> Array:
-        want = RMS_MATRIX if plans.matrix_like(view.name, view.shape) else RMS_VECTOR
-        x = piece.astype(plans.at_least_float32(piece.dtype))
-        rms = jnp.sqrt(jnp.mean(x * x))
-        return (divide(jnp.asarray(want, x.dtype), rms) * x).astype(piece.dtype)
-
-    whole = plans.without_parts(plan)
-    found = [
-        [one(view, piece) for view, piece in zip(block.views, pieces, strict=True)]
-        for block, pieces in zip(whole, plans.seen(whole, scaled), strict=True)
-    ]
-    return plans.assemble(whole, found, scaled)
+    leaves, treedef = jax.tree.flatten(scaled)
+    for view in [view for block in plan for source in block.sources for view in source.views]:
+        want = RMS_MATRIX if matrix_like(view.name, view.shape) else RMS_VECTOR
+        x = leaves[view.leaf]
+        wide = x.astype(at_least_float32(x.dtype))
+        rms = jnp.sqrt(jnp.mean(wide * wide, axis=view.order[view.stack :], keepdims=True))
+        leaves[view.leaf] = (divide(jnp.asarray(want, wide.dtype), rms) * wide).astype(x.dtype)
+    return treedef.unflatten(leaves)

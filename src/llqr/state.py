@@ -13,6 +13,7 @@ from llqr.refit.record import RefitInfo
 from llqr.refit.setup import Blocks
 from llqr.structures import catalogue
 from llqr.structures import plan as plans
+from llqr.structures.rules import rule_table, slots
 
 
 class LLQRState(NamedTuple):
@@ -177,7 +178,7 @@ def _difference(plan: plans.Plan, found: Blocks) -> str | None:
     """What of some block is not there, or has another shape."""
     for block, own, expected in zip(plan, found, _expected(plan), strict=True):
         for slot, array in own.items():
-            name = f"leaf {block.label!r}, slot {slot!r}"
+            name = f"leaf {block.names[0]!r}, slot {slot!r}"
             if array is None:
                 return f"{name}: there is no array"
             if jnp.shape(array) != expected[slot].shape:
@@ -188,8 +189,8 @@ def _difference(plan: plans.Plan, found: Blocks) -> str | None:
 def _made_with(state: LLQRState, like: PyTree) -> str:
     """Name the structure of a state, where one has its slots and shapes."""
     for name in catalogue.STRUCTURES:
-        table = plans.rule_table(name)
-        if plans.slots(table) != tuple(sorted(state.blocks)):
+        table = rule_table(name)
+        if slots(table) != tuple(sorted(state.blocks)):
             continue
         plan = plans.make_plan(like, table, 10_000)
         try:

@@ -24,7 +24,7 @@ from llqr.refit.stream import DAMPING, Streaming, StreamState, check_streamable,
 from llqr.state import LLQRState, blocks_of, check_container, note, product
 from llqr.structures import catalogue
 from llqr.structures import plan as plans
-from llqr.structures.plan import Rule, StructureLike
+from llqr.structures.rules import Rule, StructureLike, rule_table, slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,9 @@ class NoObjectiveError(ValueError):
 
 Refresh: TypeAlias = bool | Bool[Array, ""] | OnlyRefit | None
 Precondition: TypeAlias = Literal["gradient", "update"]
+
+BLOCK_SIZE = 1024
+"""Of `llqr.streaming`: a QR factorisation of a longer side takes longer than a training step."""
 
 
 def scale_by_llqr(
@@ -128,18 +131,18 @@ def scale_by_llqr(
     reduction = divergence_reduction or ("unit" if streams else "sum")
     graft = graft or ("rms" if streams else "none")
     _check_options(damping, reduction, identity_scaling, max_dim, block_size, graft, refit)
-    table, resolved = plans.rule_table(structure), metrics.resolve(metric)
-    slots = plans.slots(table)
+    table, resolved = rule_table(structure), metrics.resolve(metric)
+    names = slots(table)
     method = _method(table, resolved, damping, reduction, identity_scaling, route, refit)
 
     def init(params: Params) -> Any:
         check_inexact(params)
         plan = plans.make_plan(params, table, max_dim, block_size)
-        stream = method.init(plan, params, slots)
+        stream = method.init(plan, params, names)
         note(plan, identity_scaling)
         blocks = plans.identity(plan, identity_scaling)
-        packed = plans.pack(plan, blocks, params, slots)
-        return LLQRState(jnp.zeros((), jnp.int32), packed, no_refit(len(plan)), stream)
+        packed = plans.pack(plan, blocks, params, names)
+        return LLQRState(jnp.zeros((), jnp.int32), packed, no_refit(plans.size(plan)), stream)
 
     def update(
         updates: Params,
@@ -180,7 +183,7 @@ def scale_by_llqr(
             due = refit.is_due(state.count) if refresh is None else refresh
             due = True if isinstance(due, OnlyRefit) else due
             blocks, info, stream = _loops.when(due, run, blocks, info, stream)
-        packed = plans.pack(plan, blocks, updates, slots)
+        packed = plans.pack(plan, blocks, updates, names)
         if only is not None:
             only.reached.append(info)
             return updates, LLQRState(state.count, packed, info, stream)
@@ -368,7 +371,7 @@ def streaming_llqr(
     metric: MetricLike = "ngd",
     damping: Number = DAMPING,
     max_dim: int = 10_000,
-    block_size: int | None = None,
+    block_size: int | None = BLOCK_SIZE,
     graft: Graft = "rms",
     route: Route | None = None,
     refit: Streaming | None = None,
@@ -386,7 +389,7 @@ def streaming_llqr(
       metric: from which labels can be drawn.
       damping: lambda > 0, in units of the largest curvature of each block.
       max_dim: a dense side longer than this becomes diagonal: a fixed identity.
-      block_size: one longer than this is cut into blocks.
+      block_size: one longer than this is cut into blocks of at most this; None: it is not.
       graft: length of P m.
       route: how the network is linearised.
       refit: when P follows.

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from llqr.structures import plan as plans
+from llqr.structures.rules import rule_table
 from llqr_experiments import models
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.models import pyramidnet
@@ -282,7 +283,7 @@ def test_an_odd_side_is_averaged_over_what_there_is():
 def test_leaves_of_attention_are_seen_as_matrices():
     """Heads side by side: [d, heads dh] for query, key and value, [heads dh, d] for the output."""
     model = layout("vit-ti-16", CIFAR, 10, depth=1)
-    plan = plans.make_plan(parameters_of(model), plans.rule_table("e-kfac"), 10_000)
+    plan = plans.make_plan(parameters_of(model), rule_table("e-kfac"), 10_000)
     shapes = {block.names[0]: (block.structure.name, block.shape) for block in plan}
     for leaf in ("query", "key", "value", "out"):
         assert shapes[f"layers_6/{leaf}/kernel"] == ("e-kfac", (192, 192))

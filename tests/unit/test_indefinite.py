@@ -117,7 +117,7 @@ def test_a_searched_step_is_clamped_and_halved_until_phi_falls(solver: str) -> N
     """On 1/2 x.A x - b.x over x >= 1e-8: every step falls, and is the first of its halvings to."""
 
     def stepper(clamp: Any) -> Any:
-        made = solvers.make(solver, momentum=0.9, clip_norm=None, clip_value=None, clamp=clamp)
+        made = solvers.make(solver, (), momentum=0.9, clip_norm=None, clip_value=None, clamp=clamp)
         return made.init, jax.jit(lambda a, b, x, s: made.step(Quadratic(a, b), x, s, 1.0))
 
     (_, free), (init, step) = stepper(None), stepper(lambda x: jnp.maximum(x, 1e-8))

@@ -13,6 +13,7 @@ from llqr.refit.learn import learn
 from llqr.refit.record import no_refit
 from llqr.refit.setup import Inputs, Numbers, Setup
 from llqr.structures import plan as plans
+from llqr.structures.rules import rule_table
 from tests import oracle
 
 M, H, K, ROWS = 4, 5, 3, 7
@@ -141,7 +142,7 @@ def np_refit(blocks, start, g, c, *, steps, rate, mu, clip, ema):
 
 def prepare(structure, metric="ngd", seed=0, **options):
     params, bound = problem(seed)
-    plan = plans.make_plan(params, plans.rule_table(structure), 10_000)
+    plan = plans.make_plan(params, rule_table(structure), 10_000)
     refit = llqr.Refit(**options)
     static = Setup(plan, freeze(metrics.resolve(metric)), "sum", 1.0, refit)
     return params, bound, plan, static

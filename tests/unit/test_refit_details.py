@@ -1,5 +1,6 @@
 """Details of a refit that a rough comparison does not see, each against a formula."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from llqr.refit.setup import Inputs, Numbers
 from llqr.structures import STRUCTURES
 from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
+from llqr.structures.rules import rule_table
 from tests.oracle import flat
 from tests.unit.test_refit import dense_model, problem, run_refit
 from tests.unit.test_refit_options import Quadratic, learn, make
@@ -60,7 +62,8 @@ def test_the_floor_of_a_fisher_probe_is_a_tenth_of_the_damping() -> None:
     _, static = make(probe="fisher", probes=200)
     model = llqr.linearize(objective, params, damping=0.3)
     inputs = Inputs((), no_refit(0), params, objective, Numbers(1.0, 0.0, 0.3, 1))
-    h, linear = directions(static, inputs, model, objective, jax.random.key(1), 200)
+    static = replace(static, plan=plans.make_plan(params, rule_table("diagonal"), 100))
+    (h,), (linear,) = directions(static, inputs, model, objective, jax.random.key(1), 200)
     np.testing.assert_allclose(np.mean(np.square(h)), 0.1 * 0.3, rtol=0.05)
     np.testing.assert_array_equal(linear, -h)
     assert FISHER_FLOOR == 0.1
@@ -82,7 +85,7 @@ def test_beta_of_hager_and_zhang_and_of_polak_and_ribiere() -> None:
 def test_cg_starts_again_where_phi_curves_down() -> None:
     """No step along such a direction, and none of it in the next one."""
     phi = Quadratic(np.diag([-1.0, 2.0]), np.array([1.0, 0.1]))
-    solver = solvers.make("cg", momentum=0.9, clip_norm=None, clip_value=None)
+    solver = solvers.make("cg", (), momentum=0.9, clip_norm=None, clip_value=None)
     x = jnp.array([0.5, -0.3])
     state = solver.init(x, phi.value_and_gradient(x))
     state = state._replace(direction=jnp.array([1.0, 0.0]))

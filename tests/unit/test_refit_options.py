@@ -17,6 +17,7 @@ from llqr.refit.learn import Linearized, phi_at
 from llqr.refit.record import no_refit
 from llqr.refit.setup import WHOLE, Inputs, Numbers, Setup, numbers_at
 from llqr.structures import plan as plans
+from llqr.structures.rules import rule_table
 from tests.oracle import flat
 from tests.unit.test_refit import (
     OBJECTIVE,
@@ -33,7 +34,7 @@ def make(structure: Any = "diagonal", metric: Any = "ngd", route: Any = None, **
     """Return (plan, problem) for the parameters of `problem`."""
     reduction = options.pop("reduction", "sum")
     base = options.pop("base", None)
-    plan = plans.make_plan(problem()[0], plans.rule_table(structure), 10_000)
+    plan = plans.make_plan(problem()[0], rule_table(structure), 10_000)
     static = Setup(
         plan, freeze(llqr.metrics.resolve(metric)), reduction, 1.0, llqr.Refit(**options),
         route or WHOLE, base,
@@ -119,7 +120,7 @@ def test_conjugate_gradients_end_in_as_many_steps_as_there_are_dimensions(name: 
     rng = np.random.default_rng(0)
     q, _ = np.linalg.qr(rng.normal(size=(6, 6)))
     phi = Quadratic(q @ np.diag([1.0, 3.0, 10.0, 30.0, 100.0, 300.0]) @ q.T, rng.normal(size=6))
-    solver = solvers.make(name, momentum=0.9, clip_norm=None, clip_value=None)
+    solver = solvers.make(name, (), momentum=0.9, clip_norm=None, clip_value=None)
     x = jnp.zeros(6)
     state = solver.init(x, phi.value_and_gradient(x))
     for _ in range(6):

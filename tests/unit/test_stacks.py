@@ -1,4 +1,4 @@
-"""Blocks that see a part of a leaf: members of a stack, parts of a matrix."""
+"""Blocks of many matrices: members of a stack, parts of a matrix, like matrices in a refit."""
 
 from typing import Any
 
@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 import llqr
+from llqr.structures import block
 from llqr.structures import plan as plans
+from llqr.structures.rules import rule_table
 
 LAYERS, WIDTH, ROWS = 3, 4, 7
 AXES = (0, 1)
@@ -78,7 +81,7 @@ def both(structure: Any, axis: int, steps: int, **options: Any) -> tuple[Any, An
     """Parameters after some steps, of the stacked model in the unrolled one's tree, and of that."""
     name = structure if isinstance(structure, str) else structure.name
     by_layer = llqr.STRUCTURES[name].view == "module"
-    table = [*llqr.stacked(structure, "layers/", (axis,)), *plans.rule_table(structure)]
+    table = [*llqr.stacked(structure, "layers/", (axis,)), *rule_table(structure)]
     found = []
     params = stacked_params(axis)
     trees = params, unstacked(params, axis, by_layer)
@@ -150,15 +153,17 @@ def test_any_axes_are_rows_and_columns() -> None:
     """Fused query, key and value [d, 3, heads, head]: three matrices d x (heads head)."""
     x = {"qkv": jnp.arange(2.0 * 3 * 4 * 5).reshape(2, 3, 4, 5)}
     table = [llqr.Rule(match="qkv", structure="kfac", rows=(0,), columns=(-2, -1)), ("*", "kfac")]
-    plan = plans.make_plan(x, plans.rule_table(table), 100)
-    assert [(b.shape, b.label) for b in plan] == [((2, 20), f"qkv[{i}]") for i in range(3)]
+    plan = plans.make_plan(x, rule_table(table), 100)
+    (block,) = plan
+    assert (block.shape, block.labels) == ((2, 20), [f"qkv[{i}]" for i in range(3)])
     rng = np.random.default_rng(0)
-    draw = lambda n: jnp.asarray(rng.normal(size=(n, n)))  # noqa: E731
-    arrays = [{"left": draw(2), "right": draw(20)} for _ in plan]
+    draw = lambda n: jnp.asarray(rng.normal(size=(3, n, n)))  # noqa: E731
+    arrays = [{"left": draw(2), "right": draw(20)}]
     found = plans.multiply(plan, arrays, x)["qkv"]
-    for i, own in enumerate(arrays):
+    for i in range(3):
         matrix = np.asarray(x["qkv"])[:, i].reshape(2, 20)
-        expected = np.asarray(own["left"]) @ matrix @ np.asarray(own["right"]).T
+        left, right = (np.asarray(arrays[0][side])[i] for side in ("left", "right"))
+        expected = left @ matrix @ right.T
         np.testing.assert_allclose(found[:, i].reshape(2, 20), expected, rtol=1e-12)
     trees = plans.pack(plan, arrays, x, ("left", "right"))
     assert trees["left"]["qkv"].shape == (3, 2, 2)
@@ -170,7 +175,7 @@ def test_rows_after_columns() -> None:
     """A kernel [out, in], as Equinox and PyTorch write it, seen with its inputs as rows."""
     x = {"w": jnp.arange(6.0).reshape(2, 3)}
     rule = llqr.Rule(match="*", structure="kfac", rows=(1,), columns=(0,))
-    plan = plans.make_plan(x, plans.rule_table([rule]), 100)
+    plan = plans.make_plan(x, rule_table([rule]), 100)
     left = jnp.diag(jnp.array([1.0, 2.0, 3.0]))
     found = plans.multiply(plan, [{"left": left, "right": jnp.eye(2)}], x)["w"]
     np.testing.assert_array_equal(found, x["w"] * jnp.array([1.0, 2.0, 3.0]))
@@ -269,10 +274,11 @@ def test_cut_where_the_curvature_is(sizes: tuple[int, ...]) -> None:
 
 def test_parts_multiply_as_a_block_matrix() -> None:
     x = {"w": jnp.asarray(np.random.default_rng(3).normal(size=(5, 7)))}
-    plan = plans.make_plan(x, plans.rule_table("kfac"), 100, block_size=3)
-    assert len(plan) == 6
-    assert [block.grid for block in plan] == [(2, 3)] * 6
-    arrays = [{"left": (i + 1.0) * jnp.eye(3), "right": jnp.eye(3)} for i in range(len(plan))]
+    plan = plans.make_plan(x, rule_table("kfac"), 100, block_size=3)
+    (block,) = plan
+    assert block.labels == [f"w[{i}:{j}]" for i in range(2) for j in range(3)]
+    eyes = jnp.broadcast_to(jnp.eye(3), (6, 3, 3))
+    arrays = [{"left": jnp.arange(1.0, 7)[:, None, None] * eyes, "right": eyes}]
     factors = np.kron(np.arange(1.0, 7).reshape(2, 3), np.ones((3, 3)))[:5, :7]
     found: Any = plans.multiply(plan, arrays, x)
     np.testing.assert_allclose(found["w"], factors * x["w"], rtol=1e-15)
@@ -287,6 +293,18 @@ def test_parts_stream_and_share_their_scale() -> None:
     spectrum, c = ours.blocks["spectrum"]["out"]["kernel"], ours.stream.statistics["spectrum"]
     c = c["out"]["kernel"]
     np.testing.assert_allclose(spectrum, 1 / (c / jnp.max(c) + 1e-4), rtol=1e-6)
+
+
+def test_nothing_lies_behind_the_ends_of_parts() -> None:
+    """Where a matrix was filled up with zeros, P x is zero too, and no length sees it."""
+    x = {"w": jnp.asarray(np.random.default_rng(4).normal(size=(5, 4)))}
+    (block,) = plans.make_plan(x, rule_table("kfac"), 100, block_size=3)
+    arrays = {"left": jnp.ones((4, 3, 3)), "right": jnp.ones((4, 2, 2))}
+    found = block.multiply(arrays, block.gather([x["w"]]))
+    assert block.shape == (3, 2)
+    inside = np.ones((4, 3, 2), bool)
+    inside[2:, 2] = False  # the lower parts have two rows
+    np.testing.assert_array_equal(found != 0, inside)
 
 
 def test_a_description_counts_stacks_and_parts() -> None:
@@ -319,3 +337,107 @@ def test_blocks_bound_the_memory(structure: str, most: float) -> None:
     options = {"structure": structure, "max_dim": 60_000}  # the vocabulary in blocks too
     state = jax.eval_shape(llqr.scale_by_llqr(block_size=1024, **options).init, params)
     assert size(state) / size(params) <= most
+
+
+# --- like matrices -------------------------------------------------------------------------------
+
+
+def deep(layers: int) -> tuple[Any, llqr.Objective]:
+    """Parameters, and a network whose own program grows by sines and sums with each layer."""
+    rng = np.random.default_rng(5)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape))  # noqa: E731
+    params = {f"{i}": {"kernel": draw(4, 4), "bias": draw(4)} for i in range(layers)}
+
+    def forward(p: Any, x: Any) -> Any:
+        kernel, bias = (
+            sum(jnp.sin((i + 1) * own[name]) for i, own in enumerate(p.values()))
+            for name in ("kernel", "bias")
+        )
+        return jnp.tanh(x @ kernel + bias)
+
+    return params, llqr.Objective(forward, lambda z, x: jnp.mean((z - x) ** 2))
+
+
+METHODS = {
+    "published": {"refit": REFIT, "damping": 0.1},
+    "probe": {"refit": llqr.Refit(probe="fisher", solver="relative", steps=2), "damping": 0.1},
+    "streaming": {"refit": llqr.Streaming()},
+}
+
+
+def count(jaxpr: Any, names: tuple[str, ...]) -> int:
+    inside = sum(count(j, names) for e in jaxpr.eqns for j in jaxprs_in_params(e.params))
+    return inside + sum(e.primitive.name in names for e in jaxpr.eqns)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_refit_has_one_program_for_all_layers(method: str) -> None:
+    """Products, factorisations and roots, which only P has here, are as many at any depth."""
+    counts = []
+    for layers in (2, 6):
+        params, objective = deep(layers)
+        tx = llqr.llqr(optax.sgd(0.1), structure="e-kfac", metric="gaussian", **METHODS[method])
+        state = tx.init(params)
+        refit = jax.jit(lambda s, p, x, tx=tx, o=objective: llqr.refresh(tx, s, p, o.bind(x)))
+        jaxpr = refit.trace(state, params, jnp.ones((3, 4))).jaxpr.jaxpr
+        counts.append(count(jaxpr, ("dot_general", "qr", "sqrt", "is_finite", "select_n")))
+    assert counts[0] == counts[1] > 20
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_matrices_than_run_at_once(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, objective = deep(5)
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(7, 4)))
+    found = []
+    for most in (block.AT_ONCE, 2 * 16):  # two kernels at a time
+        monkeypatch.setattr(block, "AT_ONCE", most)
+        options = {"structure": "e-kfac", "metric": "gaussian", **METHODS[method]}
+        found.append(train(params, objective.bind(x), 2, **options))
+        jax.clear_caches()
+    (ours, state), (theirs, expected) = found
+    close(ours, theirs)
+    close(llqr.find(state).blocks, llqr.find(expected).blocks)
+
+
+@pytest.mark.parametrize("method", ["published", "streaming"])
+def test_the_record_has_the_order_of_the_leaves(method: str) -> None:
+    params, objective = deep(3)
+    bound = objective.bind(jnp.asarray(np.random.default_rng(7).normal(size=(7, 4))))
+    tx = llqr.llqr(optax.sgd(0.1), structure="kfac", metric="gaussian", **METHODS[method])
+    state = tx.init(params)
+    gradient = jax.grad(bound)(params)
+    _, state = tx.update(gradient, state, params, objective=bound)
+    ours = llqr.find(state)
+    h = gradient if method == "published" else ours.stream.momentum
+    pairs = zip(*map(jax.tree.leaves, (h, llqr.precondition(tx, state, h))), strict=True)
+    expected = [np.sum(x * y) / np.linalg.norm(x) / np.linalg.norm(y) for x, y in pairs]
+    assert len(set(np.round(expected, 6))) == len(expected)
+    np.testing.assert_allclose(ours.refit.cosines, expected, rtol=1e-6)
+
+
+def test_a_solver_of_ones_own_sees_every_matrix() -> None:
+    """Its step depends on the length of each array."""
+    own = optax.chain(optax.scale_by_trust_ratio(), optax.scale(-0.01))
+    refit = llqr.Refit(every=2, steps=2, solver=own, clip_norm=None)
+    with jax.numpy_dtype_promotion("standard"):
+        close(*both("kfac", 0, 2, refit=refit, damping=0.1)[:2])
+
+
+@pytest.mark.parametrize("structure", ["kfac", "dense", "sym_swm_e-kfac"])
+def test_arrays_come_apart_as_they_were_put_together(structure: str) -> None:
+    params = deep(3)[0] | {"odd": jnp.ones((2, 5))}
+    plan = plans.make_plan(params, rule_table(structure), 100)
+    rng = np.random.default_rng(8)
+    arrays = [
+        {slot: jnp.asarray(rng.normal(size=x.shape)) for slot, x in own.items()}
+        for own in plans.identity(plan, 1.0)
+    ]
+    merged = plans.merge(plan)
+    assert len(merged) < len(plan)
+    together = plans.merged(plan, arrays)
+    back = plans.separated(plan, together), plans.per_matrix(merged, together)
+    for found in back:
+        jax.tree.map(np.testing.assert_array_equal, list(found), arrays)
+    again = plans.from_matrices(merged, arrays)
+    jax.tree.map(np.testing.assert_array_equal, again, list(together))
+    close(plans.multiply(merged, together, params), plans.multiply(plan, arrays, params))

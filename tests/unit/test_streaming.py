@@ -16,6 +16,7 @@ import llqr
 from llqr import metrics
 from llqr.refit.stream import Streaming
 from llqr.structures import plan as plans
+from llqr.structures.rules import rule_table
 from tests import cases
 from tests.cases import Case
 from tests.oracle import flat
@@ -194,7 +195,7 @@ def test_the_spectrum_converges_to_the_inverse_curvature_in_fixed_bases() -> Non
     np.testing.assert_allclose(
         np.sort(spectrum.ravel()), np.sort((1 / (c + 0.1)).ravel()), rtol=1e-9
     )
-    plan = plans.make_plan(params, plans.rule_table("e-kfac"), 10)
+    plan = plans.make_plan(params, rule_table("e-kfac"), 10)
     found = plan[0].as_matrix(plans.unpack(plan, state.blocks, params)[0])
     model = llqr.linearize(objective, params, SIGNS, damping=0.1)
     np.testing.assert_allclose(found, np.linalg.inv(model.as_matrix()), rtol=0, atol=1e-9)
@@ -260,7 +261,7 @@ def test_kfac_converges_to_the_inverse_of_a_kronecker_product() -> None:
         return jax.lax.scan(one, state, length=3000)[0]
 
     state = refits(tx.init(params))
-    plan = plans.make_plan(params, plans.rule_table("kfac"), 10)
+    plan = plans.make_plan(params, rule_table("kfac"), 10)
     found = np.asarray(plan[0].as_matrix(plans.unpack(plan, state.blocks, params)[0]))
     model = llqr.linearize(objective, params, "gaussian", divergence_reduction="mean")
     c = np.asarray(model.as_matrix())

@@ -26,7 +26,8 @@ from llqr._types import Array, Int, Params, PRNGKeyArray, PyTree
 from llqr.curvature.model import QuadraticModel
 from llqr.metrics import Reduction
 from llqr.objective import BoundObjective
-from llqr.refit.setup import Inputs, Setup
+from llqr.refit.setup import Inputs, Seen, Setup
+from llqr.structures import plan as plans
 
 SUBSET = 0.25
 """Share of the refit batch's rows in one minibatch probe."""
@@ -35,10 +36,10 @@ FISHER_FLOOR = 0.1
 
 
 class Directions(NamedTuple):
-    """h and l, like the parameters; with a leading axis if there are several."""
+    """h and l, as the matrices of each block; with a leading axis if there are several."""
 
-    h: Params
-    linear: Params
+    h: Seen
+    linear: Seen
 
 
 def directions(
@@ -61,32 +62,37 @@ def directions(
     refit = setup.refit
     if refit.probe == "gradient":
         toward = partial(base_direction, setup, inputs)
-        if refit.per_example:
-            return Directions(jax.vmap(toward)(model.gradient), model.gradient)
-        return Directions(toward(model.gradient), model.gradient)
-    draw = partial(_draw, setup, model, objective)
+        return Directions(*(jax.vmap(toward) if refit.per_example else toward)(model.gradient))
+
+    def draw(key: PRNGKeyArray) -> Seen:
+        return plans.gather(setup.plan, _draw(setup, model, objective, key))
+
     h = over(model, draw, jax.random.split(key, probes))
     return Directions(h, jax.tree.map(jnp.negative, h))
 
 
-def base_direction(setup: Setup, inputs: Inputs, gradient: Params) -> Params:
-    """Return -g, or the update that the base optimizer would make of g: both descend.
+def base_direction(setup: Setup, inputs: Inputs, gradient: Params) -> tuple[Seen, Seen]:
+    """Return -g, or the update that the base optimizer would make of g: both descend; and g.
 
     Args:
       setup: of the refit.
       inputs: of the refit, with the base optimizer's state.
       gradient: g, like the parameters.
+
+    Returns:
+      Both as the matrices of each block.
     """
+    g = plans.gather(setup.plan, gradient)
     if setup.base is None:
-        direction = jax.tree.map(jnp.negative, gradient)
+        direction = [-x for x in g]
     else:
         base = optax.with_extra_args_support(setup.base)
-        direction, _ = base.update(gradient, inputs.base_state, inputs.params)
-        direction = jax.tree.map(lambda h, g: h.astype(g.dtype), direction, gradient)
+        update: Params = base.update(gradient, inputs.base_state, inputs.params)[0]
+        direction = plans.gather(setup.plan, update)
     if setup.refit.normalize_gradient:
         length = jnp.maximum(norm(direction), 1e-9)
-        direction = jax.tree.map(lambda h: h / length.astype(h.dtype), direction)
-    return direction
+        direction = [h / length.astype(h.dtype) for h in direction]
+    return direction, g
 
 
 def each(

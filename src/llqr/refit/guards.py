@@ -7,20 +7,21 @@ along P h (newton; gauss_newton of some losses), what lowers it is installed, an
 so.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from llqr._tree import all_finite, cosine, vdot
-from llqr._types import Array, Bool, Float, Int, Number, Params
+from llqr._types import Array, Bool, Float, Int, Number
 from llqr.refit.objective import Phi
 from llqr.refit.record import STATUS
-from llqr.refit.setup import Blocks, Setup
+from llqr.refit.setup import Blocks, Seen, Setup
 from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
+from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
-from llqr.structures.plan import Plan
+from llqr.structures.plan import Plan, each
 
 
 class Verdict(NamedTuple):
@@ -29,15 +30,15 @@ class Verdict(NamedTuple):
     installed: Blocks
     before: Float[Array, ""]  # Phi at the start of the refit
     after: Float[Array, ""]  # Phi of what was proposed
-    status: list[Int[Array, ""]]  # by block
+    status: Int[Array, " matrices"]
     cosine: Float[Array, ""]  # of P h and h, for what is installed
-    cosines: list[Float[Array, ""]]  # by block
+    cosines: Float[Array, " matrices"]
 
 
 def judge(
     setup: Setup,
     phi: Phi,
-    h: Params,
+    xs: Seen,
     old: Blocks,
     new: Blocks,
     ema_decay: Number,
@@ -48,7 +49,7 @@ def judge(
     Args:
       setup: of the refit.
       phi: on the directions by which the refit is judged; its `blocks` are the start.
-      h: the direction of descent.
+      xs: the direction of descent, h.
       old: arrays before the refit.
       new: arrays as the inner solver left them.
       ema_decay: d in [0, 1].
@@ -57,47 +58,46 @@ def judge(
     refit, plan = setup.refit, setup.plan
     if setup.averages:
         new = _average(plan, old, new, ema_decay)
-    finite = [all_finite(arrays) for arrays in new]  # the clamp would hide -inf
-    new = tuple(
-        mx.project(block.structure, arrays, allow_inversion=refit.allow_grad_inversion)
-        for block, arrays in zip(plan, new, strict=True)
-    )
-    upright = [jnp.array(True)] * len(plan)
+    finite = each(plan, lambda _, arrays: all_finite(arrays), new)  # the clamp would hide -inf
+
+    def project(block: Block, arrays: Arrays) -> Arrays:
+        return mx.project(block.structure, arrays, allow_inversion=refit.allow_grad_inversion)
+
+    new = tuple(each(plan, project, new))
+    upright = [jnp.ones_like(f) for f in finite]
     if not refit.allow_grad_inversion:
-        upright = _upright(_pairs(plan, new, h))
+        upright = each(plan, _upright, xs, _products(plan, new, xs))
     keep = [f & u for f, u in zip(finite, upright, strict=True)]
-    proposed = _choose(keep, new, old)
+    proposed = tuple(each(plan, lambda _, *choice: _choose(*choice), keep, new, old))
     before = phi.value(phi.blocks) if before is None else before
-    after = phi.value(proposed)
+    after, flat, down = phi.value_and_bend(proposed)
     decreased = (after < before) & jnp.isfinite(after)  # False for NaN too
-    flat, down = phi.bent(proposed)
-    installed = _choose([decreased & ~flat] * len(plan), proposed, old)
-    status = [
-        _status(f, u, decreased, flat, down, _same(a, b))
-        for f, u, a, b in zip(finite, upright, new, old, strict=True)
-    ]
-    pairs = _pairs(plan, installed, h)
-    whole = [[x for pair in pairs for x in pair[side]] for side in (0, 1)]
-    angles = [cosine(x, px) for x, px in pairs]
-    return Verdict(installed, before, after, status, cosine(*whole), angles)
+    installed = _choose(decreased & ~flat, proposed, old)
+
+    def status(_: Block, finite: Array, upright: Array, new: Arrays, old: Arrays) -> Array:
+        return _status(finite, upright, decreased, flat, down, _same(new, old))
+
+    found = each(plan, status, finite, upright, new, old)
+    pxs = _products(plan, installed, xs)
+    angles = each(plan, lambda _, x, px: cosine(x, px), xs, pxs)
+    return Verdict(
+        installed, before, after, plans.in_order(plan, found), cosine(xs, pxs),
+        plans.in_order(plan, angles),
+    )  # fmt: skip
 
 
-def _pairs(plan: Plan, blocks: Blocks, h: Params) -> list[tuple[list[Array], list[Array]]]:
-    """(h, P h) of each block."""
-    return [
-        (x, block.multiply(arrays, x))
-        for block, arrays, x in zip(plan, blocks, plans.seen(plan, h), strict=True)
-    ]
+def _upright(_: Block, x: Array, px: Array) -> Bool[Array, ""]:
+    """Whether its share of h.Ph is positive, or its h is zero."""
+    return (vdot(x, px) > 0) | jnp.all(x == 0)
 
 
-def _upright(pairs: list[tuple[list[Array], list[Array]]]) -> list[Bool[Array, ""]]:
-    """Per block: whether its share of h.Ph is positive, or its h is zero."""
-    return [(vdot(h, ph) > 0) | jnp.all(jnp.stack([jnp.all(x == 0) for x in h])) for h, ph in pairs]
+def _products(plan: Plan, blocks: Blocks, xs: Seen) -> Seen:
+    return [block.multiply(own, x) for block, own, x in zip(plan, blocks, xs, strict=True)]
 
 
 def _average(plan: Plan, old: Blocks, new: Blocks, decay: Number) -> Blocks:
     """Return d old + (1 - d) new on what is learned; memories and constants stay new."""
-    averaged = []
+    averaged: list[Arrays] = []
     for block, o, n in zip(plan, old, new, strict=True):
         mixed = {
             slot: (decay * o[slot] + (1 - decay) * n[slot]).astype(o[slot].dtype)
@@ -124,8 +124,5 @@ def _status(
     return jnp.where(same, code["kept"], choice)
 
 
-def _choose(flags: list[Bool[Array, ""]], new: Blocks, old: Blocks) -> Blocks:
-    return tuple(
-        jax.tree.map(lambda n, o, flag=flag: jnp.where(flag, n, o), ns, os)
-        for flag, ns, os in zip(flags, new, old, strict=True)
-    )
+def _choose(flag: Bool[Array, ""], new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(flag, n, o), new, old)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llqr import _loops, metrics
-from llqr._tree import widen
+from llqr._tree import at_least_float32, widen
 from llqr._types import Array, Bool, Float, Int, PRNGKeyArray
 from llqr.curvature import model as quadratic
 from llqr.curvature.chunked import check_uncoupled
@@ -71,9 +71,12 @@ def learn(setup: Setup, inputs: Inputs) -> tuple[Blocks, RefitInfo]:
     """
     if setup.refit.fresh_batches:
         _check_stacked(inputs.objective, setup.refit.steps)
-    if setup.compiled_whole or not _loops.in_python(inputs.params):
-        return _learn_whole(setup, inputs)
-    return _learn(setup, inputs)
+    plan = setup.plan
+    setup = replace(setup, plan=plans.merge(plan))
+    inputs = inputs._replace(blocks=plans.merged(plan, inputs.blocks))
+    whole = setup.compiled_whole or not _loops.in_python(inputs.params)
+    blocks, info = (_learn_whole if whole else _learn)(setup, inputs)
+    return plans.separated(plan, blocks), info
 
 
 def _check_stacked(objective: BoundObjective, steps: int) -> None:
@@ -184,6 +187,7 @@ def _solver(setup: Setup) -> solvers.Solver:
     clamps = not refit.allow_grad_inversion and any(mx.clamps(b.structure) for b in setup.plan)
     return solvers.make(
         refit.solver,
+        setup.plan,
         momentum=refit.momentum,
         clip_norm=refit.clip_norm,
         clip_value=refit.clip_value,
@@ -200,7 +204,7 @@ def _start(setup: Setup, fixed: Linearized) -> _Carry:
     key = jax.random.fold_in(fixed.key, 0)
     learned = plans.start(setup.plan, fixed.start, key)
     # A bfloat16 loss could not tell the start of a refit from its end.
-    zero = jnp.zeros((), plans.at_least_float32(jnp.result_type(fixed.model.loss)))
+    zero = jnp.zeros((), at_least_float32(jnp.result_type(fixed.model.loss)))
     solver, found = _solver(setup), None
     if solver.needs_first_gradient:
         found = phi_at(setup, fixed, jnp.zeros((), jnp.int32)).value_and_gradient(learned)
@@ -234,15 +238,18 @@ def _finish(
     model, objective = _at_step(setup, fixed, last)
     key = jax.random.fold_in(fixed.key, 2**31 - 1)
     found = directions(setup, fixed.inputs, model, objective, key, EVALUATION_PROBES)
-    gradient = model.gradient
-    if has_axis(model):
-        gradient = jax.tree.map(lambda g: jnp.mean(g, axis=0), gradient)
+    descent = found.h
+    if refit.batched:
+        gradient = model.gradient
+        if has_axis(model):
+            gradient = jax.tree.map(lambda g: jnp.mean(g, axis=0), gradient)
+        descent, _ = base_direction(setup, fixed.inputs, gradient)
     # The first step has evaluated the start already, where that is what is installed.
     known = refit.probe == "gradient" and not (refit.fresh_batches or setup.has_memory)
     verdict = judge(
         setup,
         Phi(plan, fixed.start, model, found, refit.batched),
-        base_direction(setup, fixed.inputs, gradient),
+        descent,
         inputs.blocks,
         plans.install(plan, fixed.start, carry.learned),
         inputs.numbers.ema_decay,
@@ -254,7 +261,7 @@ def _finish(
         objective_before=verdict.before.astype(jnp.float32),
         objective_after=verdict.after.astype(jnp.float32),
         cosine=verdict.cosine.astype(jnp.float32),
-        status=jnp.stack(verdict.status).astype(jnp.int32) if plan else info.status,
-        cosines=jnp.stack(verdict.cosines).astype(jnp.float32) if plan else info.cosines,
+        status=verdict.status.astype(jnp.int32),
+        cosines=verdict.cosines.astype(jnp.float32),
     )
     return verdict.installed, record

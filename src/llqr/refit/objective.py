@@ -27,7 +27,7 @@ from llqr._tree import vdot
 from llqr._types import Array, Bool, Float, Params
 from llqr.curvature.model import QuadraticModel
 from llqr.refit.directions import Directions, each
-from llqr.refit.setup import Blocks
+from llqr.refit.setup import Blocks, Seen
 from llqr.structures import plan as plans
 from llqr.structures.plan import Plan
 
@@ -42,11 +42,14 @@ class Phi:
     A refit moves what it *learns* (`plans.start`): the arrays of P themselves, or fresh vectors
     that are folded into them. `value` takes arrays; all else takes what is learned.
 
+    All but products with C happens where P acts, on the matrices of blocks (`plans.gather`): of
+    leaves there may be hundreds.
+
     Attributes:
       plan: the blocks of P.
       blocks: arrays into which what is learned is installed.
       model: C + lambda I of the batch, or a stack of those of its examples.
-      directions: h and l.
+      directions: h and l, of each block.
       batched: whether they have a leading axis.
     """
 
@@ -58,34 +61,35 @@ class Phi:
 
     def value(self, blocks: Blocks) -> Float[Array, ""]:
         """Return Phi of P with these arrays, of all slots."""
+        return self.value_and_bend(blocks)[0]
 
-        def one(model: QuadraticModel, h: Params, linear: Params) -> Array:
-            u = plans.multiply(self.plan, blocks, h)
-            return _phi(linear, u, model.bilinear(u, u))
-
-        return jnp.mean(each(self.model, self.batched, one, *self.directions))
-
-    def bent(self, blocks: Blocks) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
-        """Return whether C, without damping, is zero along P h, and whether Phi curves down there.
+    def value_and_bend(
+        self, blocks: Blocks
+    ) -> tuple[Float[Array, ""], Bool[Array, ""], Bool[Array, ""]]:
+        """Return Phi, whether C, without damping, is zero along P h, and whether Phi curves down.
 
         Phi does if u.(C + lambda I) u < 0 by more than rounding: a share of its slope l.u.
         """
 
-        def one(model: QuadraticModel, h: Params, linear: Params) -> tuple[Array, ...]:
-            u = plans.multiply(self.plan, blocks, h)
-            squared, curved = vdot(u, u), model.curvature.bilinear(u, u)
-            bent = curved / model.top_eigenvalue + (model.damping * squared).astype(curved.dtype)
-            return curved, squared, bent, vdot(linear, u)
+        def one(model: QuadraticModel, h: Seen, linear: Seen) -> tuple[Array, ...]:
+            u = [b.multiply(a, x) for b, a, x in zip(self.plan, blocks, h, strict=True)]
+            leaves, squared = self._tree(model, u), vdot(u, u)
+            bare, slope = model.curvature.bilinear(leaves, leaves), vdot(linear, u)
+            bent = bare / model.top_eigenvalue
+            bent = bent + (model.damping * squared).astype(bent.dtype)
+            return slope + 0.5 * bent, bare, squared, bent, slope
 
-        curved, squared, bent, slope = each(self.model, self.batched, one, *self.directions)
-        flat = jnp.all(curved == 0) & jnp.any(squared > 0)
-        return flat, jnp.mean(bent) < -BENT * jnp.abs(jnp.mean(slope))
+        found = each(self.model, self.batched, one, *self.directions)
+        value, bare, squared, bent, slope = found
+        flat = jnp.all(bare == 0) & jnp.any(squared > 0)
+        down = jnp.mean(bent) < -BENT * jnp.abs(jnp.mean(slope))
+        return jnp.mean(value), flat, down
 
     def value_and_gradient(self, learned: Blocks) -> tuple[Float[Array, ""], Blocks]:
         """Return Phi and its gradient in what is learned: one product with C."""
 
-        def one(model: QuadraticModel, u: Params, linear: Params) -> tuple[Array, Params]:
-            curved = model.product(u)
+        def one(model: QuadraticModel, u: Seen, linear: Seen) -> tuple[Array, Seen]:
+            curved = self._product(model, u)
             return _phi(linear, u, vdot(u, curved)), jax.tree.map(jnp.add, linear, curved)
 
         controls, vjp = self._vjp(learned)
@@ -95,7 +99,7 @@ class Phi:
     def product(self, direction: Blocks) -> Blocks:
         """Return the Hessian of Phi times a direction, where P is linear in what is learned."""
         controls, vjp = self._vjp(direction)
-        curved = self._each(lambda model, u, _: model.product(u), controls)
+        curved = self._each(lambda model, u, _: self._product(model, u), controls)
         return _pull(vjp, self._share(curved))
 
     def along(
@@ -109,20 +113,32 @@ class Phi:
           t: position: at learned + t d.
         """
 
-        def controls(t: Array) -> Params:
+        def controls(t: Array) -> Seen:
             moved = jax.tree.map(lambda b, d: b + t * d, learned, direction)
             return _controls(self.plan, self.batched, self.blocks, moved, self.directions.h)
 
-        def one(model: QuadraticModel, pair: Any, linear: Params) -> tuple[Array, Array, Array]:
-            u, du = pair
-            value = _phi(linear, u, model.bilinear(u, u))
-            return value, vdot(linear, du) + model.bilinear(u, du), model.bilinear(du, du)
+        def one(model: QuadraticModel, pair: Any, linear: Seen) -> tuple[Array, Array, Array]:
+            (u, du), trees = pair, [self._tree(model, x) for x in pair]
+            value = _phi(linear, u, model.bilinear(trees[0], trees[0]))
+            slope = vdot(linear, du) + model.bilinear(*trees)
+            return value, slope, model.bilinear(trees[1], trees[1])
 
         pair = jax.jvp(controls, (t,), (jnp.ones_like(t),))
         value, slope, curved = self._each(one, pair)
         return self._mean(value), self._mean(slope), self._mean(curved)
 
-    def _vjp(self, learned: Blocks) -> tuple[Params, Any]:
+    def _tree(self, model: QuadraticModel, u: Seen) -> Params:
+        return plans.scatter(self.plan, u, model.gradient)
+
+    def _product(self, model: QuadraticModel, u: Seen) -> Seen:
+        """(C / top + lambda I) u."""
+        curved = plans.gather(self.plan, model.curvature.product(self._tree(model, u)))
+        return [
+            (c / model.top_eigenvalue + model.damping * x).astype(c.dtype)
+            for c, x in zip(curved, u, strict=True)
+        ]
+
+    def _vjp(self, learned: Blocks) -> tuple[Seen, Any]:
         return _controls_vjp(self.plan, self.batched, self.blocks, learned, self.directions.h)
 
     def _each(self, function: Callable[..., Any], controls: Any) -> Any:
@@ -131,32 +147,35 @@ class Phi:
     def _mean(self, x: Array) -> Array:
         return jnp.mean(x) if self.batched else x
 
-    def _share(self, cotangent: Params) -> Params:
+    def _share(self, cotangent: Seen) -> Seen:
         """The part of each direction in the gradient of the mean."""
         if not self.batched:
             return cotangent
-        return jax.tree.map(lambda c: (c / c.shape[0]).astype(c.dtype), cotangent)
+        return [(c / c.shape[0]).astype(c.dtype) for c in cotangent]
 
 
-def _phi(linear: Params, u: Params, curved: Float[Array, ""]) -> Float[Array, ""]:
+def _phi(linear: Seen, u: Seen, curved: Float[Array, ""]) -> Float[Array, ""]:
     """l.u + 1/2 u.(C + lambda I) u, of which the second is given."""
     return vdot(linear, u) + 0.5 * curved
 
 
-def _controls(plan: Plan, batched: bool, blocks: Blocks, learned: Blocks, h: Params) -> Params:
+def _controls(plan: Plan, batched: bool, blocks: Blocks, learned: Blocks, h: Seen) -> Seen:
     arrays = plans.install(plan, blocks, learned)
-    multiply = partial(plans.multiply, plan, arrays)
+
+    def multiply(h: Seen) -> Seen:
+        return [b.multiply(a, x) for b, a, x in zip(plan, arrays, h, strict=True)]
+
     return jax.vmap(multiply)(h) if batched else multiply(h)
 
 
 @partial(jax.jit, static_argnames=("plan", "batched"))
 def _controls_vjp(
-    plan: Plan, batched: bool, blocks: Blocks, learned: Blocks, h: Params
-) -> tuple[Params, Any]:
+    plan: Plan, batched: bool, blocks: Blocks, learned: Blocks, h: Seen
+) -> tuple[Seen, Any]:
     """Return u = P h, and its pull-back to what is learned, for `_pull`."""
     return jax.vjp(lambda x: _controls(plan, batched, blocks, x, h), learned)
 
 
 @jax.jit
-def _pull(vjp: Any, cotangent: Params) -> Blocks:
+def _pull(vjp: Any, cotangent: Seen) -> Blocks:
     return vjp(cotangent)[0]

@@ -1,5 +1,7 @@
 """Two sides without a spectrum, moved by relative steps: kfac in `llqr.refit.streaming`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -10,8 +12,8 @@ from llqr.curvature.model import QuadraticModel
 from llqr.refit.directions import floored
 from llqr.refit.stream import StreamSetup, StreamState, dense_sides, kind_of
 from llqr.structures import plan as plans
+from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
-from llqr.structures.plan import Block
 
 NORM_STEPS = 4
 """Power steps behind |E|_2: with eta = 0.3, an estimate three times too small would still do."""
@@ -43,14 +45,16 @@ def relative_step(
 
     u, before = phi(blocks)
     residual = jax.tree.map(jnp.subtract, model.product(u), h)
-    rs, hs, new, found = plans.seen(setup.plan, residual), plans.seen(setup.plan, h), [*blocks], []
-    for i, block in enumerate(setup.plan):
-        own = statistics[i]
-        if kind_of(block.structure) == "sides":
-            r, x = block.matrix(rs[i][0]), block.matrix(hs[i][0])
-            own = _moved(setup.options.rate, block, own, r, x)
-            new[i] = new[i] | {slot: own[slot].T @ own[slot] for slot in dense_sides(block)}
-        found.append(own)
+
+    def move(block: Block, arrays: Arrays, own: Arrays, r: Array, x: Array) -> Any:
+        if kind_of(block.structure) != "sides":
+            return arrays, own
+        own = _moved(setup.options.rate, block, own, r, x)
+        return arrays | {slot: own[slot].T @ own[slot] for slot in dense_sides(block)}, own
+
+    seen = [plans.gather(setup.plan, x) for x in (residual, h)]
+    moved = plans.each(setup.plan, move, blocks, statistics, *seen)
+    new, found = ([pair[i] for pair in moved] for i in (0, 1))
     return new, found, before.astype(jnp.float32), phi(new)[1].astype(jnp.float32)
 
 

@@ -18,6 +18,9 @@ from llqr.structures.plan import Plan
 Blocks: TypeAlias = tuple[Arrays, ...]
 """The arrays of every block of a plan."""
 
+Seen: TypeAlias = list[Array]
+"""A vector like the parameters, as the matrices of each block (`plans.gather`)."""
+
 WHOLE = Route()
 
 

@@ -39,6 +39,10 @@ from llqr._tree import divide, vdot
 from llqr._types import Array, Bool, Float, Number, PyTree
 from llqr.refit.objective import Phi
 from llqr.refit.options import DETERMINISTIC, LINE_SEARCHES, SOLVERS, SolverLike
+from llqr.structures import plan as plans
+from llqr.structures.block import Block
+from llqr.structures.matrix import Arrays
+from llqr.structures.plan import Plan
 
 __all__ = [
     "DETERMINISTIC",
@@ -74,6 +78,7 @@ class Solver:
 
 def make(
     solver: SolverLike,
+    plan: Plan,
     *,
     momentum: float,
     clip_norm: float | None,
@@ -84,8 +89,9 @@ def make(
 
     Args:
       solver: a name of `SOLVERS`, or a transformation whose updates are added as they are.
+      plan: the blocks whose arrays are learned.
       momentum: mu.
-      clip_norm: largest L2 norm of each array of G; None: no clipping.
+      clip_norm: largest L2 norm of each array of G, matrix by matrix; None: no clipping.
       clip_value: largest absolute entry of G; None: no clipping.
       clamp: makes learned arrays legal, for a line search; None: all of them are.
 
@@ -106,7 +112,7 @@ def make(
     named = isinstance(solver, str)
     chain = [optax.identity()]
     if clip_norm is not None:
-        chain.append(_clip_each(clip_norm))
+        chain.append(_each_matrix(_clip_each(clip_norm), plan))
     if clip_value is not None:
         chain.append(optax.clip(clip_value))
     if solver == "momentum":
@@ -114,9 +120,9 @@ def make(
     elif solver == "adam":
         chain.append(optax.scale_by_adam())
     elif solver == "relative":
-        chain.append(scale_by_relative())
+        chain.append(_each_matrix(scale_by_relative(), plan))
     elif not named:
-        chain.append(solver)
+        chain.append(_by_matrix(solver, plan))
     tx = optax.with_extra_args_support(optax.chain(*chain))
 
     def first_order(phi: Phi, learned: PyTree, state: Any, rate: Number) -> Any:
@@ -128,6 +134,32 @@ def make(
         return moved, state, value
 
     return Solver(lambda learned, _: tx.init(learned), first_order)
+
+
+def _each_matrix(tx: optax.GradientTransformation, plan: Plan) -> optax.GradientTransformation:
+    """Let a transformation without a state act on each matrix by itself."""
+
+    def one(_: Block, g: Arrays, s: Arrays) -> Any:
+        return tx.update(g, optax.EmptyState(), s)[0]
+
+    return optax.stateless(lambda g, s: tuple(plans.each(plan, one, g, s)))
+
+
+def _by_matrix(
+    tx: optax.GradientTransformation, plan: Plan
+) -> optax.GradientTransformationExtraArgs:
+    """Show any transformation the arrays of each matrix: it may care for a leaf's shape."""
+    tx = optax.with_extra_args_support(tx)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        apart, at = plans.per_matrix(plan, updates), plans.per_matrix(plan, params)
+        moved: Any
+        moved, state = tx.update(tuple(apart), state, tuple(at), **extra)
+        return tuple(plans.from_matrices(plan, moved)), state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: tx.init(tuple(plans.per_matrix(plan, params))), update
+    )
 
 
 def scale_by_relative() -> optax.GradientTransformation:

@@ -1,5 +1,6 @@
 """A spectrum between bases, followed: the closed form of `llqr.refit.streaming`."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -10,29 +11,30 @@ from llqr._tree import all_finite
 from llqr._types import Array, Bool, Float, Int, Number
 from llqr.refit.stream import Streaming, StreamSetup, dense_sides, kind_of
 from llqr.structures import plan as plans
+from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
-from llqr.structures.plan import Block, Plan
+from llqr.structures.plan import Plan
 
 WIDE_TURNS, WIDE_FOLLOWS = 5, 2
 """Wide sides turn at the first refits and then at every fifth, and follow every second gradient."""
 
 
 def observed(
-    options: Streaming, block: Block, statistics: Arrays, gradient: Array, often: Bool[Array, ""]
+    options: Streaming, often: Bool[Array, ""], block: Block, statistics: Arrays, x: Array
 ) -> Arrays:
-    """Return the statistics of a block after one more gradient: its second moments.
+    """Return the statistics of a matrix after one more gradient: its second moments.
 
     Args:
       options: of streaming.
-      block: of one leaf.
-      statistics: by slot.
-      gradient: of the leaf.
       often: whether wide sides follow this one.
+      block: to which the matrix belongs.
+      statistics: by slot.
+      x: the gradient.
     """
     sides = dense_sides(block) if kind_of(block.structure) == "spectrum" else ()
     if not sides:
         return statistics
-    x, b, new = block.matrix(gradient), options.basis_decay, dict(statistics)
+    b, new = options.basis_decay, dict(statistics)
     finite = jnp.all(jnp.isfinite(x))
 
     def follow(slot: str, s: Array) -> Array:
@@ -54,10 +56,12 @@ def now_or_rarely(
 
 
 def follow(
-    options: Streaming, block: Block, arrays: Arrays, statistics: Arrays, probes: list[Array],
-    number: Int[Array, ""], keep: Bool[Array, ""],
+    options: Streaming, number: Int[Array, ""], block: Block, arrays: Arrays, statistics: Arrays,
+    probes: list[Array], keep: Bool[Array, ""],
 ) -> tuple[Arrays, Arrays]:  # fmt: skip
-    """Turn the bases towards the second moments, and average the probe's squares in them."""
+    """Turn the bases of a matrix towards the second moments, and average the probe's squares."""
+    if kind_of(block.structure) != "spectrum":
+        return arrays, statistics
     often = (number <= WIDE_TURNS - 1) | ((number - 1) % WIDE_TURNS == 0)
 
     def turn(slot: str, v: Array) -> Array:
@@ -69,8 +73,7 @@ def follow(
         for slot in dense_sides(block)
     }
 
-    def squared(h: Array) -> Array:
-        x = block.matrix(h)
+    def squared(x: Array) -> Array:
         x = bases["left"].T @ x if "left" in bases else x
         x = x @ bases["right"] if "right" in bases else x
         return x * x
@@ -81,36 +84,33 @@ def follow(
     return arrays | bases, statistics | {"spectrum": c}
 
 
-def tops_of(setup: StreamSetup, statistics: list[Arrays]) -> list[Number]:
-    """By what each block's curvature is divided: its largest entry; 1 where there is none.
+def tops_of(setup: StreamSetup, statistics: list[Arrays]) -> list[Array]:
+    """By what the curvature of each matrix is divided: its largest entry; 1 where there is none.
 
     Parts of one matrix are divided by the largest entry of all of them.
     """
 
-    def one(blocks: list[int]) -> Number:
-        found = [statistics[i]["spectrum"] for i in blocks]
-        top = jnp.max(jnp.stack([jnp.max(c, initial=0.0) for c in found]))
+    def of_block(block: Block, own: Arrays) -> Array:
+        if setup.reduction != "unit" or kind_of(block.structure) != "spectrum":
+            return block.repeated(jnp.ones((), block.dtype))
+        top = block.each(lambda c: jnp.max(c, initial=0.0), own["spectrum"])
+        cut = block.sources[0].cut
+        if cut is not None:  # all sources are cut alike
+            top = jnp.max(top.reshape(-1, math.prod(cut.grid)), axis=1)
+            top = jnp.repeat(top, math.prod(cut.grid))
         return jnp.where(top > 0, top, 1.0)
 
-    tops: list[Number] = [1.0] * len(setup.plan)
-    if setup.reduction == "unit":
-        for matrix in plans.matrices(setup.plan):
-            if kind_of(setup.plan[matrix[0]].structure) == "spectrum":
-                top = one(matrix)
-                for i in matrix:
-                    tops[i] = top
-    return tops
+    return [of_block(block, own) for block, own in zip(setup.plan, statistics, strict=True)]
 
 
-def largest(tops: list[Number]) -> Float[Array, ""]:
-    """Return the largest of what blocks are divided by: for the record."""
-    return jnp.max(jnp.stack([jnp.asarray(top, jnp.float32) for top in [0.0, *tops]]))
+def largest(tops: list[Array]) -> Float[Array, ""]:
+    """Return the largest of what matrices are divided by: for the record."""
+    found = [jnp.ravel(top).astype(jnp.float32) for top in tops]
+    return jnp.max(jnp.concatenate(found), initial=0.0) if found else jnp.zeros(())
 
 
-def solved(
-    block: Block, arrays: Arrays, statistics: Arrays, top: Number, damping: Number
-) -> Arrays:
-    """Set the spectrum to the minimiser of the probe objective."""
+def solved(damping: Number, block: Block, arrays: Arrays, statistics: Arrays, top: Array) -> Arrays:
+    """Set the spectrum of a matrix to the minimiser of the probe objective."""
     if kind_of(block.structure) != "spectrum":
         return arrays
     c = statistics["spectrum"]
@@ -122,14 +122,16 @@ def closed_objective(
     plan: Plan,
     blocks: list[Arrays],
     statistics: list[Arrays],
-    tops: list[Number],
+    tops: list[Array],
     damping: Number,
 ) -> Float[Array, ""]:
     """Sum of 1/2 D^2 c (c + lambda) - D c: the probe objective without couplings."""
-    total = jnp.zeros((), jnp.float32)
-    for block, arrays, own, top in zip(plan, blocks, statistics, tops, strict=True):
-        if kind_of(block.structure) == "spectrum":
-            d, c = arrays["spectrum"], own["spectrum"] / jnp.asarray(top, own["spectrum"].dtype)
-            entries = 0.5 * d * d * c * (c + jnp.asarray(damping, c.dtype)) - d * c
-            total = total + jnp.sum(entries).astype(jnp.float32)
-    return total
+
+    def one(block: Block, arrays: Arrays, own: Arrays, top: Array) -> Array:
+        if kind_of(block.structure) != "spectrum":
+            return jnp.zeros((), jnp.float32)
+        d, c = arrays["spectrum"], own["spectrum"] / jnp.asarray(top, own["spectrum"].dtype)
+        entries = 0.5 * d * d * c * (c + jnp.asarray(damping, c.dtype)) - d * c
+        return jnp.sum(entries).astype(jnp.float32)
+
+    return jnp.sum(plans.in_order(plan, plans.each(plan, one, blocks, statistics, tops)))

@@ -14,8 +14,9 @@ from llqr.curvature.route import Route
 from llqr.metrics import Reduction
 from llqr.refit.setup import WHOLE
 from llqr.structures import plan as plans
+from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays, Structure
-from llqr.structures.plan import Block, Plan
+from llqr.structures.plan import Plan
 
 DAMPING = 1e-4
 """Default lambda, in units of the largest curvature of each block."""

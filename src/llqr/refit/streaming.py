@@ -41,12 +41,14 @@ relative steps as in preconditioned SGD on matrix Lie groups (Li, arXiv 1512.042
 """
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llqr import _loops, metrics
-from llqr._tree import all_finite, cosine, normal_like
+from llqr._tree import all_finite, at_least_float32, cosine, normal_like
 from llqr._tree import widen as widened
 from llqr._types import Array, Bool, Float, Int, Number, Params
 from llqr.curvature import model as quadratic
@@ -67,6 +69,7 @@ from llqr.refit.spectrum import (
 )
 from llqr.refit.stream import StreamSetup, StreamState, kind_of, pack, statistics_of, unpack
 from llqr.structures import plan as plans
+from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Plan
 
@@ -83,13 +86,13 @@ def init(setup: StreamSetup, params: Params, slots: tuple[str, ...]) -> StreamSt
       Zeros; for kfac A and B the identity, and a normal draw for the power steps.
     """
     zeros = _zeros_like(params)
+
+    def first(block: Block, shape: tuple[int, ...]) -> Array:
+        sides = kind_of(block.structure) == "sides"
+        return jnp.eye(*shape, dtype=block.dtype) if sides else jnp.zeros(shape, block.dtype)
+
     arrays = [
-        {
-            slot: jnp.eye(*shape, dtype=block.dtype)
-            if kind_of(block.structure) == "sides"
-            else jnp.zeros(shape, block.dtype)
-            for slot, shape in statistics_of(block).items()
-        }
+        {slot: block.repeated(first(block, shape)) for slot, shape in statistics_of(block).items()}
         for block in setup.plan
     ]
     packed = plans.pack(setup.plan, arrays, params, slots)
@@ -99,7 +102,7 @@ def init(setup: StreamSetup, params: Params, slots: tuple[str, ...]) -> StreamSt
 
 def _zeros_like(params: Params) -> Params:
     return jax.tree.map(
-        lambda p: jnp.zeros_like(p, dtype=plans.at_least_float32(jnp.result_type(p))), params
+        lambda p: jnp.zeros_like(p, dtype=at_least_float32(jnp.result_type(p))), params
     )
 
 
@@ -126,15 +129,11 @@ def observe(
 
     momentum = decayed(stream.momentum)
     often = (count < options.start + options.warmup) | (count % WIDE_FOLLOWS == 0)
-    new = [
-        observed(options, block, own, g, often)
-        for block, own, (g,) in zip(
-            setup.plan, statistics, plans.seen(setup.plan, gradient), strict=True
-        )
-    ]
-    seen = decayed(momentum) if options.nesterov else momentum
+    seen = plans.gather(setup.plan, gradient)
+    new = plans.each(setup.plan, partial(observed, options, often), statistics, seen)
     statistics = pack(setup, new, stream, gradient)
-    return stream._replace(momentum=momentum, statistics=statistics), seen
+    stream = stream._replace(momentum=momentum, statistics=statistics)
+    return stream, decayed(momentum) if options.nesterov else momentum
 
 
 def refit(
@@ -158,7 +157,17 @@ def refit(
     """
     python = _loops.in_python(params)
     run = _loops.compiled if python and not setup.route.layerwise else _loops.direct
-    return run(_refit, setup, blocks, info, stream, params, objective, damping)
+    return run(_merged, setup, blocks, info, stream, params, objective, damping)
+
+
+def _merged(
+    setup: StreamSetup, blocks: Blocks, info: RefitInfo, *inputs: Any
+) -> tuple[Blocks, RefitInfo, StreamState]:
+    """A refit in which like matrices are one block."""
+    plan = setup.plan
+    setup = replace(setup, plan=plans.merge(plan))
+    blocks, info, stream = _refit(setup, plans.merged(plan, blocks), info, *inputs)
+    return plans.separated(plan, blocks), info, stream
 
 
 def _refit(
@@ -177,28 +186,14 @@ def _refit(
         fisher_probe(setup.metric.tree, setup.reduction, model, objective, k, setup.route.axis_name)
         for k in keys
     ]
-    statistics = list(unpack(plan, stream.statistics, params))
+    was = unpack(plan, stream.statistics, params)
     # Block -> what it sees of each probe.
-    seen = [
-        [h for (h,) in of_block]
-        for of_block in zip(*(plans.seen(plan, h) for h in probes), strict=True)
-    ]
-    new, keep = list(blocks), [all_finite(hs) for hs in seen]
-    # Labels drawn say nothing of these blocks: to follow would only lengthen their steps.
-    flat = [_all_zero(hs) for hs in seen]
-    keep = [k & ~f for k, f in zip(keep, flat, strict=True)]
-    number = info.refits + 1
-    for i, block in enumerate(plan):
-        if kind_of(block.structure) == "spectrum":
-            new[i], statistics[i] = follow(
-                options,
-                block,
-                new[i],
-                statistics[i],
-                seen[i],
-                number,
-                keep[i],
-            )
+    seen = [list(hs) for hs in zip(*(plans.gather(plan, h) for h in probes), strict=True)]
+    # Labels drawn say nothing of these matrices: to follow would only lengthen their steps.
+    flat = plans.each(plan, lambda _, hs: _all_zero(hs), seen)
+    keep = plans.each(plan, lambda _, hs: all_finite(hs) & ~_all_zero(hs), seen)
+    followed = plans.each(plan, partial(follow, options, info.refits + 1), blocks, was, seen, keep)
+    new, statistics = ([pair[i] for pair in followed] for i in (0, 1))
     tops = tops_of(setup, statistics)
     power, top = stream.power, largest(tops)
     if sides:
@@ -213,12 +208,8 @@ def _refit(
             noise,
         )
     old = new
-    was = unpack(plan, stream.statistics, params)
-    statistics = [_unless(f, o, own) for f, o, own in zip(flat, was, statistics, strict=True)]
-    new = [
-        solved(block, arrays, own, own_top, damping)
-        for block, arrays, own, own_top in zip(plan, new, statistics, tops, strict=True)
-    ]
+    statistics = plans.each(plan, _unless, flat, was, statistics)
+    new = plans.each(plan, partial(solved, damping), new, statistics, tops)
     if not sides:
         before, after = (
             closed_objective(plan, arrays, statistics, tops, damping) for arrays in (old, new)
@@ -227,12 +218,12 @@ def _refit(
         statistics=pack(setup, statistics, stream, params), power=power,
         top=jnp.asarray(top, jnp.float32),
     )  # fmt: skip
-    new = [_unless(f, b, arrays) for f, b, arrays in zip(flat, blocks, new, strict=True)]
+    new = plans.each(plan, _unless, flat, blocks, new)
     record = _record(plan, tuple(new), info, stream.momentum, keep, flat, before, after)
     return tuple(new), record, stream
 
 
-def _unless(flat: Bool[Array, ""], old: Arrays, new: Arrays) -> Arrays:
+def _unless(_: Block, flat: Bool[Array, ""], old: Arrays, new: Arrays) -> Arrays:
     return {slot: jnp.where(flat, old[slot], new[slot]) for slot in new}
 
 
@@ -259,25 +250,18 @@ def _record(
     plan: Plan, blocks: Blocks, info: RefitInfo, momentum: Params, keep: list[Bool[Array, ""]],
     flat: list[Bool[Array, ""]], before: Float[Array, ""], after: Float[Array, ""],
 ) -> RefitInfo:  # fmt: skip
-    pairs = [
-        (block.multiply(arrays, m), m)
-        for block, arrays, m in zip(plan, blocks, plans.seen(plan, momentum), strict=True)
-    ]
+    ms = plans.gather(plan, momentum)
+    pms = [block.multiply(own, m) for block, own, m in zip(plan, blocks, ms, strict=True)]
     code = {word: i for i, word in enumerate(STATUS)}
-    status = [
-        jnp.where(k, code["updated"], jnp.where(f, code["flat"], code["nonfinite"]))
-        for k, f in zip(keep, flat, strict=True)
-    ]
+    kept, zero = plans.in_order(plan, keep), plans.in_order(plan, flat)
+    status = jnp.where(kept, code["updated"], jnp.where(zero, code["flat"], code["nonfinite"]))
+    cosines = plans.in_order(plan, plans.each(plan, lambda _, pm, m: cosine(pm, m), pms, ms))
     return RefitInfo(
         refits=info.refits + 1,
         steps=jnp.ones((), jnp.int32),
         objective_before=before,
         objective_after=after,
-        cosine=cosine(*(list(side) for side in zip(*pairs, strict=True))).astype(jnp.float32)
-        if plan
-        else info.cosine,
-        status=jnp.stack(status).astype(jnp.int32) if plan else info.status,
-        cosines=jnp.stack([cosine(p, m) for p, m in pairs]).astype(jnp.float32)
-        if plan
-        else info.cosines,
+        cosine=cosine(pms, ms).astype(jnp.float32),
+        status=status.astype(jnp.int32),
+        cosines=cosines.astype(jnp.float32),
     )

@@ -1,8 +1,10 @@
 """Families of inverse preconditioners, built by composition."""
 
+from llqr.structures.block import Block
 from llqr.structures.catalogue import STRUCTURES
 from llqr.structures.matrix import Structure
-from llqr.structures.plan import Block, Plan, Rule, make_plan, rule_table, stacked
+from llqr.structures.plan import Plan, make_plan
+from llqr.structures.rules import Rule, rule_table, stacked
 
 __all__ = [
     "STRUCTURES",

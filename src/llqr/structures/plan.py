@@ -3,329 +3,27 @@
 A `Plan` is static and hashable. It says which leaves form a block, which structure the
 block has and how its leaves are seen as one matrix. The arrays themselves live outside,
 one tree for each slot in the shape of the parameters (`pack`, `unpack`); a block over
-several leaves keeps its arrays at its first leaf, and the blocks of one leaf (members of a
-stack, parts of a matrix: `view`) keep theirs in one array, stacked.
+several leaves keeps its arrays at its first leaf, and the matrices of one leaf (members of a
+stack, parts of a matrix: `view`) are kept in one array, stacked.
 """
 
-import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import leaf_names, replicate, shard_like
-from llqr._types import Array, Float, PRNGKeyArray, PyTree
+from llqr._tree import at_least_float32, leaf_names, shard_like
+from llqr._types import Array, PRNGKeyArray, PyTree
 from llqr.structures import catalogue
 from llqr.structures import matrix as mx
+from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays, Structure
-from llqr.structures.view import Axes, Part, View, split_axes
-
-Match: TypeAlias = str | Callable[[str, tuple[int, ...]], bool]
-
-# Per-channel parameters, whatever their rank: attention biases are matrices.
-_VECTORS = re.compile(r"(^|[/_])(bias|scale|gamma|beta)$", re.IGNORECASE)
-# Projections d -> (heads, dim): the input is the first axis alone.
-_FAN_OUT = re.compile(r"(^|/)(query|key|value)(/|$)", re.IGNORECASE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """One line of a rule table; the first line that matches a leaf decides.
-
-    Args:
-      match: a regular expression searched in the leaf's path ("encoder/0/kernel"), or a
-        function (path, shape) -> bool. "*" is the catch-all, required as the last line.
-      structure: a name or a `Structure`.
-      rows: which axes form the rows of the matrix view: a tuple, whose negative entries count
-        from the end; or a number, of leading axes. None decides by shape: all but the last, and
-        the first alone for attention's query, key and value.
-      columns: with a tuple of rows, which axes form the columns. All other axes are a stack of
-        matrices (of vectors, where there are no columns), each with a structure of its own:
-        layers that are scanned over, experts, fused query, key and value.
-      stack: these axes are the stack, and `rows`, None or a number, decides on the others.
-
-    Raises:
-      ValueError: columns without a tuple of rows, or with a stack; in `init`, axes that a leaf
-        does not have, or leaves of one module with different stacks.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, llqr
-      >>> table = [llqr.Rule(match="embedding", structure="diagonal"),
-      ...          llqr.Rule(match=lambda path, shape: len(shape) == 4, structure="kfac", rows=3),
-      ...          ("*", "diagonal")]
-      >>> tx = llqr.llqr(optax.sgd(0.1), structure=table)
-      >>> params = {"embedding": jnp.zeros((9, 2)), "conv": jnp.zeros((3, 3, 2, 4))}
-      >>> [(row.leaf, row.structure, row.view) for row in llqr.describe(tx, params).rows]
-      [('conv', 'kfac', (18, 4)), ('embedding', 'diagonal', (9, 2))]
-    """
-
-    match: Match
-    structure: str | Structure
-    rows: int | Axes | None = None
-    columns: Axes | None = None
-    stack: Axes = ()
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "columns", "stack"):  # lists are no part of a compilation key
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.stack and (isinstance(self.rows, tuple) or self.columns is not None):
-            raise ValueError(
-                f"rule {self.match!r}: `stack` leaves it to the shape what rows and columns are; "
-                "give it, or axes of rows and columns."
-            )
-        if self.columns is not None and not isinstance(self.rows, tuple):
-            raise ValueError(f"rule {self.match!r}: columns={self.columns} needs axes of rows too.")
-
-    def matches(self, path: str, shape: tuple[int, ...]) -> bool:
-        """Whether this rule decides for a leaf.
-
-        Args:
-          path: of the leaf, "encoder/0/kernel".
-          shape: of the leaf.
-        """
-        if callable(self.match):
-            return bool(self.match(path, shape))
-        return self.match == "*" or re.search(self.match, path) is not None
-
-    def view(self, leaf: int, path: str, shape: tuple[int, ...]) -> tuple[View, int]:
-        """Return the first view of a leaf, and how many axes of what it sees are rows.
-
-        Args:
-          leaf: position in the flattened parameters.
-          path: of the leaf.
-          shape: of the leaf.
-        """
-        if isinstance(self.rows, tuple):
-            stack, rows, columns = split_axes(path, shape, self.rows, self.columns or ())
-        else:
-            rest, stack, _ = split_axes(path, shape, self.stack, ())
-            seen = tuple(shape[axis] for axis in rest)
-            count = row_axes(path, seen, self.rows)
-            rows, columns = rest[:count], rest[count:]
-        first = (0,) * len(stack)
-        return View(leaf, path, shape, (*stack, *rows, *columns), len(stack), first), len(rows)
-
-
-StructureLike: TypeAlias = str | Structure | Sequence[Rule | tuple[Match, str | Structure]]
-"""A structure's name (a ready rule table), a Structure, or a rule table."""
-
-
-def matrix_like(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether a leaf is seen as a matrix: two axes longer than 1, and not a bias or scale.
-
-    Args:
-      path: of the leaf.
-      shape: of the leaf.
-
-    Example:
-      >>> matrix_like("dense/kernel", (4, 3)), matrix_like("attention/query/bias", (4, 16))
-      (True, False)
-    """
-    return sum(side > 1 for side in shape) >= 2 and not _VECTORS.search(path)
-
-
-def rule_table(rules: StructureLike) -> tuple[Rule, ...]:
-    """Return a validated rule table.
-
-    A name or a Structure becomes its ready table: matrices have that structure, all other
-    leaves a diagonal (`catalogue.for_vectors`); structures of a whole module and elementwise
-    ones take every leaf.
-
-    Raises:
-      ValueError: unknown structure, empty table, or no catch-all in the last line.
-
-    Example:
-      >>> [rule.structure.name for rule in rule_table([("bias$", "diagonal"), ("*", "kfac")])]
-      ['diagonal', 'kfac']
-    """
-    if isinstance(rules, str | Structure):
-        chosen = catalogue.get(rules)
-        if chosen.view != "leaf" or chosen.elementwise:
-            return (Rule(match="*", structure=chosen),)
-        return (
-            Rule(match=matrix_like, structure=chosen),
-            Rule(match="*", structure=catalogue.for_vectors(chosen)),
-        )
-    table = tuple(r if isinstance(r, Rule) else Rule(match=r[0], structure=r[1]) for r in rules)
-    table = tuple(replace(r, structure=catalogue.get(r.structure)) for r in table)
-    if not table or table[-1].match != "*":
-        raise ValueError(
-            'the last rule must be a catch-all, ("*", structure), so that every leaf has a '
-            f"structure; got {[r.match for r in table]}."
-        )
-    return table
-
-
-@dataclass(frozen=True)
-class _Unstacked:
-    """A rule's match, asked about one member of a stack: a part of compilation keys."""
-
-    match: str
-    stack: Axes
-    rule: Rule
-
-    def __call__(self, path: str, shape: tuple[int, ...]) -> bool:
-        gone = {axis % len(shape) for axis in self.stack} if shape else set()
-        rest = tuple(size for axis, size in enumerate(shape) if axis not in gone)
-        return re.search(self.match, path) is not None and self.rule.matches(path, rest)
-
-
-def stacked(structure: StructureLike, match: str, stack: Axes = (0,)) -> list[Rule]:
-    """Return rules for leaves that hold a stack: each member gets what it would get as a leaf.
-
-    Args:
-      structure: as for `llqr.llqr`: a name, a `Structure` or a rule table, asked about members.
-      match: a regular expression searched in the leaf's path; other leaves are left to the rules
-        that follow.
-      stack: axes of the stack, such as that of the layers that a model scans over: 0 with
-        `nnx.scan`, `nn.scan` and Equinox's `filter_vmap`, 1 with layouts like MaxText's; (0,) for
-        experts [E, d, f].
-
-    Example:
-      >>> import jax.numpy as jnp, optax, llqr
-      >>> table = [*llqr.stacked("kfac", match="layers/"), *llqr.structures.rule_table("kfac")]
-      >>> tx = llqr.llqr(optax.sgd(0.1), structure=table)
-      >>> params = {"layers": {"kernel": jnp.zeros((24, 8, 4)), "bias": jnp.zeros((24, 4))},
-      ...           "head": jnp.zeros((4, 2))}
-      >>> print(llqr.describe(tx, params))
-      leaf            shape   seen as    structure  stored   memory  multiply-adds
-      ----------------------------------------------------------------------------
-      head            4x2     4x2        kfac           20     80 B             48
-      layers/bias     24x4    24 of 4    diagonal       96    384 B             96
-      layers/kernel   24x8x4  24 of 8x4  kfac        1,920  7.5 KiB          9,216
-      ----------------------------------------------------------------------------
-      872 parameters                                 2,036  8.0 KiB          9,360
-    """
-    return [
-        replace(rule, match=_Unstacked(match, tuple(stack), rule), stack=tuple(stack))
-        for rule in rule_table(structure)
-    ]
-
-
-def slots(table: Sequence[Rule]) -> tuple[str, ...]:
-    """Every slot that the table can need: known without parameters, so the state's shape is too."""
-    return tuple(sorted({slot for rule in table for slot in catalogue.get(rule.structure).slots}))
-
-
-@dataclass(frozen=True)
-class Block:
-    """Leaves that share one structured matrix, or what it sees of one.
-
-    Attributes:
-      views: of its leaves.
-      dtype: of the block's arrays: that of the first leaf, float32 at least.
-      structure: after `max_dim`.
-      shape: of the block as P sees it: [m, n], or that of the view for elementwise structures.
-      part: of the view's matrix, where that is cut.
-    """
-
-    views: tuple[View, ...]
-    dtype: str
-    structure: Structure
-    shape: tuple[int, ...]
-    part: Part | None = None
-
-    @property
-    def leaves(self) -> tuple[int, ...]:
-        """Positions in the flattened parameters."""
-        return tuple(view.leaf for view in self.views)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Paths of the leaves."""
-        return tuple(view.name for view in self.views)
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of what is seen of the leaves."""
-        return tuple(view.shape for view in self.views)
-
-    @property
-    def label(self) -> str:
-        """Path of the first leaf, with the member and the part that is seen: a name of its own."""
-        at = "" if self.part is None else f"[{self.part.at[0]}:{self.part.at[1]}]"
-        return self.views[0].label + at
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """Shape of the stack of blocks to which this one belongs; () where it is alone."""
-        return self.views[0].sizes + (() if self.part is None else self.part.grid)
-
-    @property
-    def position(self) -> int:
-        """Where in that stack."""
-        at = self.views[0].member + (() if self.part is None else self.part.at)
-        place = 0
-        for index, size in zip(at, self.grid, strict=True):
-            place = place * size + index
-        return place
-
-    def see(self, leaves: Sequence[Float[Array, "..."]]) -> list[Float[Array, "..."]]:
-        """Return what the block sees of the leaves of a whole tree: an array for each view."""
-        seen = [view.take(leaves[view.leaf]) for view in self.views]
-        if self.part is None:
-            return seen
-        return [self.part.take(replicate(seen[0]).reshape(self.part.whole))]
-
-    def init(self, sigma: float) -> Arrays:
-        """Return the arrays for which P = sigma * identity, sigma > 0."""
-        return mx.init(self.structure, self.shape, sigma, jnp.dtype(self.dtype))
-
-    def start(self, arrays: Arrays, key: PRNGKeyArray) -> Arrays:
-        """Return what a refit learns, at its start.
-
-        Args:
-          arrays: of the block, from which the refit starts.
-          key: of fresh vectors.
-        """
-        return mx.start(self.structure, arrays, self.shape, key)
-
-    def multiply(
-        self, arrays: Arrays, xs: Sequence[Float[Array, "..."]]
-    ) -> list[Float[Array, "..."]]:
-        """Return P x for what the block sees, each in its own shape and dtype.
-
-        Args:
-          arrays: of the block.
-          xs: one array in the shape of each view, as from `see`.
-        """
-        dtype = jnp.dtype(self.dtype)
-        if self.structure.elementwise:
-            out = [mx.multiply(self.structure, arrays, x.astype(dtype)) for x in xs]
-        elif self.part is not None:
-            y = mx.multiply(self.structure, arrays, self.matrix(xs[0]))
-            out = [y[: xs[0].shape[0], : xs[0].shape[1]]]
-        else:
-            flat = jnp.concatenate([replicate(x.astype(dtype)).ravel() for x in xs])
-            y = mx.multiply(self.structure, arrays, flat.reshape(self.shape)).ravel()
-            ends = [math.prod(shape) for shape in self.shapes]
-            out = jnp.split(y, [sum(ends[: i + 1]) for i in range(len(ends) - 1)])
-            out = [part.reshape(shape) for part, shape in zip(out, self.shapes, strict=True)]
-        return [y.astype(x.dtype) for y, x in zip(out, xs, strict=True)]
-
-    def matrix(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Return what P acts on, in the block's dtype: of what is seen of the block's one leaf.
-
-        [m, n], filled up with zeros for a part; or the view's shape for elementwise structures.
-        """
-        x = x.astype(jnp.dtype(self.dtype))
-        if self.structure.elementwise:
-            return x
-        return replicate(x).reshape(self.shape) if self.part is None else self.part.fill(x)
-
-    def as_matrix(self, arrays: Arrays) -> Float[Array, "size size"]:
-        """Return P as a dense matrix on the concatenated, flattened leaves."""
-        shape = self.shape
-        if self.structure.elementwise:
-            shape = (sum(math.prod(s) for s in self.shapes),)
-            arrays = {k: v.ravel() if v.ndim else v for k, v in arrays.items()}
-        return mx.as_matrix(self.structure, arrays, shape)
-
+from llqr.structures.rules import Rule
+from llqr.structures.view import Cut, Source, View
 
 Plan: TypeAlias = tuple[Block, ...]
 
@@ -333,7 +31,7 @@ Plan: TypeAlias = tuple[Block, ...]
 def make_plan(
     params: PyTree, table: Sequence[Rule], max_dim: int, block_size: int | None = None
 ) -> Plan:
-    """Assign every leaf of `params` (arrays or shapes) to a block, or to a stack of blocks.
+    """Assign every leaf of `params` (arrays or shapes) to a block.
 
     Args:
       params: the parameters; only paths, shapes and dtypes are read.
@@ -353,98 +51,177 @@ def make_plan(
         key = (which, name.rpartition("/")[0]) if whole else i
         groups.setdefault(key, (table[which], []))[1].append(i)
     plan: list[Block] = []
+    first = 0
     for rule, members in groups.values():
         views = [rule.view(i, names[i], jnp.shape(leaves[i])) for i in members]
-        dtype = at_least_float32(jnp.result_type(leaves[members[0]]))
-        plan += _blocks(rule, views, dtype.name, max_dim, block_size)
+        dtype = at_least_float32(jnp.result_type(leaves[members[0]])).name
+        plan.append(_block(rule, views, dtype, max_dim, block_size, first))
+        first += plan[-1].count
     return tuple(plan)
 
 
-def _blocks(
+def _block(
     rule: Rule,
     found: list[tuple[View, int]],
     dtype: str,
     max_dim: int,
     block_size: int | None,
-) -> list[Block]:
-    """All blocks of a leaf, or of the leaves of a module."""
-    chosen, views = catalogue.get(rule.structure), [view for view, _ in found]
+    first: int,
+) -> Block:
+    """The block of a leaf, or of the leaves of a module."""
+    chosen, views = catalogue.get(rule.structure), tuple(view for view, _ in found)
     stacks = {view.name: view.sizes for view in views}
     if len(set(stacks.values())) > 1:
         raise ValueError(
             f"structure {chosen.name!r} takes all leaves of a module together, so that they must "
             f"have the same stack; there are {stacks}."
         )
-    size = sum(math.prod(view.shape) for view in views)
-    (first, rows), parts = found[0], [None]
+    column = (sum(math.prod(view.shape) for view in views), 1)
+    (view, rows), cut = found[0], None
     if chosen.elementwise:
-        shape = first.shape if chosen.view == "leaf" else (size, 1)
+        shape = view.shape if chosen.view == "leaf" else column
     else:
-        matrix = (math.prod(first.shape[:rows]), math.prod(first.shape[rows:]))
-        shape = matrix if chosen.view == "leaf" else (size, 1)
-        chosen = _limit(chosen.for_leaf(first.name), shape, max_dim)
-        if chosen.view != "module":
-            parts = _parts(chosen, shape, block_size)
-    return [
-        Block(
-            tuple(replace(view, member=member) for view in views),
-            dtype,
-            chosen,
-            shape if part is None else part.shape,
-            part,
-        )
-        for member in itertools.product(*map(range, first.sizes))
-        for part in parts
-    ]
+        matrix = (math.prod(view.shape[:rows]), math.prod(view.shape[rows:]))
+        shape = matrix if chosen.view == "leaf" else column
+        chosen = _limit(chosen.for_leaf(view.name), shape, max_dim)
+        cut = None if chosen.view == "module" else _cut(chosen, shape, block_size)
+    return Block((Source(views, cut, first),), dtype, chosen, cut.shape if cut else shape)
 
 
-def _parts(chosen: Structure, whole: tuple[int, int], block_size: int | None) -> list[Part | None]:
-    """The rectangles into which long dense sides cut a matrix; None alone where none is long."""
+def _cut(chosen: Structure, whole: tuple[int, int], block_size: int | None) -> Cut | None:
+    """How long dense sides cut a matrix; None where none is long."""
     if block_size is None:
-        return [None]
-    cut = {
+        return None
+    long = {
         slot
         for slot, size in zip(("left", "right"), whole, strict=True)
         if size > block_size and slot in chosen.sides and chosen.sides[slot].square
     }
-    if not cut:
-        return [None]
+    if not long:
+        return None
     # Of one length, with little to fill up: 784 in blocks of at most 256 is 4 times 196.
     even = lambda size: math.ceil(size / math.ceil(size / block_size))  # noqa: E731
-    shape = (
-        even(whole[0]) if "left" in cut else whole[0],
-        even(whole[1]) if "right" in cut else whole[1],
+    rows, columns = (
+        even(size) if slot in long else size
+        for slot, size in zip(("left", "right"), whole, strict=True)
     )
-    down, across = Part(whole, shape, (0, 0)).grid
-    return [Part(whole, shape, at) for at in itertools.product(range(down), range(across))]
+    return Cut(whole, (rows, columns))
 
 
-def at_least_float32(dtype: Any) -> jnp.dtype:
-    """Return `dtype`, or float32 for one that is narrower."""
-    return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
+def size(plan: Sequence[Block]) -> int:
+    """Return how many matrices there are."""
+    return sum(block.count for block in plan)
 
 
-def row_axes(name: str, shape: tuple[int, ...], rows: int | None = None) -> int:
-    """Return how many leading axes form the rows of the row-major matrix view of a leaf.
+def each(plan: Plan, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Return function(block, *arguments) of every matrix, for each block.
 
     Args:
-      name: path of the leaf.
-      shape: of the leaf.
-      rows: that number; None decides by name and shape.
-
-    Raises:
-      ValueError: `rows` is negative or larger than the number of axes.
-
-    Example:
-      >>> row_axes("conv/kernel", (3, 3, 16, 32)), row_axes("attention/query/kernel", (64, 4, 16))
-      (3, 1)
+      plan: the blocks.
+      function: of a block and the arrays of one of its matrices.
+      *arguments: a tree of arrays for each block.
     """
-    if rows is None:
-        fan_out = len(shape) == 3 and _FAN_OUT.search(name) is not None
-        rows = 1 if fan_out else max(len(shape) - 1, 0)
-    if not 0 <= rows <= len(shape):
-        raise ValueError(f"rule for {name!r}: rows={rows} does not fit the shape {shape}.")
-    return rows
+    return [
+        block.each(partial(function, block), *own)
+        for block, *own in zip(plan, *arguments, strict=True)
+    ]
+
+
+@lru_cache(maxsize=64)
+def merge(plan: Plan) -> Plan:
+    """Return a plan in which matrices of one structure, shape and dtype are one block.
+
+    A refit does much with few matrices, and a deep network has many that are alike: as one
+    program, its size does not grow with depth. To apply P they stay apart, since each step would
+    have to bring their arrays together.
+
+    Args:
+      plan: the blocks.
+    """
+    alike: dict[Any, list[Block]] = {}
+    for block in plan:
+        for source in block.sources:
+            shapes, cut = [view.shape for view in source.views], source.cut
+            what = tuple(shapes) if len(shapes) > 1 else None
+            key = (block.structure, block.shape, block.dtype, what, cut and cut.grid)
+            alike.setdefault(key, []).append(replace(block, sources=(source,)))
+    return tuple(
+        replace(blocks[0], sources=tuple(block.sources[0] for block in blocks))
+        for blocks in alike.values()
+    )
+
+
+def merged(plan: Plan, arrays: Sequence[Arrays]) -> tuple[Arrays, ...]:
+    """Return the arrays of `merge(plan)`.
+
+    Args:
+      plan: the blocks, of one source each.
+      arrays: of each block.
+    """
+    at = {block.sources[0].first: own for block, own in zip(plan, arrays, strict=True)}
+    return tuple(
+        {
+            slot: block.concatenated([at[source.first][slot] for source in block.sources])
+            for slot in at[block.sources[0].first]
+        }
+        for block in merge(plan)
+    )
+
+
+def separated(plan: Plan, arrays: Sequence[Arrays]) -> tuple[Arrays, ...]:
+    """Return the arrays of each block: the inverse of `merged`.
+
+    Args:
+      plan: the blocks, of one source each.
+      arrays: of each block of `merge(plan)`.
+    """
+    at: dict[int, Arrays] = {source.first: {} for block in plan for source in block.sources}
+    for block, own in zip(merge(plan), arrays, strict=True):
+        for slot, x in own.items():
+            for source, part in zip(block.sources, block.split(x), strict=True):
+                at[source.first][slot] = part
+    return tuple(at[block.sources[0].first] for block in plan)
+
+
+def in_order(plan: Plan, values: Sequence[Array]) -> Array:
+    """Return one number for each matrix, in the order of the plan that was merged.
+
+    Args:
+      plan: the blocks.
+      values: of each block, a number or [count].
+    """
+    numbers = [number for block in plan for number in block.numbers]
+    found = jnp.concatenate([jnp.ravel(x) for x in values]) if values else jnp.zeros(0)
+    back = sorted(range(len(numbers)), key=numbers.__getitem__)
+    return found if back == list(range(len(back))) else found[jnp.asarray(back)]
+
+
+def per_matrix(plan: Plan, arrays: Sequence[PyTree]) -> list[PyTree]:
+    """Return the arrays of each matrix, in the order of the plan that was merged.
+
+    Args:
+      plan: the blocks.
+      arrays: of each block.
+    """
+    found: dict[int, PyTree] = {}
+    for block, own in zip(plan, arrays, strict=True):
+        for i, number in enumerate(block.numbers):
+            found[number] = jax.tree.map(lambda x, i=i: x[i], own) if block.batched else own
+    return [found[number] for number in range(len(found))]
+
+
+def from_matrices(plan: Plan, arrays: Sequence[PyTree]) -> list[PyTree]:
+    """Return the arrays of each block: the inverse of `per_matrix`.
+
+    Args:
+      plan: the blocks.
+      arrays: of each matrix.
+    """
+    found = [[arrays[number] for number in block.numbers] for block in plan]
+    return [
+        jax.tree.map(lambda *xs: jnp.stack(xs), *own) if block.batched else own[0]
+        for block, own in zip(plan, found, strict=True)
+    ]
 
 
 def _limit(chosen: Structure, shape: tuple[int, ...], max_dim: int) -> Structure:
@@ -477,8 +254,8 @@ def start(plan: Plan, arrays: Sequence[Arrays], key: PRNGKeyArray) -> tuple[Arra
       arrays: of each block, from which the refit starts.
       key: of fresh vectors.
     """
-    keys = jax.random.split(key, max(len(plan), 1))
-    return tuple(b.start(a, k) for b, a, k in zip(plan, arrays, keys, strict=True))
+    keys = jax.random.split(key, max(size(plan), 1))
+    return tuple(b.start(a, keys) for b, a in zip(plan, arrays, strict=True))
 
 
 def install(plan: Plan, arrays: Sequence[Arrays], learned: Sequence[Arrays]) -> tuple[Arrays, ...]:
@@ -490,7 +267,8 @@ def install(plan: Plan, arrays: Sequence[Arrays], learned: Sequence[Arrays]) -> 
       learned: like the result of `start`.
     """
     return tuple(
-        mx.install(b.structure, a, x) for b, a, x in zip(plan, arrays, learned, strict=True)
+        b.each(partial(mx.install, b.structure), a, x)
+        for b, a, x in zip(plan, arrays, learned, strict=True)
     )
 
 
@@ -509,66 +287,37 @@ def multiply(plan: Plan, arrays: Sequence[Arrays], tree: PyTree) -> PyTree:
       >>> multiply(plan, identity(plan, 4.0), params)["w"].tolist()
       [[4.0, 4.0], [4.0, 4.0], [4.0, 4.0]]
     """
-    leaves = jax.tree.leaves(tree)
-    pieces = [
-        block.multiply(values, block.see(leaves))
-        for block, values in zip(plan, arrays, strict=True)
-    ]
-    return assemble(plan, pieces, tree)
+    xs = gather(plan, tree)
+    return scatter(plan, [b.multiply(a, x) for b, a, x in zip(plan, arrays, xs, strict=True)], tree)
 
 
-def seen(plan: Plan, tree: PyTree) -> list[list[Array]]:
-    """Return what each block sees of a tree: an array for each of its views."""
-    leaves = jax.tree.leaves(tree)
-    return [block.see(leaves) for block in plan]
-
-
-def assemble(plan: Plan, pieces: Sequence[Sequence[Array]], like: PyTree) -> PyTree:
-    """Return the tree of which these are the pieces: the inverse of `seen`.
+def gather(plan: Plan, tree: PyTree) -> list[Array]:
+    """Return what P of each block acts on: [*shape], or [count, *shape], in the block's dtype.
 
     Args:
       plan: the blocks.
-      pieces: one array for each view of each block.
-      like: a tree with the structure, the shapes and the shardings of the result.
+      tree: shaped like the parameters.
+    """
+    leaves = jax.tree.leaves(tree)
+    return [block.gather(leaves) for block in plan]
+
+
+def scatter(plan: Plan, arrays: Sequence[Array], like: PyTree) -> PyTree:
+    """Return the tree of which these are the matrices: the inverse of `gather`.
+
+    Args:
+      plan: the blocks.
+      arrays: as from `gather`.
+      like: a tree with the structure, the dtypes and the shardings of the result.
     """
     leaves, treedef = jax.tree.flatten(like)
     out = list(leaves)
-    for stack in _stacks(plan):
-        first = plan[stack[0]]
-        for k, view in enumerate(first.views):
-            found = [pieces[i][k] for i in stack]
-            if first.part is not None:
-                step = math.prod(first.part.grid)
-                found = [
-                    first.part.assemble(found[i : i + step]).reshape(view.shape)
-                    for i in range(0, len(found), step)
-                ]
-            out[view.leaf] = shard_like(view.assemble(found), leaves[view.leaf])
+    for block, array in zip(plan, arrays, strict=True):
+        for source, x in zip(block.sources, block.split(array), strict=True):
+            for view, leaf in zip(source.views, source.scatter(x), strict=True):
+                was = leaves[view.leaf]
+                out[view.leaf] = shard_like(leaf.astype(was.dtype), was)
     return treedef.unflatten(out)
-
-
-def matrices(plan: Plan) -> list[list[int]]:
-    """Positions of the blocks of each matrix: one, or its parts."""
-    found: list[list[int]] = []
-    for i, block in enumerate(plan):
-        if block.part is None or block.part.at == (0, 0):
-            found.append([])
-        found[-1].append(i)
-    return found
-
-
-def without_parts(plan: Plan) -> Plan:
-    """Return blocks that see what these see, each matrix in one piece."""
-    whole = [b for b in plan if b.part is None or b.part.at == (0, 0)]
-    return tuple(b if b.part is None else replace(b, shape=b.part.whole, part=None) for b in whole)
-
-
-def _stacks(plan: Plan) -> list[list[int]]:
-    """Positions of blocks that keep their arrays at the same leaf, in order."""
-    stacks: dict[int, list[int]] = {}
-    for i, block in enumerate(plan):
-        stacks.setdefault(block.leaves[0], []).append(i)
-    return list(stacks.values())
 
 
 def pack(
@@ -584,13 +333,12 @@ def pack(
     """
     treedef = jax.tree.structure(like)
     trees: dict[str, list[Array | None]] = {s: [None] * treedef.num_leaves for s in slot_names}
-    for stack in _stacks(plan):
-        first = plan[stack[0]]
-        for slot, value in arrays[stack[0]].items():
-            if first.grid:
-                value = jnp.stack([arrays[i][slot] for i in stack])
-                value = value.reshape(*first.grid, *value.shape[1:])
-            trees[slot][first.leaves[0]] = value
+    for block, own in zip(plan, arrays, strict=True):
+        for slot, values in own.items():
+            for source, value in zip(block.sources, block.split(values), strict=True):
+                if len(source.grid) > 1:
+                    value = value.reshape(*source.grid, *value.shape[1:])
+                trees[slot][source.leaf] = value
     return {slot: treedef.unflatten(leaves) for slot, leaves in trees.items()}
 
 
@@ -615,11 +363,16 @@ def unpack(
     columns = {slot: treedef.flatten_up_to(tree) for slot, tree in trees.items()}
 
     def own(block: Block, slot: str) -> Any:
-        value = columns[slot][block.leaves[0]]
-        if not block.grid or value is None:
-            return value
-        if jnp.shape(value)[: len(block.grid)] != block.grid:  # an index past the end would clamp
-            raise ValueError(f"{block.names[0]!r}: {jnp.shape(value)} is no stack of {block.grid}.")
-        return value.reshape(-1, *value.shape[len(block.grid) :])[block.position]
+        found = [columns[slot][source.leaf] for source in block.sources]
+        if any(value is None for value in found):
+            return None
+        for i, source in enumerate(block.sources):
+            shape, grid = jnp.shape(found[i]), source.grid
+            if shape[: len(grid)] != grid:
+                name = source.views[0].name
+                raise ValueError(f"{name!r}: {shape} is no stack of {grid}.")
+            if len(grid) > 1:
+                found[i] = found[i].reshape(-1, *shape[len(grid) :])
+        return block.concatenated(found)
 
     return tuple({slot: own(block, slot) for slot in slots_of(block)} for block in plan)

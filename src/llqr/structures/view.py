@@ -1,4 +1,4 @@
-"""Which entries of a leaf a block sees: a member of a stack, with its axes in order, or a part.
+"""Where in the tree the matrices of a block are: members of a stack, axes in order, parts.
 
   leaf (24, 512, 3, 8, 64), rows=(1,), columns=(3, 4)      a stack of 24 x 3 matrices 512 x (8 x 64)
 
@@ -6,6 +6,7 @@ Models that scan over their layers keep them in one leaf with one more axis; exp
 query, key and value, are stacks too. Each member has a matrix of its own, as if it were a leaf.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ Axes: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class View:
-    """What a block sees of one leaf.
+    """How a leaf is seen: as a stack of arrays, rows before columns.
 
     Attributes:
       leaf: position in the flattened parameters.
@@ -29,7 +30,6 @@ class View:
       whole: its shape.
       order: its axes: those of the stack, then rows, then columns.
       stack: how many of them are the stack's.
-      member: where in the stack.
     """
 
     leaf: int
@@ -37,11 +37,10 @@ class View:
     whole: tuple[int, ...]
     order: Axes
     stack: int = 0
-    member: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what is seen: rows, then columns."""
+        """Of one member: rows, then columns."""
         return tuple(self.whole[axis] for axis in self.order[self.stack :])
 
     @property
@@ -49,29 +48,18 @@ class View:
         """Lengths of the stack's axes."""
         return tuple(self.whole[axis] for axis in self.order[: self.stack])
 
-    @property
-    def label(self) -> str:
-        """The path, and where in the stack: "layers/kernel[3]"."""
-        return self.name + (f"[{','.join(map(str, self.member))}]" if self.stack else "")
-
-    def take(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Return what is seen of the leaf."""
-        return self._ordered(x)[self.member] if self.stack else self._ordered(x)
-
-    def _ordered(self, x: Array) -> Array:
-        if self.order == tuple(range(len(self.whole))):
-            return replicate(x) if self.stack else x
-        return jnp.transpose(replicate(x), self.order)
-
-    def assemble(self, members: Sequence[Float[Array, "..."]]) -> Float[Array, "..."]:
-        """Return the leaf of which these are all the members, in order: the inverse of `take`."""
-        x = members[0]
-        if self.stack:
-            x = jnp.stack(members).reshape(*self.sizes, *self.shape)
+    def open(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return the leaf with its axes in order: [*sizes, *shape]."""
         if self.order == tuple(range(len(self.whole))):
             return x
-        back = sorted(range(len(self.order)), key=lambda i: self.order[i])
-        return jnp.transpose(x, back)
+        return jnp.transpose(replicate(x), self.order)
+
+    def close(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return the leaf of these entries, in the order of `open`: its inverse."""
+        x = x.reshape(*self.sizes, *self.shape)
+        if self.order == tuple(range(len(self.whole))):
+            return x
+        return jnp.transpose(x, sorted(range(len(self.order)), key=lambda i: self.order[i]))
 
 
 def split_axes(
@@ -110,36 +98,131 @@ def split_axes(
 
 
 @dataclass(frozen=True)
-class Part:
-    """A rectangle of a matrix, filled up with zeros to the size of all its siblings.
+class Cut:
+    """A matrix in rectangles of one size; those at the ends are filled up with zeros.
 
     Attributes:
       whole: shape of the matrix.
-      shape: of the rectangle, filled up.
-      at: its row and its column in the grid of rectangles.
+      shape: of a rectangle.
     """
 
     whole: tuple[int, int]
     shape: tuple[int, int]
-    at: tuple[int, int]
 
     @property
     def grid(self) -> tuple[int, int]:
         """How many rectangles there are, down and across."""
-        rows, columns = (math.ceil(w / s) for w, s in zip(self.whole, self.shape, strict=True))
-        return rows, columns
+        down, across = (math.ceil(w / s) for w, s in zip(self.whole, self.shape, strict=True))
+        return down, across
 
-    def take(self, x: Float[Array, "m n"]) -> Float[Array, "r c"]:
-        """Return the rectangle as it is: smaller at the ends."""
-        (i, j), (r, c) = self.at, self.shape
-        return x[i * r : (i + 1) * r, j * c : (j + 1) * c]
+    @property
+    def fills(self) -> bool:
+        """Whether some rectangles are filled up."""
+        return any(w % s for w, s in zip(self.whole, self.shape, strict=True))
 
-    def fill(self, x: Float[Array, "r c"]) -> Float[Array, "rows columns"]:
-        """Return the rectangle with zeros behind it."""
-        return jnp.pad(x, [(0, s - have) for s, have in zip(self.shape, x.shape, strict=True)])
+    def lengths(self) -> list[tuple[int, int]]:
+        """Return how many rows and columns of each rectangle lie in the matrix."""
+        (down, across), (r, c) = self.grid, self.shape
+        return [
+            (min(r, self.whole[0] - i * r), min(c, self.whole[1] - j * c))
+            for i, j in itertools.product(range(down), range(across))
+        ]
 
-    def assemble(self, parts: Sequence[Float[Array, "..."]]) -> Float[Array, "m n"]:
-        """Return the matrix of which these are all the rectangles, row by row."""
-        down, across = self.grid
-        lines = [jnp.concatenate(parts[i * across : (i + 1) * across], 1) for i in range(down)]
-        return jnp.concatenate(lines, 0)
+    def open(self, x: Float[Array, "k m n"]) -> Float[Array, "parts r c"]:
+        """Return the rectangles of each matrix, row by row."""
+        (down, across), (r, c) = self.grid, self.shape
+        ends = (down * r - self.whole[0], across * c - self.whole[1])
+        x = jnp.pad(x, [(0, 0), (0, ends[0]), (0, ends[1])]) if any(ends) else x
+        x = x.reshape(-1, down, r, across, c)
+        return jnp.swapaxes(x, 2, 3).reshape(-1, r, c)
+
+    def close(self, x: Float[Array, "parts r c"]) -> Float[Array, "k m n"]:
+        """Return the matrices of these rectangles: the inverse of `open`."""
+        (down, across), (r, c) = self.grid, self.shape
+        x = jnp.swapaxes(x.reshape(-1, down, across, r, c), 2, 3)
+        x = x.reshape(-1, down * r, across * c)
+        return x[:, : self.whole[0], : self.whole[1]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where matrices come from: a leaf, or the leaves of a module as one column.
+
+    Attributes:
+      views: of its leaves, whose stacks have the same axes.
+      cut: into which rectangles its matrix is cut; None: it is whole.
+      first: number of its first matrix in the plan.
+    """
+
+    views: tuple[View, ...]
+    cut: Cut | None
+    first: int
+
+    @property
+    def leaf(self) -> int:
+        """Position of the leaf at which its arrays are kept: the first."""
+        return self.views[0].leaf
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Shape of the stack of matrices; () where there is one."""
+        return self.views[0].sizes + (self.cut.grid if self.cut else ())
+
+    @property
+    def stacked(self) -> bool:
+        """Whether its arrays have an axis of matrices."""
+        return len(self.grid) > 0
+
+    @property
+    def count(self) -> int:
+        """How many matrices there are."""
+        return math.prod(self.grid)
+
+    @property
+    def labels(self) -> list[str]:
+        """A name for each matrix: the path, its member and its part ("layers/kernel[3][0:1]")."""
+        sizes, name = self.views[0].sizes, self.views[0].name
+        found = []
+        for at in itertools.product(*map(range, self.grid)):
+            member, part = at[: len(sizes)], at[len(sizes) :]
+            stack = f"[{','.join(map(str, member))}]" if member else ""
+            found.append(name + stack + (f"[{part[0]}:{part[1]}]" if part else ""))
+        return found
+
+    def gather(
+        self, leaves: Sequence[Float[Array, "..."]], shape: tuple[int, ...], *, sharded: bool
+    ) -> Float[Array, "..."]:
+        """Return its matrices, of a whole tree's leaves.
+
+        Args:
+          leaves: of the tree.
+          shape: of a matrix, or of the leaf's view.
+          sharded: over explicit mesh axes, leave leaves sharded where nothing is reshaped.
+
+        Returns:
+          [*shape]; with a stack or parts [count, *shape].
+        """
+        opened = [view.open(leaves[view.leaf]) for view in self.views]
+        stack = math.prod(self.views[0].sizes)
+        shape = (stack, *shape) if self.views[0].stack else shape
+        if len(opened) == 1 and not self.cut:
+            same = sharded and opened[0].shape == shape
+            return opened[0] if same else replicate(opened[0]).reshape(shape)
+        flat = [replicate(x).reshape(stack, -1) for x in opened]
+        x = jnp.concatenate(flat, 1) if len(flat) > 1 else flat[0]
+        return self.cut.open(x.reshape(-1, *self.cut.whole)) if self.cut else x.reshape(shape)
+
+    def scatter(self, x: Float[Array, "..."]) -> list[Float[Array, "..."]]:
+        """Return the leaves of which these are the matrices: the inverse of `gather`.
+
+        Args:
+          x: like the result of `gather`.
+        """
+        if self.cut:
+            x = self.cut.close(x)
+        if len(self.views) == 1:
+            return [self.views[0].close(x)]
+        stack, sizes = math.prod(self.views[0].sizes), [math.prod(v.shape) for v in self.views]
+        ends = list(itertools.accumulate(sizes))[:-1]
+        pieces = jnp.split(x.reshape(stack, -1), ends, axis=1)
+        return [view.close(piece) for view, piece in zip(self.views, pieces, strict=True)]

@@ -1,0 +1,186 @@
+"""A block: structured matrices of one kind and shape, and where in the tree they act."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llqr._tree import replicate
+from llqr._types import Array, Float, PRNGKeyArray, PyTree
+from llqr.structures import matrix as mx
+from llqr.structures.matrix import Arrays, Structure
+from llqr.structures.view import Source
+
+AT_ONCE = 2**26
+"""Entries of matrices that run at once; more of them run one batch after the other."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A structured matrix, or several of one structure and shape, that run as one program.
+
+    Where there are several (`batched`), every array has one more axis in front, of `count`: a
+    stack of layers, the parts of a matrix, or, in a refit, all like matrices (`merge`).
+
+    Attributes:
+      sources: where in the tree they are.
+      dtype: of the block's arrays: that of the first leaf, float32 at least.
+      structure: after `max_dim`.
+      shape: of what one P acts on: [m, n], or that of the view for elementwise structures.
+    """
+
+    sources: tuple[Source, ...]
+    dtype: str
+    structure: Structure
+    shape: tuple[int, ...]
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """Positions in the flattened parameters."""
+        return tuple(view.leaf for source in self.sources for view in source.views)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Paths of the leaves."""
+        return tuple(view.name for source in self.sources for view in source.views)
+
+    @property
+    def labels(self) -> list[str]:
+        """A name for each matrix: its leaf's path, with the member and the part that is seen."""
+        return [label for source in self.sources for label in source.labels]
+
+    @property
+    def numbers(self) -> list[int]:
+        """Position in the plan's list of matrices, of each."""
+        return [source.first + i for source in self.sources for i in range(source.count)]
+
+    @property
+    def count(self) -> int:
+        """How many matrices there are."""
+        return sum(source.count for source in self.sources)
+
+    @property
+    def batched(self) -> bool:
+        """Whether arrays have an axis of matrices."""
+        return self.sources[0].stacked or len(self.sources) > 1
+
+    def gather(self, leaves: Sequence[Float[Array, "..."]]) -> Float[Array, "..."]:
+        """Return what P acts on, in the block's dtype: [*shape], or [count, *shape].
+
+        Args:
+          leaves: of a tree shaped like the parameters.
+        """
+        plain = self.structure.elementwise
+        found = [
+            source.gather(leaves, self.shape, sharded=plain).astype(jnp.dtype(self.dtype))
+            for source in self.sources
+        ]
+        return self.concatenated(found)
+
+    def concatenated(self, found: Sequence[Array]) -> Array:
+        """Return the arrays of all sources as one: the inverse of `split`.
+
+        Args:
+          found: an array of each source, as it is kept at its leaf.
+        """
+        if len(self.sources) == 1:
+            return found[0]
+        shape = found[0].shape[self.sources[0].stacked :]
+        if self._end_to_end(shape):
+            flat = [replicate(x).reshape(-1, *shape[1:]) for x in found]
+            return jnp.concatenate(flat).reshape(self.count, *shape)
+        found = [x if s.stacked else x[None] for x, s in zip(found, self.sources, strict=True)]
+        if len({str(jax.typeof(x).sharding.spec) for x in found}) > 1:
+            found = [replicate(x) for x in found]
+        return jnp.concatenate(found)
+
+    def split(self, x: Array) -> list[Array]:
+        """Return the arrays of each source.
+
+        Args:
+          x: an array of the block, of all its matrices.
+        """
+        if len(self.sources) == 1:
+            return [x]
+        shape, counts = x.shape[1:], [source.count for source in self.sources]
+        if self._end_to_end(shape):
+            sizes = [count * shape[0] for count in counts]
+            found = jax.lax.split(x.reshape(-1, *shape[1:]), sizes)
+            return [
+                x.reshape(-1, *shape) if s.stacked else x
+                for x, s in zip(found, self.sources, strict=True)
+            ]
+        found = jax.lax.split(x, counts)
+        return [x if s.stacked else x[0] for x, s in zip(found, self.sources, strict=True)]
+
+    def _end_to_end(self, shape: tuple[int, ...]) -> bool:
+        """Whether arrays of a matrix are joined at their first axis: no operation for each leaf.
+
+        Not numbers, nor elementwise matrices, whose first axis may be sharded.
+        """
+        return len(shape) == 1 or (len(shape) > 1 and not self.structure.elementwise)
+
+    def each(self, function: Callable[..., Any], *arguments: PyTree) -> Any:
+        """Return function(*arguments) of every matrix: all at once, up to `AT_ONCE` entries.
+
+        Args:
+          function: of the arrays of one matrix.
+          *arguments: trees of arrays of the block.
+        """
+        if not self.batched:
+            return function(*arguments)
+        most = max(1, AT_ONCE // max(1, math.prod(self.shape), *[s * s for s in self.shape]))
+        if self.count <= most:
+            return jax.vmap(function)(*arguments)
+        return jax.lax.map(lambda xs: function(*xs), arguments, batch_size=most)
+
+    def repeated(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return an array for every matrix, all alike.
+
+        Args:
+          x: of one matrix.
+        """
+        return jnp.broadcast_to(x, (self.count, *x.shape)) if self.batched else x
+
+    def init(self, sigma: float) -> Arrays:
+        """Return the arrays for which P = sigma * identity, sigma > 0."""
+        made = mx.init(self.structure, self.shape, sigma, jnp.dtype(self.dtype))
+        return {slot: self.repeated(x) for slot, x in made.items()}
+
+    def start(self, arrays: Arrays, keys: PRNGKeyArray) -> Arrays:
+        """Return what a refit learns, at its start.
+
+        Args:
+          arrays: of the block, from which the refit starts.
+          keys: of fresh vectors, one for each matrix of the plan.
+        """
+        own = keys[jnp.asarray(self.numbers)] if self.batched else keys[self.numbers[0]]
+        return self.each(lambda a, k: mx.start(self.structure, a, self.shape, k), arrays, own)
+
+    def multiply(self, arrays: Arrays, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return P x.
+
+        Args:
+          arrays: of the block.
+          x: as from `gather`.
+        """
+        y = self.each(partial(mx.multiply, self.structure), arrays, x)
+        return self._within(y) if any(s.cut and s.cut.fills for s in self.sources) else y
+
+    def _within(self, y: Array) -> Array:
+        """Zero behind the ends of matrices that were cut."""
+        lengths: list[tuple[int, int]] = []
+        for source in self.sources:
+            assert source.cut is not None
+            lengths += source.cut.lengths() * math.prod(source.views[0].sizes)
+        rows, columns = (jnp.asarray(sizes)[:, None] for sizes in zip(*lengths, strict=True))
+        inside = (jnp.arange(self.shape[0]) < rows)[:, :, None]
+        return jnp.where(inside & (jnp.arange(self.shape[1]) < columns)[:, None, :], y, 0)
+
+    def as_matrix(self, arrays: Arrays) -> Float[Array, "..."]:
+        """Return P as a dense matrix on the flattened x: [size, size], or [count, size, size]."""
+        return self.each(lambda a: mx.as_matrix(self.structure, a, self.shape), arrays)
