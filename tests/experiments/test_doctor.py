@@ -119,7 +119,8 @@ def test_each_symptom_is_one_finding_with_its_figures(kind):
 def test_a_healthy_record_has_no_findings(change):
     assert diagnose(run(change)) == []
     assert "Nothing in the record looks wrong" in tell(run(change))
-    assert diagnose(run({}, {"main_optimizer": "adamw", "precond_on_update": True})) == []
+    behind = {"main_optimizer": "adam", "block_structure": "diagonal", "precond_on_update": True}
+    assert diagnose(run({}, behind)) == []
     assert diagnose(run({}, {}, time={"compile": 20.0, "training": 1.0})) == []
 
 

@@ -3,8 +3,8 @@ r"""What of a refit is installed: EMA with the old arrays, projection, guards, i
 A block keeps its old arrays if the new ones are not finite or turn its share of h.Ph
 non-positive, and every block does if Phi did not decrease, or if C is zero along all of P h: Phi
 has then no minimum but that of the damping, and P would grow for nothing. Where Phi curves down
-along P h, which the metric can tell of beforehand or not (newton; gauss_newton of some losses),
-what lowers it is installed, and the status says so.
+along P h (newton; gauss_newton of some losses), what lowers it is installed, and the status says
+so.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llqr import metrics
 from llqr._tree import all_finite, cosine, vdot
 from llqr._types import Array, Bool, Float, Int, Number
 from llqr.refit.objective import Phi
@@ -72,7 +71,6 @@ def judge(
     proposed = tuple(each(plan, lambda _, *choice: _choose(*choice), keep, new, old))
     before = phi.value(phi.blocks) if before is None else before
     after, flat, down = phi.value_and_bend(proposed)
-    down &= not metrics.can_sample(setup.metric.tree)  # C is a covariance: negative by rounding
     decreased = (after < before) & jnp.isfinite(after)  # False for NaN too
     installed = _choose(decreased & ~flat, proposed, old)
 
