@@ -16,6 +16,9 @@ from llqr_experiments.devices import Share
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.run import checkpoint
 from llqr_experiments.run.checkpoint import Checkpoints
+from llqr_experiments.run.job import prepare
+from llqr_experiments.run.step import begin, shardings
+from llqr_experiments.run.train import train_step
 from tests.experiments import sequence_files, support
 from tests.experiments.sequence_files import TEXT, TRANSLATION
 
@@ -65,6 +68,25 @@ def test_a_run_on_two_devices_has_the_numbers_of_one(tmp_path, capsys, one, mesh
     assert_alike(support.run(tmp_path / "run", *QUICK, *mesh), one, 1e-12)
     assert "2 devices of 1 process(es): " in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "meta.json").read_text())["processes"] == 1
+
+
+def test_a_step_leaves_the_state_where_it_lies():
+    """A step by itself may return it elsewhere: the compiler decides."""
+    config = support.config("experiment=quick-local-test", *QUICK[1:], *FSDP)
+    job = prepare(config)
+    assert job.layout is not None
+    state = begin(job.recipe, job.task.params, job.task.statistics, job.layout)
+    onto = shardings(job.recipe, job.layout, state)
+    stream = job.task.material.streams.training(config, job.share)
+    batch = job.join(next(stream))
+    stream.close()
+    after, _ = train_step(job.task.training, job.recipe, False, state, batch, layout=job.layout)
+    spread = 0
+    for array, where in zip(jax.tree.leaves(after), jax.tree.leaves(onto), strict=True):
+        assert array.sharding.is_equivalent_to(where, array.ndim)
+        spread += not where.is_fully_replicated
+    # Two matrices, and of P two sides and a spectrum of each.
+    assert spread == 2 + 2 * 3
 
 
 WAYS = {
