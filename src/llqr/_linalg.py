@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 
 from llqr._tree import divide, is_traced, vdot
-from llqr._types import Array, PyTree
+from llqr._types import Array, Float, PyTree
 
 
 class NonConvexError(ValueError):
@@ -120,3 +121,22 @@ def solve(
                 "larger damping, or more steps."
             )
     return jax.tree.map(lambda leaf: jnp.where(solved, leaf, jnp.nan), x), info
+
+
+@custom_vmap
+def orthonormal(x: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """Return Q of a QR factorisation: an orthonormal basis of the columns.
+
+    Of many matrices, one after the other on CPU. There a batched factorisation waits for tasks that
+    it puts into the very pool of threads in which it runs: as many of them at once as there are
+    threads wait for ever (jaxlib 0.10).
+    """
+    return jnp.linalg.qr(x)[0]
+
+
+@orthonormal.def_vmap
+def _(size: int, batched: list[bool], x: Float[Array, "k d d"]) -> tuple[Array, bool]:
+    del size, batched
+    one_by_one = lambda x: jax.lax.map(orthonormal, x)  # noqa: E731
+    at_once = lambda x: jnp.linalg.qr(x)[0]  # noqa: E731
+    return jax.lax.platform_dependent(x, cpu=one_by_one, default=at_once), True

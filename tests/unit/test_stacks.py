@@ -1,5 +1,6 @@
 """Blocks of many matrices: members of a stack, parts of a matrix, like matrices in a refit."""
 
+import re
 from typing import Any
 
 import jax
@@ -382,6 +383,22 @@ def test_a_refit_has_one_program_for_all_layers(method: str) -> None:
         jaxpr = refit.trace(state, params, jnp.ones((3, 4))).jaxpr.jaxpr
         counts.append(count(jaxpr, ("dot_general", "qr", "sqrt", "is_finite", "select_n")))
     assert counts[0] == counts[1] > 20
+
+
+def test_factorisations_on_a_cpu_are_of_one_matrix() -> None:
+    """Two batched ones at once wait for each other's threads for ever on two cores."""
+    params, objective = deep(3)
+    tx = llqr.llqr(optax.sgd(0.1), structure="e-kfac", metric="gaussian", **METHODS["streaming"])
+
+    def refit(state: Any, x: Any) -> Any:
+        return llqr.refresh(tx, state, params, objective.bind(x))
+
+    seeds = jax.vmap(refit, (None, 0))
+    for run, x in ((refit, jnp.ones((3, 4))), (seeds, jnp.ones((2, 3, 4)))):
+        text = jax.jit(run).lower(tx.init(params), x).as_text()
+        calls = [line for line in text.splitlines() if "geqrf" in line and "custom_call" in line]
+        assert calls
+        assert not [line for line in calls if re.search(r"tensor<\d+x\d+x\d+xf", line)]
 
 
 @pytest.mark.parametrize("method", METHODS)

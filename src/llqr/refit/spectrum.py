@@ -7,6 +7,7 @@ from functools import partial
 import jax.numpy as jnp
 
 from llqr import _loops
+from llqr._linalg import orthonormal
 from llqr._tree import all_finite
 from llqr._types import Array, Bool, Float, Int, Number
 from llqr.refit.stream import Streaming, StreamSetup, dense_sides, kind_of
@@ -65,7 +66,7 @@ def follow(
     often = (number <= WIDE_TURNS - 1) | ((number - 1) % WIDE_TURNS == 0)
 
     def turn(slot: str, v: Array) -> Array:
-        new = jnp.linalg.qr(statistics[slot] @ v)[0]
+        new = orthonormal(statistics[slot] @ v)
         return jnp.where(all_finite([new]), new, v)
 
     bases = {
