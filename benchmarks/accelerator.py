@@ -83,7 +83,7 @@ def learned(name: str, way: str, *, wide: bool) -> np.ndarray:
         params = {"a": layer(), "b": layer()}
         batch = {name: random.normal(size=(256, 8)) for name in ("x", "y")}
         params, batch = jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, batch))
-        published = llqr.Refit(steps=3, learning_rate=0.05)
+        published = llqr.Refit(steps=10, learning_rate=0.2)
         tx = llqr.scale_by_llqr(
             structure=name,
             metric="gaussian",
