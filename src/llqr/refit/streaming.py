@@ -247,8 +247,8 @@ def _linearize(
 
 
 def _record(
-    plan: Plan, blocks: Blocks, info: RefitInfo, momentum: Params, keep: list[Bool[Array, ""]],
-    flat: list[Bool[Array, ""]], before: Float[Array, ""], after: Float[Array, ""],
+    plan: Plan, blocks: Blocks, info: RefitInfo, momentum: Params, keep: list[Bool[Array, "..."]],
+    flat: list[Bool[Array, "..."]], before: Float[Array, ""], after: Float[Array, ""],
 ) -> RefitInfo:  # fmt: skip
     ms = plans.gather(plan, momentum)
     pms = [block.multiply(own, m) for block, own, m in zip(plan, blocks, ms, strict=True)]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llqr._tree import replicate
-from llqr._types import Array, Float, PRNGKeyArray, PyTree
+from llqr._types import Array, Float, PyTree
 from llqr.structures import matrix as mx
 from llqr.structures.matrix import Arrays, Structure
 from llqr.structures.view import Source
@@ -151,7 +151,7 @@ class Block:
         made = mx.init(self.structure, self.shape, sigma, jnp.dtype(self.dtype))
         return {slot: self.repeated(x) for slot, x in made.items()}
 
-    def start(self, arrays: Arrays, keys: PRNGKeyArray) -> Arrays:
+    def start(self, arrays: Arrays, keys: Array) -> Arrays:
         """Return what a refit learns, at its start.
 
         Args:
