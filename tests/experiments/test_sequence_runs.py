@@ -199,7 +199,7 @@ class Scores:
     def __init__(self, scores):
         self.scores, self.known, self.calls = iter(scores), {}, []
 
-    def __call__(self, decoder, params, data, split, options, *, batch_size, most, follow):
+    def __call__(self, decoder, params, data, split, options, *, batch_size, most, follow, layout):
         key = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(params))
         self.calls.append((split, key))
         if split == "valid" and key not in self.known:

@@ -282,6 +282,7 @@ def multiply(plan: Plan, arrays: Sequence[Arrays], tree: PyTree) -> PyTree:
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from llqr.structures import rule_table
       >>> params = {"w": jnp.ones((3, 2))}
       >>> plan = make_plan(params, rule_table("kfac"), max_dim=100)
       >>> multiply(plan, identity(plan, 4.0), params)["w"].tolist()
