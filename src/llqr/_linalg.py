@@ -123,20 +123,41 @@ def solve(
     return jax.tree.map(lambda leaf: jnp.where(solved, leaf, jnp.nan), x), info
 
 
-@custom_vmap
+@jax.custom_jvp
 def orthonormal(x: Float[Array, "d d"]) -> Float[Array, "d d"]:
     """Return Q of a QR factorisation: an orthonormal basis of the columns.
 
     Of many matrices, one after the other on CPU. There a batched factorisation waits for tasks that
     it puts into the very pool of threads in which it runs: as many of them at once as there are
     threads wait for ever (jaxlib 0.10).
+
+    Args:
+      x: square.
     """
+    return _orthonormal(x)
+
+
+@orthonormal.defjvp
+def _(
+    primals: tuple[Float[Array, "d d"]], tangents: tuple[Float[Array, "d d"]]
+) -> tuple[Float[Array, "d d"], Float[Array, "d d"]]:
+    # dQ = Q S, S antisymmetric, its lower part that of Q^T dX R^-1.
+    (x,), (dx,) = primals, tangents
+    q = orthonormal(x)
+    r = jnp.triu(q.T @ x)
+    m = jax.scipy.linalg.solve_triangular(r, (q.T @ dx).T, trans="T", lower=False).T
+    low = jnp.tril(m, -1)
+    return q, q @ (low - low.T)
+
+
+@custom_vmap
+def _orthonormal(x: Float[Array, "d d"]) -> Float[Array, "d d"]:
     return jnp.linalg.qr(x)[0]
 
 
-@orthonormal.def_vmap
+@_orthonormal.def_vmap
 def _(size: int, batched: list[bool], x: Float[Array, "k d d"]) -> tuple[Array, bool]:
     del size, batched
-    one_by_one = lambda x: jax.lax.map(orthonormal, x)  # noqa: E731
+    one_by_one = lambda x: jax.lax.map(_orthonormal, x)  # noqa: E731
     at_once = lambda x: jnp.linalg.qr(x)[0]  # noqa: E731
     return jax.lax.platform_dependent(x, cpu=one_by_one, default=at_once), True

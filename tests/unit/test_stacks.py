@@ -11,6 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import llqr
+from llqr._linalg import orthonormal
 from llqr.structures import block
 from llqr.structures import plan as plans
 from llqr.structures.rules import rule_table
@@ -399,6 +400,42 @@ def test_factorisations_on_a_cpu_are_of_one_matrix() -> None:
         calls = [line for line in text.splitlines() if "geqrf" in line and "custom_call" in line]
         assert calls
         assert not [line for line in calls if re.search(r"tensor<\d+x\d+x\d+xf", line)]
+
+
+def test_a_basis_has_the_derivative_of_a_qr_factorisation() -> None:
+    x, dx = jnp.asarray(np.random.default_rng(9).normal(size=(2, 3, 4, 4)))
+    expected = jax.jvp(jax.vmap(lambda x: jnp.linalg.qr(x)[0]), (x,), (dx,))
+    close(jax.jvp(jax.vmap(orthonormal), (x,), (dx,)), expected)
+    back = jax.vjp(jax.vmap(orthonormal), x)[1](dx)[0]
+    np.testing.assert_allclose(jnp.sum(back * dx), jnp.sum(expected[1] * dx), rtol=1e-10)
+
+
+def test_a_streaming_step_can_be_differentiated() -> None:
+    """By its learning rate, as hyperparameters are learned."""
+    params, objective = deep(2)
+    bound = objective.bind(jnp.asarray(np.random.default_rng(10).normal(size=(3, 4))))
+
+    def after(rate: Any) -> Any:
+        tx = llqr.streaming(rate, metric="gaussian")
+        p, state = params, tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(jax.grad(bound)(p), state, p, objective=bound)
+            p = jax.tree.map(jnp.add, p, updates)
+        return bound(p)
+
+    slope = (after(0.1 + 1e-5) - after(0.1 - 1e-5)) / 2e-5
+    np.testing.assert_allclose(jax.grad(after)(0.1), slope, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_empty_stacks_and_sides(method: str) -> None:
+    params = {"a": jnp.ones((0, 3, 2)), "b": jnp.ones((3, 2)), "c": jnp.ones((0, 3, 2))}
+    objective = llqr.Objective(lambda p, x: x @ p["b"], lambda z, x: jnp.mean((z - 1) ** 2))
+    table = [*llqr.stacked("e-kfac", "a|c"), *rule_table("e-kfac")]
+    options = {"structure": table, "metric": "gaussian", **METHODS[method]}
+    moved, state = train(params, objective.bind(jnp.ones((4, 3))), 2, **options)
+    assert not jnp.array_equal(moved["b"], params["b"])
+    assert llqr.find(state).refit.status.shape == (1,)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from llqr._types import Array, Float, Int
 
 STATUS = ("none", "updated", "kept", "nonfinite", "inverted", "rejected", "flat", "indefinite")
-"""What a refit did to a block, by the number in `RefitInfo.status`: not refitted yet; new arrays
-installed; nothing changed; or old arrays kept by a guard: new ones were not finite, turned
-the direction, the objective did not decrease, or the metric has no curvature at all there (a
-loss that is linear in the outputs, outputs that do not depend on the parameters). Last: new arrays
-installed, but Phi curves down along P h, so that the step has no minimum (newton, gauss_newton of
-a loss that is not convex in the outputs): only the inner steps bound P. More damping helps."""
+"""What a refit did to a block (here one matrix: a member of a stack, or a part), by the number in
+`RefitInfo.status`: not refitted yet; new arrays installed; nothing changed; or old arrays kept by
+a guard: new ones were not finite, turned the direction, the objective did not decrease, or the
+metric has no curvature at all there (a loss that is linear in the outputs, outputs that do not
+depend on the parameters). Last: new arrays installed, but Phi curves down along P h, so that the
+step has no minimum (newton, gauss_newton of a loss that is not convex in the outputs): only the
+inner steps bound P. More damping helps."""
 
 
 class RefitInfo(NamedTuple):

@@ -74,7 +74,7 @@ class Block:
         Args:
           leaves: of a tree shaped like the parameters.
         """
-        plain = self.structure.elementwise
+        plain = self.structure.elementwise and not self.sources[0].stacked
         found = [
             source.gather(leaves, self.shape, sharded=plain).astype(jnp.dtype(self.dtype))
             for source in self.sources
@@ -91,7 +91,10 @@ class Block:
             return found[0]
         shape = found[0].shape[self.sources[0].stacked :]
         if self._end_to_end(shape):
-            flat = [replicate(x).reshape(-1, *shape[1:]) for x in found]
+            flat = [
+                replicate(x).reshape(s.count * shape[0], *shape[1:])
+                for x, s in zip(found, self.sources, strict=True)
+            ]
             return jnp.concatenate(flat).reshape(self.count, *shape)
         found = [x if s.stacked else x[None] for x, s in zip(found, self.sources, strict=True)]
         if len({str(jax.typeof(x).sharding.spec) for x in found}) > 1:
@@ -109,9 +112,9 @@ class Block:
         shape, counts = x.shape[1:], [source.count for source in self.sources]
         if self._end_to_end(shape):
             sizes = [count * shape[0] for count in counts]
-            found = jax.lax.split(x.reshape(-1, *shape[1:]), sizes)
+            found = jax.lax.split(x.reshape(sum(sizes), *shape[1:]), sizes)
             return [
-                x.reshape(-1, *shape) if s.stacked else x
+                x.reshape(s.count, *shape) if s.stacked else x
                 for x, s in zip(found, self.sources, strict=True)
             ]
         found = jax.lax.split(x, counts)
@@ -133,8 +136,9 @@ class Block:
         """
         if not self.batched:
             return function(*arguments)
-        most = max(1, AT_ONCE // max(1, math.prod(self.shape), *[s * s for s in self.shape]))
-        if self.count <= most:
+        held = [math.prod(s) for s in mx.array_shapes(self.structure, self.shape).values()]
+        most = max(1, AT_ONCE // max(1, math.prod(self.shape), *held))
+        if self.count <= most or self.structure.elementwise:
             return jax.vmap(function)(*arguments)
         return jax.lax.map(lambda xs: function(*xs), arguments, batch_size=most)
 
@@ -158,7 +162,7 @@ class Block:
           arrays: of the block, from which the refit starts.
           keys: of fresh vectors, one for each matrix of the plan.
         """
-        own = keys[jnp.asarray(self.numbers)] if self.batched else keys[self.numbers[0]]
+        own = keys[jnp.asarray(self.numbers, jnp.int32)] if self.batched else keys[self.numbers[0]]
         return self.each(lambda a, k: mx.start(self.structure, a, self.shape, k), arrays, own)
 
     def multiply(self, arrays: Arrays, x: Float[Array, "..."]) -> Float[Array, "..."]:

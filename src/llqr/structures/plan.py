@@ -158,11 +158,11 @@ def merged(plan: Plan, arrays: Sequence[Arrays]) -> tuple[Arrays, ...]:
       plan: the blocks, of one source each.
       arrays: of each block.
     """
-    at = {block.sources[0].first: own for block, own in zip(plan, arrays, strict=True)}
+    at = {block.sources[0].leaf: own for block, own in zip(plan, arrays, strict=True)}
     return tuple(
         {
-            slot: block.concatenated([at[source.first][slot] for source in block.sources])
-            for slot in at[block.sources[0].first]
+            slot: block.concatenated([at[source.leaf][slot] for source in block.sources])
+            for slot in at[block.sources[0].leaf]
         }
         for block in merge(plan)
     )
@@ -175,12 +175,12 @@ def separated(plan: Plan, arrays: Sequence[Arrays]) -> tuple[Arrays, ...]:
       plan: the blocks, of one source each.
       arrays: of each block of `merge(plan)`.
     """
-    at: dict[int, Arrays] = {source.first: {} for block in plan for source in block.sources}
+    at: dict[int, Arrays] = {source.leaf: {} for block in plan for source in block.sources}
     for block, own in zip(merge(plan), arrays, strict=True):
         for slot, x in own.items():
             for source, part in zip(block.sources, block.split(x), strict=True):
-                at[source.first][slot] = part
-    return tuple(at[block.sources[0].first] for block in plan)
+                at[source.leaf][slot] = part
+    return tuple(at[block.sources[0].leaf] for block in plan)
 
 
 def in_order(plan: Plan, values: Sequence[Array]) -> Array:
@@ -373,7 +373,7 @@ def unpack(
                 name = source.views[0].name
                 raise ValueError(f"{name!r}: {shape} is no stack of {grid}.")
             if len(grid) > 1:
-                found[i] = found[i].reshape(-1, *shape[len(grid) :])
+                found[i] = found[i].reshape(source.count, *shape[len(grid) :])
         return block.concatenated(found)
 
     return tuple({slot: own(block, slot) for slot in slots_of(block)} for block in plan)

@@ -208,9 +208,12 @@ class Source:
         if len(opened) == 1 and not self.cut:
             same = sharded and opened[0].shape == shape
             return opened[0] if same else replicate(opened[0]).reshape(shape)
-        flat = [replicate(x).reshape(stack, -1) for x in opened]
+        flat = [
+            replicate(x).reshape(stack, math.prod(view.shape))
+            for x, view in zip(opened, self.views, strict=True)
+        ]
         x = jnp.concatenate(flat, 1) if len(flat) > 1 else flat[0]
-        return self.cut.open(x.reshape(-1, *self.cut.whole)) if self.cut else x.reshape(shape)
+        return self.cut.open(x.reshape(stack, *self.cut.whole)) if self.cut else x.reshape(shape)
 
     def scatter(self, x: Float[Array, "..."]) -> list[Float[Array, "..."]]:
         """Return the leaves of which these are the matrices: the inverse of `gather`.
@@ -224,5 +227,5 @@ class Source:
             return [self.views[0].close(x)]
         stack, sizes = math.prod(self.views[0].sizes), [math.prod(v.shape) for v in self.views]
         ends = list(itertools.accumulate(sizes))[:-1]
-        pieces = jnp.split(x.reshape(stack, -1), ends, axis=1)
+        pieces = jnp.split(x.reshape(stack, sum(sizes)), ends, axis=1)
         return [view.close(piece) for view, piece in zip(self.views, pieces, strict=True)]
