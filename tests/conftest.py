@@ -75,14 +75,18 @@ def _forget_after_slow_tests(request: pytest.FixtureRequest) -> Iterator[None]:
         gc.collect()
 
 
-@pytest.fixture
-def unoptimized() -> Iterator[None]:
+def _unoptimized() -> Iterator[None]:
     """Skip XLA's optimisation passes: most of the time of tests would go into them."""
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+unoptimized = pytest.fixture(_unoptimized)
+unoptimized_module = pytest.fixture(_unoptimized, scope="module", name="unoptimized_module")
+"""For modules whose runs other fixtures of the module share."""
 
 
 @pytest.fixture

@@ -93,11 +93,6 @@ def vdot(a: PyTree, b: PyTree) -> Float[Array, ""]:
     return jnp.asarray(sum((jnp.sum(x * y) for x, y in pairs), start=0.0))
 
 
-def at_least_float32(dtype: Any) -> jnp.dtype:
-    """Return `dtype`, or float32 for one that is narrower."""
-    return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
-
-
 def accurate_dtype(tree: PyTree) -> Any:
     """The widest dtype of a tree, float32 at least: in which to sum half-precision numbers."""
     kinds = [jnp.result_type(x) for x in jax.tree.leaves(tree)]

@@ -149,9 +149,8 @@ def blocks(
     found = find(state)
     plan = visited(tx, params)[0].plan
     arrays = blocks_of(plan, found, params)
-    labels = [label for block in plan for label in block.labels]
     apart = plans.per_matrix(plan, arrays)
-    return {label: dict(own) for label, own in zip(labels, apart, strict=True)}
+    return {label: dict(own) for label, own in zip(plans.labels(plan), apart, strict=True)}
 
 
 def install(
@@ -183,7 +182,7 @@ def install(
     """
     found = find(state)
     plan = visited(tx, params)[0].plan
-    known = {label: i for i, label in enumerate(la for block in plan for la in block.labels)}
+    known = {label: i for i, label in enumerate(plans.labels(plan))}
     arrays = plans.per_matrix(plan, blocks_of(plan, found, params))
     for name, slots in blocks.items():
         if name not in known:

@@ -202,10 +202,9 @@ def inspect(
     plan = plans_of(tx, params)[0]
     blocks = blocks_of(plan, ours, params)
     found, info = jax.device_get((_measure(plan, blocks, asymmetry), ours.refit))
-    labels = [label for block in plan for label in block.labels]
     rows = []
     for label, status, angle, ((low, high, length), skews) in zip(
-        labels, info.status, info.cosines, plans.per_matrix(plan, found), strict=True
+        plans.labels(plan), info.status, info.cosines, plans.per_matrix(plan, found), strict=True
     ):
         pairs = {slot: (float(a), float(b)) for slot, (a, b) in skews.items()}
         word = STATUS[int(status)]

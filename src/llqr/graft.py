@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import at_least_float32, divide, norm
+from llqr._tree import accurate_dtype, divide, norm
 from llqr._types import Params
 from llqr.structures import plan as plans
 from llqr.structures.rules import matrix_like
@@ -52,7 +52,7 @@ def _to_rms(plan: plans.Plan, scaled: Params) -> Params:
     for view in [view for block in plan for source in block.sources for view in source.views]:
         want = RMS_MATRIX if matrix_like(view.name, view.shape) else RMS_VECTOR
         x = leaves[view.leaf]
-        wide = x.astype(at_least_float32(x.dtype))
+        wide = x.astype(accurate_dtype(x))
         rms = jnp.sqrt(jnp.mean(wide * wide, axis=view.order[view.stack :], keepdims=True))
         leaves[view.leaf] = (divide(jnp.asarray(want, wide.dtype), rms) * wide).astype(x.dtype)
     return treedef.unflatten(leaves)

@@ -29,12 +29,7 @@ QUICK = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    """Most of the time would go into XLA's optimisation passes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
 
 def assert_alike(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], within: float) -> None:

@@ -24,12 +24,7 @@ COMMON = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    """Most of the time would go into XLA's optimisation passes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("unoptimized_module")
 
 
 def lines(out):

@@ -66,7 +66,7 @@ def judge(
     new = tuple(each(plan, project, new))
     upright = [jnp.ones_like(f) for f in finite]
     if not refit.allow_grad_inversion:
-        upright = each(plan, _upright, xs, _products(plan, new, xs))
+        upright = each(plan, _upright, xs, plans.products(plan, new, xs))
     keep = [f & u for f, u in zip(finite, upright, strict=True)]
     proposed = tuple(each(plan, lambda _, *choice: _choose(*choice), keep, new, old))
     before = phi.value(phi.blocks) if before is None else before
@@ -78,7 +78,7 @@ def judge(
         return _status(finite, upright, decreased, flat, down, _same(new, old))
 
     found = each(plan, status, finite, upright, new, old)
-    pxs = _products(plan, installed, xs)
+    pxs = plans.products(plan, installed, xs)
     angles = each(plan, lambda _, x, px: cosine(x, px), xs, pxs)
     return Verdict(
         installed, before, after, plans.in_order(plan, found), cosine(xs, pxs),
@@ -89,10 +89,6 @@ def judge(
 def _upright(_: Block, x: Array, px: Array) -> Bool[Array, ""]:
     """Whether its share of h.Ph is positive, or its h is zero."""
     return (vdot(x, px) > 0) | jnp.all(x == 0)
-
-
-def _products(plan: Plan, blocks: Blocks, xs: Seen) -> Seen:
-    return [block.multiply(own, x) for block, own, x in zip(plan, blocks, xs, strict=True)]
 
 
 def _average(plan: Plan, old: Blocks, new: Blocks, decay: Number) -> Blocks:

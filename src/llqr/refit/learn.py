@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llqr import _loops, metrics
-from llqr._tree import at_least_float32, widen
+from llqr._tree import accurate_dtype, widen
 from llqr._types import Array, Bool, Float, Int, PRNGKeyArray
 from llqr.curvature import model as quadratic
 from llqr.curvature.chunked import check_uncoupled
@@ -204,7 +204,7 @@ def _start(setup: Setup, fixed: Linearized) -> _Carry:
     key = jax.random.fold_in(fixed.key, 0)
     learned = plans.start(setup.plan, fixed.start, key)
     # A bfloat16 loss could not tell the start of a refit from its end.
-    zero = jnp.zeros((), at_least_float32(jnp.result_type(fixed.model.loss)))
+    zero = jnp.zeros((), accurate_dtype(fixed.model.loss))
     solver, found = _solver(setup), None
     if solver.needs_first_gradient:
         found = phi_at(setup, fixed, jnp.zeros((), jnp.int32)).value_and_gradient(learned)

@@ -72,7 +72,7 @@ class Phi:
         """
 
         def one(model: QuadraticModel, h: Seen, linear: Seen) -> tuple[Array, ...]:
-            u = [b.multiply(a, x) for b, a, x in zip(self.plan, blocks, h, strict=True)]
+            u = plans.products(self.plan, blocks, h)
             leaves, squared = self._tree(model, u), vdot(u, u)
             bare, slope = model.curvature.bilinear(leaves, leaves), vdot(linear, u)
             bent = bare / model.top_eigenvalue
@@ -161,10 +161,7 @@ def _phi(linear: Seen, u: Seen, curved: Float[Array, ""]) -> Float[Array, ""]:
 
 def _controls(plan: Plan, batched: bool, blocks: Blocks, learned: Blocks, h: Seen) -> Seen:
     arrays = plans.install(plan, blocks, learned)
-
-    def multiply(h: Seen) -> Seen:
-        return [b.multiply(a, x) for b, a, x in zip(plan, arrays, h, strict=True)]
-
+    multiply = partial(plans.products, plan, arrays)
     return jax.vmap(multiply)(h) if batched else multiply(h)
 
 

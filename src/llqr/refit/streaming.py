@@ -48,7 +48,7 @@ import jax
 import jax.numpy as jnp
 
 from llqr import _loops, metrics
-from llqr._tree import all_finite, at_least_float32, cosine, normal_like
+from llqr._tree import accurate_dtype, all_finite, cosine, normal_like
 from llqr._tree import widen as widened
 from llqr._types import Array, Bool, Float, Int, Number, Params
 from llqr.curvature import model as quadratic
@@ -101,9 +101,7 @@ def init(setup: StreamSetup, params: Params, slots: tuple[str, ...]) -> StreamSt
 
 
 def _zeros_like(params: Params) -> Params:
-    return jax.tree.map(
-        lambda p: jnp.zeros_like(p, dtype=at_least_float32(jnp.result_type(p))), params
-    )
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accurate_dtype(p)), params)
 
 
 def observe(
@@ -251,7 +249,7 @@ def _record(
     flat: list[Bool[Array, "..."]], before: Float[Array, ""], after: Float[Array, ""],
 ) -> RefitInfo:  # fmt: skip
     ms = plans.gather(plan, momentum)
-    pms = [block.multiply(own, m) for block, own, m in zip(plan, blocks, ms, strict=True)]
+    pms = plans.products(plan, blocks, ms)
     code = {word: i for i, word in enumerate(STATUS)}
     kept, zero = plans.in_order(plan, keep), plans.in_order(plan, flat)
     status = jnp.where(kept, code["updated"], jnp.where(zero, code["flat"], code["nonfinite"]))

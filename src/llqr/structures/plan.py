@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import at_least_float32, leaf_names, shard_like
+from llqr._tree import accurate_dtype, leaf_names, shard_like
 from llqr._types import Array, PRNGKeyArray, PyTree
 from llqr.structures import catalogue
 from llqr.structures import matrix as mx
@@ -54,7 +54,7 @@ def make_plan(
     first = 0
     for rule, members in groups.values():
         views = [rule.view(i, names[i], jnp.shape(leaves[i])) for i in members]
-        dtype = at_least_float32(jnp.result_type(leaves[members[0]])).name
+        dtype = accurate_dtype(leaves[members[0]]).name
         plan.append(_block(rule, views, dtype, max_dim, block_size, first))
         first += plan[-1].count
     return tuple(plan)
@@ -111,6 +111,11 @@ def _cut(chosen: Structure, whole: tuple[int, int], block_size: int | None) -> C
 def size(plan: Sequence[Block]) -> int:
     """Return how many matrices there are."""
     return sum(block.count for block in plan)
+
+
+def labels(plan: Plan) -> list[str]:
+    """Return a name for each matrix."""
+    return [label for block in plan for label in block.labels]
 
 
 def each(plan: Plan, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -288,8 +293,18 @@ def multiply(plan: Plan, arrays: Sequence[Arrays], tree: PyTree) -> PyTree:
       >>> multiply(plan, identity(plan, 4.0), params)["w"].tolist()
       [[4.0, 4.0], [4.0, 4.0], [4.0, 4.0]]
     """
-    xs = gather(plan, tree)
-    return scatter(plan, [b.multiply(a, x) for b, a, x in zip(plan, arrays, xs, strict=True)], tree)
+    return scatter(plan, products(plan, arrays, gather(plan, tree)), tree)
+
+
+def products(plan: Plan, arrays: Sequence[Arrays], xs: Sequence[Array]) -> list[Array]:
+    """Return P x of each block.
+
+    Args:
+      plan: the blocks.
+      arrays: of each block.
+      xs: as from `gather`.
+    """
+    return [block.multiply(own, x) for block, own, x in zip(plan, arrays, xs, strict=True)]
 
 
 def gather(plan: Plan, tree: PyTree) -> list[Array]:
