@@ -477,6 +477,29 @@ def test_a_solver_of_ones_own_sees_every_matrix() -> None:
         close(*both("kfac", 0, 2, refit=refit, damping=0.1)[:2])
 
 
+OF_ONE_MATRIX = {
+    "clipped": {"clip_norm": 0.05},
+    "relative": {"solver": "relative"},
+    "own": {"solver": optax.chain(optax.scale_by_trust_ratio(), optax.scale(-0.01))},
+}
+
+
+@pytest.mark.parametrize("name", OF_ONE_MATRIX)
+def test_steps_depend_on_one_matrix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths are those of a matrix's arrays, whether or not like matrices run together."""
+    params, objective = deep(3)
+    bound = objective.bind(jnp.asarray(np.random.default_rng(11).normal(size=(7, 4))))
+    refit = llqr.Refit(
+        **{"steps": 3, "learning_rate": 0.05, "clip_norm": None} | OF_ONE_MATRIX[name]
+    )
+    options = {"structure": "kfac", "metric": "gaussian", "damping": 0.1, "refit": refit}
+    with jax.numpy_dtype_promotion("standard"):
+        _, together = train(params, bound, 1, **options)
+        monkeypatch.setattr(plans, "merge", lambda plan: plan)
+        _, apart = train(params, bound, 1, **options)
+    close(llqr.find(together).blocks, llqr.find(apart).blocks)
+
+
 @pytest.mark.parametrize("structure", ["kfac", "dense", "sym_swm_e-kfac"])
 def test_arrays_come_apart_as_they_were_put_together(structure: str) -> None:
     params = deep(3)[0] | {"odd": jnp.ones((2, 5))}
