@@ -1,5 +1,6 @@
 """Every Python block of the README and the documentation runs."""
 
+import doctest
 import importlib.util
 import re
 import shlex
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import llqr
 from llqr_experiments.command import cli
 from tests.experiments import support
-from tools import gallery
+from tools import crosslinks, gallery
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,3 +78,15 @@ def test_the_architecture_names_every_module_of_the_runner():
             assert f"`{name}`" in rooms[place[0]], (
                 f"{place[0]}/ has no {name} in docs/architecture.md"
             )
+
+
+def test_the_api_explains_every_public_name():
+    explained = crosslinks.entries()
+    for name in llqr.__all__:
+        assert f"llqr.{name}" in explained or name in ("diagnostics", "quadratic", "stages"), name
+
+
+def test_names_link_to_the_api():
+    found = doctest.testmod(crosslinks)
+    assert found.attempted > 0
+    assert found.failed == 0
