@@ -15,7 +15,7 @@ from .summary import Entry, Result, tasks
 from .workloads import MAKERS
 
 FACTORS = np.geomspace(1, 16, 65).tolist()
-COLUMNS = 3
+COLUMNS = 2  # more are too small on a phone
 COLORS = colormaps["tab20"].colors  # type: ignore[attr-defined]
 FIRST = ("characters", "fashion-resnet", "mnist1d", "poisson", *MAKERS)
 """Workloads of the picture on the first page, in order of preference: one of each kind."""
@@ -37,16 +37,14 @@ def style(name: str) -> dict[str, Any]:
 def profiles(results: list[Result], path: Path) -> None:
     """Draw the share of tasks done within a factor of the best method."""
     axes_names = {"gradients": "gradient evaluations", "seconds": "seconds without compilation"}
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    for axes, (axis, label) in zip(
-        figure.subplots(1, 2, sharey=True), axes_names.items(), strict=True
-    ):
+    figure = Figure(figsize=(7, 8.5), layout="constrained")
+    for axes, (axis, label) in zip(figure.subplots(2, 1), axes_names.items(), strict=True):
         for name, shares in profile(tasks(results, axis), FACTORS).items():
             axes.step(FACTORS, shares, where="post", label=name, **style(name))
         axes.set(xscale="log", xlabel=f"{label}, times the least of all", ylim=(0, 1.02))
         axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+        axes.set_ylabel("share of workloads and targets")
         _clean(axes)
-    figure.axes[0].set_ylabel("share of workloads and targets")
     _save(figure, path)
 
 
