@@ -29,6 +29,7 @@ def write(names: list[str], methods: list[Method], tier: Tier, folder: Path) -> 
         return None
     kept = tier.shorter == 1 and folder.resolve().is_relative_to(DOCS.parent)
     place, images = (DOCS, DOCS / "images" / "suite") if kept else (folder, folder / "images")
+    plots.first_page(results, images / "first-page.png")
     plots.profiles(results, images / "profiles.png")
     plots.curves(results, images / "curves.png")
     plots.sensitivity(results, images / "rates.png")

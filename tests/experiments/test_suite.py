@@ -21,6 +21,7 @@ from benchmarks.suite import (
     diagnosis,
     methods,
     plan,
+    plots,
     protocol,
     runner,
     statistics,
@@ -291,6 +292,17 @@ def test_report(ran):
     }  # fmt: skip
     costs = summary.ratios([result], "gradients", "AdamW")
     assert costs["AdamW"] == (1.0, 3)
+
+
+def test_the_first_page_shows_workloads_that_have_all_its_methods(tmp_path):
+    every = methods.choose("")
+    read = partial(summary.read, ROOT / "benchmarks" / "results" / "suite", tier=QUICK)
+    results = [read(name=name, methods=every) for name in ("poisson", "mnist1d")]
+    assert plots.first_page(results, tmp_path / "both.png") == ["mnist1d", "poisson"]
+    assert (tmp_path / "both.png").exists()
+    without = read(name="poisson", methods=methods.choose("AdamW,SOAP,LLQR streaming"))
+    assert plots.first_page([without], tmp_path / "none.png") == []
+    assert not (tmp_path / "none.png").exists()
 
 
 # --- what is trained ----------------------------------------------------------------------------
