@@ -164,6 +164,11 @@ def shard_like(x: Array, like: Array) -> Array:
     return jax.sharding.reshard(x, jax.typeof(like).sharding.spec) if _is_explicit(like) else x
 
 
+def all_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Give the arrays of a tree the shardings of another's over explicit mesh axes."""
+    return jax.tree.map(shard_like, tree, like)
+
+
 def axis_devices(x: Array) -> int:
     """How many devices the explicit mesh around an array has; 0 where there is none."""
     return jax.typeof(x).sharding.mesh.size if _is_explicit(x) else 0
