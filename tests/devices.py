@@ -8,6 +8,8 @@ It prints one JSON object for each case: the largest difference, relative to the
 import json
 import os
 import sys
+import time
+from functools import lru_cache
 from typing import Any
 
 if __name__ == "__main__":
@@ -37,22 +39,30 @@ WAYS: dict[str, dict[str, Any]] = {
         "refit": llqr.Refit(every=1, start=1, **RATE), "route": llqr.Route(chunk_size=8)
     },
     # From statistics of full rank: what is left of a basis is chosen by rounding.
-    "streaming": {"refit": llqr.Streaming(every=2, warmup=0, start=3)},
+    "streaming": {"refit": llqr.Streaming(every=2, warmup=0, start=5)},
 }  # fmt: skip
-STEPS = {"streaming": 6}
+STEPS = {"streaming": 8}
+STREAMED = ("diagonal", "e-kfac", "e-kfac-gpt", "kfac")
 RNG = np.random.default_rng(0)
-N = 8
+N = 4
 
 
-def parameters() -> Any:
-    """Four like matrices, two of them in one leaf; two like modules; one matrix of its own."""
-    draw = lambda *shape: jnp.asarray(0.4 * RNG.normal(size=shape))  # noqa: E731
-    return {
-        "stack": {"kernel": draw(2, N, N)},
-        "one": {"kernel": draw(N, N), "bias": draw(N)},
-        "two": {"kernel": draw(N, N), "bias": draw(N)},
-        "out": {"kernel": draw(N, 4)},
-    }
+def draw(*shape: int) -> Any:
+    """Some numbers."""
+    return jnp.asarray(0.5 * RNG.normal(size=shape))
+
+
+def parameters(structures: list[str]) -> Any:
+    """For each structure four like layers, two of them in one leaf."""
+
+    def layers() -> Any:
+        return {
+            "stack": {"kernel": draw(2, N, N), "bias": draw(2, N)},
+            "one": {"kernel": draw(N, N), "bias": draw(N)},
+            "two": {"kernel": draw(N, N), "bias": draw(N)},
+        }
+
+    return {name: layers() for name in structures} | {"out": {"kernel": draw(N, 2 * N)}}
 
 
 def whole(w: Any) -> Any:
@@ -62,16 +72,20 @@ def whole(w: Any) -> Any:
     return w
 
 
-def forward(p: Any, batch: Any) -> Any:
-    x, stack = batch["x"], whole(p["stack"]["kernel"])
-    for i in range(2):
-        x = x + jnp.tanh(x @ stack[i])
-    for name in ("one", "two"):
-        x = x + jnp.tanh(x @ whole(p[name]["kernel"]) + whole(p[name]["bias"]))
-    return x @ whole(p["out"]["kernel"])
+def forward(params: Any, batch: Any) -> Any:
+    """The sum of all layers."""
+    x, params = batch["x"], jax.tree.map(whole, params)
+    out = params.pop("out")["kernel"]
+    z = x
+    for layers in params.values():
+        members = [jax.tree.map(lambda w, i=i: w[i], layers["stack"]) for i in range(2)]
+        for layer in (*members, layers["one"], layers["two"]):
+            z = z + jnp.tanh(x @ layer["kernel"] + layer["bias"])
+    return z @ out
 
 
 def loss(z: Any, batch: Any) -> Any:
+    """Cross-entropy."""
     log = z - jax.nn.logsumexp(z, axis=-1, keepdims=True)
     return -jnp.sum(log * batch["y"]) / len(z)
 
@@ -79,33 +93,58 @@ def loss(z: Any, batch: Any) -> Any:
 OBJECTIVE = llqr.Objective(forward, loss)
 
 
-def optimizer(way: str, structure: str, shard: str | None) -> Any:
+def optimizer(way: str, structures: list[str], shard: str | None) -> Any:
     """Of one case."""
-    rules = [
-        llqr.Rule(match="stack/kernel", structure=structure, rows=(-2,), columns=(-1,)), ("*", structure),
-    ]  # fmt: skip
+    rules: list[Any] = []
+    for name in structures:
+        # What one gradient a step leaves undetermined of a vector's basis, rounding decides.
+        bias = "diagonal" if way == "streaming" else name
+        for part, stack, structure in (("stack/bias", (0,), bias), ("stack/", (0,), name),
+                                       ("bias", (), bias), ("", (), name)):  # fmt: skip
+            match = f"^{name}/.*{part}"
+            rules.append(llqr.Rule(match=match, structure=structure, stack=stack))
     base = optax.sgd(0.1) if way == "streaming" else optax.sgd(0.1, momentum=0.9)
-    return llqr.llqr(base, structure=rules, shard=shard, **WAYS[way])
+    return llqr.llqr(base, structure=[*rules, ("*", "e-kfac")], shard=shard, **WAYS[way])
 
 
 def specs(params: Any) -> Any:
-    """As the runner does: the longest axis of a matrix along fsdp, the last along tensor."""
-    return jax.tree.map(lambda p: P(*[None] * (p.ndim - 2), "fsdp", "tensor") if p.ndim > 1 else P(None), params)
+    """Of a matrix the rows along fsdp and the columns along tensor."""
+    columns = {"kernel": ("fsdp", "tensor"), "bias": (None,)}
+    return {
+        group: jax.tree_util.tree_map_with_path(
+            lambda path, p: P(
+                *[None] * (p.ndim - len(columns[path[-1].key])), *columns[path[-1].key]
+            ),
+            layers,
+        )
+        for group, layers in params.items()
+    }
 
 
-def run(way: str, structure: str, shard: str | None, mesh: Any = None) -> Any:
-    """Return the parameters after some steps, and the statuses of the last refit."""
-    params = PARAMS
-    tx = optimizer(way, structure, shard)
-    batches = BATCHES[: STEPS.get(way, 3)]
-    state, onto = None, None
+def batches(count: int) -> Any:
+    """Inputs and labels."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 2 * N, (count, 32))
+    return [
+        {"x": jnp.asarray(rng.normal(size=(32, N))), "y": jax.nn.one_hot(own, 2 * N)}
+        for own in labels
+    ]
+
+
+@lru_cache
+def run(way: str, structures: tuple[str, ...], shard: str | None, mesh: Any = None) -> Any:
+    """Return the parameters after some steps, and what the last refit did."""
+    params = parameters(list(structures))
+    tx, given = optimizer(way, list(structures), shard), batches(STEPS.get(way, 3))
+    start, where, onto = jax.device_get(params), None, None
     if mesh is not None:
         where = jax.tree.map(lambda s: NamedSharding(mesh, s), specs(params))
         params = jax.device_put(params, where)
-        batches = jax.device_put(batches, NamedSharding(mesh, P(("data", "fsdp"), None)))
+        given = jax.device_put(given, NamedSharding(mesh, P(("data", "fsdp"), None)))
         onto = llqr.state_shardings(tx, params)
         state = jax.jit(tx.init, out_shardings=onto)(params)
-    state = tx.init(params) if state is None else state
+    else:
+        state = tx.init(params)
 
     @jax.jit
     def step(params: Any, state: Any, batch: Any) -> Any:
@@ -116,49 +155,50 @@ def run(way: str, structure: str, shard: str | None, mesh: Any = None) -> Any:
             params, state = jax.lax.with_sharding_constraint((params, state), (where, onto))
         return params, state
 
-    for batch in batches:
+    for batch in given:
         params, state = step(params, state, batch)
-    if mesh is not None:
+    if mesh is not None:  # what comes out lies where it should
         for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(onto), strict=True):
             assert x.sharding.is_equivalent_to(s, x.ndim), (x.sharding, s)
     info = llqr.find(state).refit
-    assert int(info.refits) >= 1
-    return jax.device_get((params, info.cosines, info.objective_after, info.status))
+    learned = {w: info.words.count(w) for w in set(info.words)}
+    return start, *jax.device_get((params, info.cosines, info.objective_after)), learned
 
 
-def difference(case: list[Any]) -> float:
+def difference(case: list[Any]) -> dict[str, Any]:
     """Return how far a case is from one device, relative to the largest number of each array."""
-    mesh, kind, way, structure, shard = case
-    expected = run(way, structure, shard and "params")
+    mesh, kind, way, shard, structures = case
+    reset = lambda: globals().update(RNG=np.random.default_rng(0))  # noqa: E731
+    reset()
+    *expected, words = run(way, tuple(structures), "params")
     made = jax.make_mesh(MESHES[mesh], AXES, axis_types=(KINDS[kind],) * 3)
+    reset()
     with jax.set_mesh(made):
-        found = run(way, structure, shard, made)
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), found[0], jax.device_get(PARAMS))
-    assert min(jax.tree.leaves(moved)) > 1e-4, "nothing moves"
-    assert (found[-1] == expected[-1]).all(), (found[-1], expected[-1])
+        *found, others = run(way, tuple(structures), shard, made)
+    assert words == others, (words, others)
+    assert words.get("updated", 0) > 0.5 * sum(words.values()), words
     apart = jax.tree.map(
-        lambda a, b: np.abs(a - b).max() / max(1e-3, np.abs(b).max()), found[:2], expected[:2]
+        lambda a, b: np.abs(a - b).max() / max(1e-3, np.abs(b).max()), found, expected
     )
-    return float(max(jax.tree.leaves(apart)))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected[1], expected[0])
+    assert min(jax.tree.leaves(moved)) > 1e-5, moved
+    return {"apart": float(max(jax.tree.leaves(apart))), "words": words}
 
 
 def main() -> None:
     """Print the difference of each case, or why there is none."""
     for case in json.loads(sys.argv[1]):
+        began = time.process_time()
         try:
-            print(json.dumps({"case": case, "apart": difference(case)}), flush=True)
+            found = difference(case)
         except Exception as error:  # noqa: BLE001
-            if "-v" in sys.argv: raise
-            why = f"{type(error).__name__}: {error}"[:500]
-            print(json.dumps({"case": case, "error": why}), flush=True)
+            found = {"error": f"{type(error).__name__}: {error}"[:1000]}
+            if "-v" in sys.argv:
+                raise
+        print(json.dumps({"case": case, "s": time.process_time() - began, **found}), flush=True)
 
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_disable_most_optimizations", True)
-    PARAMS = parameters()
-    BATCHES = [
-        {"x": jnp.asarray(RNG.normal(size=(32, N))), "y": jax.nn.one_hot(RNG.integers(0, 4, 32), 4)}
-        for _ in range(8)
-    ]
     main()

@@ -75,7 +75,8 @@ class Block:
     @property
     def plain(self) -> bool:
         """Whether arrays and what P acts on have the axes of their leaves, sharded or not."""
-        return self.structure.elementwise and not self.sources[0].stacked
+        whole = all(len(source.grid) <= 1 for source in self.sources)
+        return whole and self.structure.elementwise and self.structure.spectrum == "full"
 
     def gather(self, leaves: Sequence[Float[Array, "..."]]) -> Float[Array, "..."]:
         """Return what P acts on, in the block's dtype: [*shape], or [count, *shape].
