@@ -2,12 +2,13 @@
 
     uv run python benchmarks/device_share.py
 
-A network of eight like layers and a head, on four virtual CPU devices along one mesh axis: bytes of P
-on each device and floating-point operations of each, as shares of those of one device; and the
-all-gathers and all-to-alls in a step, beyond those of plain SGD.
+A network of eight like layers and a head, on four virtual CPU devices along one mesh axis: bytes
+of P on each device and floating-point operations of each, as shares of those of one device; and
+the collectives of a refit, and of a step beyond those of plain SGD.
 """
 
 import argparse
+import json
 import math
 import os
 import re
@@ -24,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from reporting import show
 
 import llqr
+from llqr.sharding import Shard
 
 P = PartitionSpec
 WIDTH, LAYERS, ROWS = 64, 8, 256
@@ -51,6 +53,7 @@ def shapes() -> Any:
 
 
 def forward(params: Any, x: Any) -> Any:
+    """The layers and the head."""
     for i in range(LAYERS):
         x = jnp.tanh(x @ params[str(i)]["kernel"] + params[str(i)]["bias"])
     return x @ params["head"]["kernel"]
@@ -74,7 +77,7 @@ def placed(mesh: Mesh | None) -> tuple[Any, Any]:
 class Program:
     """A step, or a refit, of one optimizer on one mesh, compiled."""
 
-    def __init__(self, way: str, shard: str | None, mesh: Mesh | None, what: str) -> None:
+    def __init__(self, way: str, shard: Shard | None, mesh: Mesh | None, what: str) -> None:
         params, x = placed(mesh)
         plain = optax.with_extra_args_support(optax.sgd(0.1))
         options = METRIC | WAYS[way]
@@ -97,8 +100,8 @@ class Program:
         out = None if mesh is None else (jax.tree.map(lambda p: p.sharding, params), onto)
         run = jax.jit({"step": step, "refit": refit}[what], out_shardings=out)
         compiled = run.lower(params, state, x).compile()
-        self.flops = compiled.cost_analysis()["flops"]
-        self.text = compiled.as_text()
+        self.flops = (compiled.cost_analysis() or {})["flops"]
+        self.text = compiled.as_text() or ""
         blocks = [] if way == "plain SGD" else jax.tree.leaves(llqr.find(state).blocks)
         total = sum(x.size for x in blocks)
         held = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in blocks) if mesh else total
@@ -109,28 +112,29 @@ class Program:
         return len(re.findall(rf" {operation}(?:-start)?\(", self.text))
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    """Yield a row for each mesh and way."""
+SHARDS: tuple[Shard, ...] = ("params", "blocks")
+
+
+def rows(ways: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each mesh, way and place of P."""
     for name, sizes in MESHES.items():
         mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 2)
         plain = Program("plain SGD", None, mesh, "step")
         alone = Program("plain SGD", None, None, "step")
-        yield row(name, "plain SGD", "step", plain, alone, plain)
-        for way in WAYS:
-            if way == "plain SGD":
-                continue
-            for shard in ("params", "blocks"):
+        yield row(name, "plain SGD", "", "step", plain, alone, plain)
+        for way in ways:
+            for shard in SHARDS:
                 for what in ("step", "refit"):
                     one, four = (Program(way, shard, m, what) for m in (None, mesh))
-                    yield row(name, f"{way}, {shard}", what, four, one, plain)
+                    yield row(name, way, shard, what, four, one, plain)
 
 
 def row(
-    mesh: str, way: str, what: str, four: Program, one: Program, plain: Program
+    mesh: str, way: str, shard: str, what: str, four: Program, one: Program, plain: Program
 ) -> dict[str, Any]:
     """One row of the table."""
-    found = {"devices": mesh, "P": way, "of a": what, "bytes of P": round(four.held, 3)}
-    found["flops"] = round(four.flops / one.flops, 3)
+    found: dict[str, Any] = {"devices": mesh, "P": way, "shard": shard, "of a": what}
+    found |= {"bytes of P": round(four.held, 3), "flops": round(four.flops / one.flops, 3)}
     for operation in ("all-gather", "all-to-all", "all-reduce"):
         found[f"{operation}s"] = four.count(operation) - (what == "step") * plain.count(operation)
     return found
@@ -138,8 +142,16 @@ def row(
 
 def main() -> None:
     """Print the table."""
-    argparse.ArgumentParser(description="Work and bytes of P on each of four devices.").parse_args()
-    show("shares of one device, and collectives beyond plain SGD's", list(rows()))
+    ways = [way for way in WAYS if way != "plain SGD"]
+    parser = argparse.ArgumentParser(description="Work and bytes of P on each of four devices.")
+    parser.add_argument("ways", nargs="*", default=ways, help=", ".join(ways))
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    given = parser.parse_args()
+    found = list(rows(given.ways))
+    if given.json:
+        print(json.dumps(found))
+    else:
+        show("shares of one device, and collectives", found)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -49,6 +49,26 @@ def spread_stack(x: Array) -> Array:
     if mesh is None or not (axes or AxisType.Explicit in mesh.axis_types):
         return x
     return _placed(x, NamedSharding(mesh, PartitionSpec(axes or None)))
+
+
+def whole_stack(x: Array, leaves: Sequence[Array]) -> Array:
+    """Bring together what was spread by the first axis, so that members can be taken.
+
+    Args:
+      x: a stack.
+      leaves: its members, which it then lies like. Over automatic axes the compiler knows how
+        they lie; without this, it would move each by itself.
+    """
+    mesh = mesh_of(x)
+    if mesh is None:
+        return x
+    axes = x.ndim - 1
+    rest: tuple[Any, ...] = (PartitionSpec.UNCONSTRAINED,) * axes
+    if AxisType.Explicit in mesh.axis_types:
+        alike = all(y.ndim >= axes and y.shape[y.ndim - axes :] == x.shape[1:] for y in leaves)
+        found = {tuple(jax.typeof(y).sharding.spec)[y.ndim - axes :] for y in leaves}
+        rest = found.pop() if alike and len(found) == 1 else (None,) * axes
+    return _placed(x, NamedSharding(mesh, PartitionSpec(None, *rest)))
 
 
 def over_devices(

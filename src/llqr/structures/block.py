@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llqr._mesh import over_devices, spread_stack
+from llqr._mesh import over_devices, spread_stack, whole_stack
 from llqr._tree import replicate
 from llqr._types import Array, Float, PyTree
 from llqr.structures import matrix as mx
@@ -90,7 +90,7 @@ class Block:
             for source in self.sources
         ]
         x = self.concatenated(found)
-        return spread_stack(x) if self.owned else x
+        return spread_stack(whole_stack(x, found)) if self.owned else x
 
     def concatenated(self, found: Sequence[Array]) -> Array:
         """Return the arrays of all sources as one: the inverse of `split`.

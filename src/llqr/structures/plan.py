@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from llqr._mesh import spread_stack
+from llqr._mesh import spread_stack, whole_stack
 from llqr._tree import accurate_dtype, leaf_names, replicate, shard_like
 from llqr._types import Array, PRNGKeyArray, PyTree
 from llqr.structures import catalogue
@@ -376,7 +376,8 @@ def scatter(plan: Plan, arrays: Sequence[Array], like: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(like)
     out = list(leaves)
     for block, array in zip(plan, arrays, strict=True):
-        array = replicate(array) if block.owned else array
+        if block.owned:
+            array = whole_stack(array, [leaves[i] for i in block.leaves])
         for source, x in zip(block.sources, block.split(array), strict=True):
             for view, leaf in zip(source.views, source.scatter(x), strict=True):
                 was = leaves[view.leaf]
