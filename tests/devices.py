@@ -97,8 +97,8 @@ def optimizer(way: str, structures: list[str], shard: str | None) -> Any:
     """Of one case."""
     rules: list[Any] = []
     for name in structures:
-        # What one gradient a step leaves undetermined of a vector's basis, rounding decides.
-        bias = "diagonal" if way == "streaming" else name
+        # Of a vector's basis, what one gradient a step leaves undetermined, rounding would decide.
+        bias = name if llqr.STRUCTURES[name].view == "module" else "diagonal"
         for part, stack, structure in (("stack/bias", (0,), bias), ("stack/", (0,), name),
                                        ("bias", (), bias), ("", (), name)):  # fmt: skip
             match = f"^{name}/.*{part}"
@@ -196,6 +196,7 @@ def main() -> None:
             if "-v" in sys.argv:
                 raise
         print(json.dumps({"case": case, "s": time.process_time() - began, **found}), flush=True)
+        jax.clear_caches()  # a process may have about 65,000 memory mappings
 
 
 if __name__ == "__main__":
