@@ -38,6 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "chunks": {
         "refit": llqr.Refit(every=1, start=1, **RATE), "route": llqr.Route(chunk_size=8)
     },
+    "cut": {"refit": llqr.Refit(every=1, start=1, **RATE), "block_size": 3},
     # From statistics of full rank: what is left of a basis is chosen by rounding.
     "streaming": {"refit": llqr.Streaming(every=2, warmup=0, start=5)},
 }  # fmt: skip

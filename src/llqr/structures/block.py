@@ -215,7 +215,7 @@ class Block:
         for source in self.sources:
             assert source.cut is not None
             lengths += source.cut.lengths() * math.prod(source.views[0].sizes)
-        return [jnp.asarray(sizes, jnp.int32) for sizes in zip(*lengths, strict=True)]
+        return [jnp.asarray(sizes) for sizes in zip(*lengths, strict=True)]
 
     def as_matrix(self, arrays: Arrays) -> Float[Array, "..."]:
         """Return P as a dense matrix on the flattened x: [size, size], or [count, size, size]."""
