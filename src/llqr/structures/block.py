@@ -172,11 +172,12 @@ class Block:
           arrays: of the block.
           x: as from `gather`.
         """
-        y = self.each(partial(mx.multiply, self.structure), arrays, x)
-        return self._within(y) if any(s.cut and s.cut.fills for s in self.sources) else y
+        return self.within(self.each(partial(mx.multiply, self.structure), arrays, x))
 
-    def _within(self, y: Array) -> Array:
+    def within(self, y: Array) -> Array:
         """Zero behind the ends of matrices that were cut."""
+        if not any(s.cut and s.cut.fills for s in self.sources):
+            return y
         lengths: list[tuple[int, int]] = []
         for source in self.sources:
             assert source.cut is not None
