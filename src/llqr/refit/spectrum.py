@@ -94,7 +94,8 @@ def weighed(
     """Return the statistics of a matrix, P v weighed by signal, and P v in the bases.
 
     Each entry is weighed by how far gradients agree on it: |mean| by root mean square, which for
-    gradients without a signal is sqrt((1 - mu) / (1 + mu)), and up to 1 where they agree.
+    gradients without a signal is sqrt((1 - mu) / (1 + mu)), and up to 1 where they agree. Rows of
+    embeddings are seldom in a batch, which is no disagreement: all of theirs count as agreeing.
 
     Args:
       options: of streaming, with a `signal_decay`.
@@ -106,20 +107,22 @@ def weighed(
       momentum: m, this gradient in it.
       vector: v.
     """
-    if kind_of(block.structure) != "spectrum":
+    mu = options.momentum
+    # In units of what the mean of gradients without a signal comes to.
+    most = 1 / math.sqrt((1 - mu) / (1 + mu))
+    if SQUARES not in statistics:
         found = mx.multiply(block.structure, arrays, vector)
-        return statistics, found, found
+        factor = most if kind_of(block.structure) == "spectrum" else 1.0
+        return statistics, factor * found, found
     bases = {slot: arrays[slot] for slot in dense_sides(block)}
     g, m, v = (_into(bases, x) for x in (gradient, momentum, vector))
     assert options.signal_decay is not None
     b = jnp.minimum(options.signal_decay, 1 - 1 / (count + 1).astype(g.dtype))
     squares = statistics[SQUARES]
     squares = jnp.where(all_finite([gradient]), b * squares + (1 - b) * g * g, squares)
-    mu = options.momentum
     share = divide(jnp.abs((1 - mu) * m), jnp.sqrt(squares), 0.0)
     d = arrays["spectrum"] * v
-    # In units of what the mean of gradients without a signal comes to.
-    found = jnp.minimum(share, 1.0) / math.sqrt((1 - mu) / (1 + mu)) * d
+    found = most * jnp.minimum(share, 1.0) * d
     found = bases["left"] @ found if "left" in bases else found
     found = found @ bases["right"].T if "right" in bases else found
     return statistics | {SQUARES: squares}, found, d

@@ -18,6 +18,7 @@ from llqr.structures import plan as plans
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays, Structure
 from llqr.structures.plan import Plan
+from llqr.structures.rules import embedding_like
 
 DAMPING = 1e-4
 """Default lambda, in units of the largest curvature of each block."""
@@ -178,6 +179,11 @@ def dense_sides(block: Block) -> tuple[str, ...]:
     return tuple(slot for slot, name in sides.items() if name == "dense")
 
 
+def is_embedding(block: Block) -> bool:
+    """Whether a block holds embeddings, whose rows are seldom in a batch."""
+    return any(map(embedding_like, block.names))
+
+
 def statistics_of(options: Streaming, block: Block) -> dict[str, tuple[int, ...]]:
     """Return the shape of each array that a block's statistics hold, by slot."""
     shapes = {}
@@ -186,7 +192,7 @@ def statistics_of(options: Streaming, block: Block) -> dict[str, tuple[int, ...]
         shapes[slot] = (size, size)
     if kind_of(block.structure) == "spectrum":
         shapes["spectrum"] = block.shape
-        if options.signal_decay is not None:
+        if options.signal_decay is not None and not is_embedding(block):
             shapes[SQUARES] = block.shape
     return shapes
 
