@@ -17,7 +17,9 @@ RMS_MATRIX, RMS_VECTOR = 0.2, 0.05
 learning rates and weight decays carry over."""
 
 
-def grafted(plan: plans.Plan, graft: Graft, scaled: Params, updates: Params) -> Params:
+def grafted(
+    plan: plans.Plan, graft: Graft, scaled: Params, updates: Params, full: Params
+) -> Params:
     """Return P g with another length; zero stays zero.
 
     Args:
@@ -26,6 +28,7 @@ def grafted(plan: plans.Plan, graft: Graft, scaled: Params, updates: Params) -> 
         block of g; "rms": of each leaf, a fixed root mean square.
       scaled: P g.
       updates: g.
+      full: what gets that length; where `scaled` is a part of it, it keeps its share.
 
     Returns:
       A tree like `scaled`, in its dtypes.
@@ -33,26 +36,26 @@ def grafted(plan: plans.Plan, graft: Graft, scaled: Params, updates: Params) -> 
     if graft == "none":
         return scaled
     if graft == "rms":
-        return _to_rms(plan, scaled)
+        return _to_rms(plan, scaled, full)
     if graft == "global":
-        return _as_long_as(updates, scaled)
-    of = plans.each(
-        plan, lambda _, g, p: _as_long_as(g, p), *(plans.gather(plan, x) for x in (updates, scaled))
-    )
+        return _as_long_as(updates, scaled, full)
+    seen = (plans.gather(plan, x) for x in (updates, scaled, full))
+    of = plans.each(plan, lambda _, *x: _as_long_as(*x), *seen)
     return plans.scatter(plan, of, scaled)
 
 
-def _as_long_as(want: Params, have: Params) -> Params:
-    ratio = divide(norm(want), norm(have), 1.0)
+def _as_long_as(want: Params, have: Params, full: Params) -> Params:
+    ratio = divide(norm(want), norm(full), 1.0)
     return jax.tree.map(lambda x: (ratio * x).astype(x.dtype), have)
 
 
-def _to_rms(plan: plans.Plan, scaled: Params) -> Params:
+def _to_rms(plan: plans.Plan, scaled: Params, full: Params) -> Params:
     leaves, treedef = jax.tree.flatten(scaled)
+    measured = jax.tree.leaves(full)
     for view in [view for block in plan for source in block.sources for view in source.views]:
         want = RMS_MATRIX if matrix_like(view.name, view.shape) else RMS_VECTOR
-        x = leaves[view.leaf]
-        wide = x.astype(accurate_dtype(x))
-        rms = jnp.sqrt(jnp.mean(wide * wide, axis=view.order[view.stack :], keepdims=True))
+        x, whole = leaves[view.leaf], measured[view.leaf]
+        wide, whole = (y.astype(accurate_dtype(y)) for y in (x, whole))
+        rms = jnp.sqrt(jnp.mean(whole * whole, axis=view.order[view.stack :], keepdims=True))
         leaves[view.leaf] = (divide(jnp.asarray(want, wide.dtype), rms) * wide).astype(x.dtype)
     return treedef.unflatten(leaves)

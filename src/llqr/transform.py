@@ -201,9 +201,12 @@ def scale_by_llqr(
         if only is not None:
             only.reached.append(info)
             return updates, LLQRState(state.count, packed, info, stream)
+        if method.scale is None:
+            scaled = full = product(plan, blocks, identity_scaling, vector)
+        else:
+            stream, scaled, full = method.scale(plan, blocks, stream, updates, vector, state.count)
         if apply:
-            scaled = product(plan, blocks, identity_scaling, vector)
-            scaled = grafted(plan, graft, scaled, vector)
+            scaled = grafted(plan, graft, scaled, vector, full)
             updates = jax.tree.map(lambda u, g: u.astype(g.dtype), scaled, updates)
         return updates, LLQRState(_increment(state.count), packed, info, stream)
 

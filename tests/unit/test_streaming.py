@@ -81,6 +81,7 @@ def numpy_loop(options: Streaming, structure: str, steps: int, rate: float) -> A
         state[n] = {
             "matrix": matrix, "sl": np.zeros((rows, rows)), "sr": np.zeros((cols, cols)),
             "vl": np.eye(rows), "vr": np.eye(cols), "c": np.zeros(shape), "d": np.ones(shape),
+            "q": np.zeros(shape),
         }  # fmt: skip
     number = 0
     for step in range(steps):
@@ -109,13 +110,23 @@ def numpy_loop(options: Streaming, structure: str, steps: int, rate: float) -> A
             for s in state.values():
                 s["d"] = 1 / (s["c"] / s["c"].max() + LAMBDA)
         for n in names:
-            s, v = state[n], m[n]
+            s, v, g = state[n], m[n], gradient[n[0]][n[1]]
             if options.nesterov:
-                v = options.momentum * v + gradient[n[0]][n[1]]
-            u = s["d"] * (s["vl"].T @ v @ s["vr"] if s["matrix"] else v)
-            u = s["vl"] @ u @ s["vr"].T if s["matrix"] else u
+                v = options.momentum * v + g
+
+            def inside(x: Any, s: Any = s) -> Any:
+                return s["vl"].T @ x @ s["vr"] if s["matrix"] else x
+
+            u = s["d"] * inside(v)
             target = 0.05 if n[1] == "bias" else 0.2
             u = target * u / np.sqrt(np.mean(u**2))
+            if options.signal_decay is not None:
+                e = min(options.signal_decay, 1 - 1 / (step + 1))
+                s["q"] = e * s["q"] + (1 - e) * inside(g) ** 2
+                mean = (1 - options.momentum) * inside(m[n])
+                noise = np.sqrt((1 - options.momentum) / (1 + options.momentum))
+                u = np.minimum(np.abs(mean) / np.sqrt(s["q"]), 1) / noise * u
+            u = s["vl"] @ u @ s["vr"].T if s["matrix"] else u
             params[n[0]][n[1]] = params[n[0]][n[1]] - rate * u
     return params
 
@@ -148,6 +159,8 @@ def library_loop(options: Streaming, structure: str, steps: int, rate: float, mo
         ("e-kfac", {"probes": 2, "momentum": 0.0}),
         ("e-kfac", {"nesterov": False}),
         ("e-kfac", {"wide": 3}),
+        ("e-kfac", {"signal_decay": None}),
+        ("e-kfac", {"signal_decay": 0.5}),
         ("diagonal", {}),
     ],
 )
@@ -320,7 +333,8 @@ def test_the_learning_rate_is_not_swallowed_and_leaves_have_their_length() -> No
     grads = jax.grad(bound)(params)
     found = {}
     for rate in (0.1, 0.3):
-        tx = llqr.streaming(rate, weight_decay=0.01, damping=LAMBDA)
+        plain = Streaming(signal_decay=None)
+        tx = llqr.streaming(rate, weight_decay=0.01, damping=LAMBDA, refit=plain)
         updates, _ = tx.update(grads, tx.init(params), params, objective=bound, refresh=True)
         found[rate] = jax.tree.map(lambda u, p, r=rate: u + r * 0.01 * p, updates, params)
         rms = jax.tree.map(lambda u, r=rate: float(jnp.sqrt(jnp.mean(u**2))) / r, found[rate])
@@ -499,14 +513,38 @@ def test_long_sides_stay_the_identity() -> None:
     assert state.stream.statistics["right"]["embedding"].shape == (4, 4)
     assert state.stream.statistics["right"]["kernel"] is None
     stored = sum(x.size for x in jax.tree.leaves(state.stream.statistics))
-    assert stored == 50 * 4 + 4 * 4 + 4 * 30 + 4 * 4
+    assert stored == 50 * 4 + 4 * 4 + 2 * 4 * 30 + 4 * 4
     objective = llqr.Objective(
         lambda p, x: p["embedding"][x] @ p["kernel"], lambda z, x: -jnp.mean(z[:, 0])
     ).bind(jnp.arange(6))
     grads = jax.grad(objective)(params)
     updates, state = tx.update(grads, state, params, objective=objective, refresh=True)
     np.testing.assert_array_equal(state.blocks["left"]["embedding"], np.ones(50))
+    rms = float(jnp.sqrt(jnp.mean(updates["embedding"] ** 2)))
+    assert math.isclose(rms, 0.2 * math.sqrt(19), rel_tol=1e-6)  # counts as agreeing
+    plain = llqr.scale_by_llqr(
+        structure="e-kfac-gpt", max_dim=20, refit=Streaming(signal_decay=None)
+    )
+    updates, _ = plain.update(grads, plain.init(params), params, objective=objective, refresh=True)
     assert math.isclose(float(jnp.sqrt(jnp.mean(updates["kernel"] ** 2))), 0.2, rel_tol=1e-9)
+
+
+def test_steps_are_long_where_gradients_agree_and_short_where_they_swing() -> None:
+    """In full agreement sqrt(19) times the length of the graft; alternating, almost nothing."""
+    params, bound = parameters(), OBJECTIVE.bind(batch(0))
+    tx = llqr.scale_by_llqr(structure="e-kfac", damping=LAMBDA, refit=Streaming(warmup=1))
+    grads = jax.grad(bound)(params)
+    step = jax.jit(partial(tx.update, refresh=False))
+    found = {}
+    for sign in (1, -1):
+        _, state = tx.update(grads, tx.init(params), params, objective=bound, refresh=True)
+        for i in range(1, 200):
+            g = jax.tree.map(lambda x, s=sign**i: s * x, grads)
+            updates, state = step(g, state, params)
+        found[sign] = np.array([float(jnp.sqrt(jnp.mean(u**2))) for u in jax.tree.leaves(updates)])
+    np.testing.assert_allclose(found[1], math.sqrt(19) * np.array([0.05, 0.2, 0.2]), rtol=1e-6)
+    # |m| = 1 / (1 + mu) of |g|, so that the share is 0.1 / 1.9.
+    np.testing.assert_allclose(found[-1], found[1] * 0.1 / 1.9, rtol=1e-6)
 
 
 def test_refresh_from_outside_and_sam_see_the_same_p() -> None:

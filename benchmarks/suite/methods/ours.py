@@ -42,9 +42,11 @@ _PROBE_PRODUCTS = 1 + 8 + 2 * 50 * 2  # gradient, largest eigenvalue, two probes
 _PUBLISHED_PRODUCTS = 1 + 50
 
 
-def _streaming(workload: Workload, **options: Any) -> Engine:
+def _streaming(
+    workload: Workload, *, refit: llqr.Streaming | None = None, **options: Any
+) -> Engine:
     """A refit at each of the first 20 steps and at every tenth: one more gradient each."""
-    refit = llqr.Streaming()
+    refit = llqr.Streaming() if refit is None else refit
 
     def make(rate: Any) -> optax.GradientTransformation:
         return llqr.streaming(rate, metric=workload.metric, refit=refit, **options)

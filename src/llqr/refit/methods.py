@@ -26,6 +26,9 @@ class Method(NamedTuple):
     init: Callable[[plans.Plan, Params, tuple[str, ...]], Any]
     # (plan, that, updates, count) -> that, and what P sees
     observe: Callable[[plans.Plan, Any, Params, Int[Array, ""]], tuple[Any, Params]]
+    # (plan, blocks, that, updates, what P sees, count) -> that, the step, and a tree as long as it
+    # should be; None: the step is P of what it sees
+    scale: Callable[..., tuple[Any, Params, Params]] | None
     # (plan, (blocks, info, stream), params, objective, count, base) -> blocks, info, stream
     refit: Callable[..., tuple[Blocks, RefitInfo, Any]]
 
@@ -69,6 +72,7 @@ def learned(
     return Method(
         init=init,
         observe=lambda plan, stream, updates, count: (stream, updates),
+        scale=None,
         refit=run,
     )
 
@@ -109,5 +113,6 @@ def streamed(
     return Method(
         init=lambda plan, params, slots: streaming.init(setup_of(plan), params, slots),
         observe=observe,
+        scale=lambda plan, *inputs: streaming.scale(setup_of(plan), *inputs),
         refit=run,
     )

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from llqr import _loops
 from llqr._linalg import orthonormal
-from llqr._tree import all_finite, replicate
+from llqr._tree import all_finite, divide, replicate
 from llqr._types import Array, Bool, Float, Int, Number
-from llqr.refit.stream import Streaming, StreamSetup, dense_sides, kind_of
+from llqr.refit.stream import SQUARES, Streaming, StreamSetup, dense_sides, kind_of
+from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
@@ -74,15 +75,57 @@ def follow(
         for slot in dense_sides(block)
     }
 
-    def squared(x: Array) -> Array:
-        x = bases["left"].T @ x if "left" in bases else x
-        x = x @ bases["right"] if "right" in bases else x
-        return x * x
-
-    fresh = jnp.mean(jnp.stack([squared(h) for h in probes]), axis=0)
+    fresh = jnp.mean(jnp.stack([jnp.square(_into(bases, h)) for h in probes]), axis=0)
     a = jnp.minimum(options.spectrum_decay, 1 - 1 / number.astype(fresh.dtype))
     c = jnp.where(keep, a * statistics["spectrum"] + (1 - a) * fresh, statistics["spectrum"])
     return arrays | bases, statistics | {"spectrum": c}
+
+
+def _into(bases: Arrays, x: Array) -> Array:
+    """V_L^T x V_R."""
+    x = bases["left"].T @ x if "left" in bases else x
+    return x @ bases["right"] if "right" in bases else x
+
+
+def weighed(
+    options: Streaming, count: Int[Array, ""], block: Block, arrays: Arrays, statistics: Arrays,
+    gradient: Array, momentum: Array, vector: Array,
+) -> tuple[Arrays, Array, Array]:  # fmt: skip
+    """Return the statistics of a matrix, P v weighed by signal, and P v in the bases.
+
+    Each entry is weighed by how far gradients agree on it: |mean| by root mean square, which for
+    gradients without a signal is sqrt((1 - mu) / (1 + mu)), and up to 1 where they agree. Rows of
+    embeddings are seldom in a batch, which is no disagreement: all of theirs count as agreeing.
+
+    Args:
+      options: of streaming, with a `signal_decay`.
+      count: steps so far.
+      block: to which the matrix belongs.
+      arrays: of P.
+      statistics: by slot.
+      gradient: of this step.
+      momentum: m, this gradient in it.
+      vector: v.
+    """
+    mu = options.momentum
+    # In units of what the mean of gradients without a signal comes to.
+    most = 1 / math.sqrt((1 - mu) / (1 + mu))
+    if SQUARES not in statistics:
+        found = mx.multiply(block.structure, arrays, vector)
+        factor = most if kind_of(block.structure) == "spectrum" else 1.0
+        return statistics, factor * found, found
+    bases = {slot: arrays[slot] for slot in dense_sides(block)}
+    g, m, v = (_into(bases, x) for x in (gradient, momentum, vector))
+    assert options.signal_decay is not None
+    b = jnp.minimum(options.signal_decay, 1 - 1 / (count + 1).astype(g.dtype))
+    squares = statistics[SQUARES]
+    squares = jnp.where(all_finite([gradient]), b * squares + (1 - b) * g * g, squares)
+    share = divide(jnp.abs((1 - mu) * m), jnp.sqrt(squares), 0.0)
+    d = arrays["spectrum"] * v
+    found = most * jnp.minimum(share, 1.0) * d
+    found = bases["left"] @ found if "left" in bases else found
+    found = found @ bases["right"].T if "right" in bases else found
+    return statistics | {SQUARES: squares}, found, d
 
 
 def tops_of(setup: StreamSetup, statistics: list[Arrays]) -> list[Array]:

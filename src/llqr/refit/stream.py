@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,9 +18,13 @@ from llqr.structures import plan as plans
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays, Structure
 from llqr.structures.plan import Plan
+from llqr.structures.rules import embedding_like
 
 DAMPING = 1e-4
 """Default lambda, in units of the largest curvature of each block."""
+
+SQUARES = "squares"
+"""Slot of the running mean of the squares of the gradient in the bases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,9 @@ class Streaming:
       basis_decay: b in [0, 1), of the second moments of the gradient.
       spectrum_decay: a in [0, 1], of the curvature c: a mean over the first refits, and then a
         running mean; 1: the mean over all.
+      signal_decay: in [0, 1), of the squares of the gradient in the bases. Each entry of P m is
+        weighed by the share of the gradient that agrees from step to step, |mean| by root mean
+        square. None: not weighed.
       probes: h drawn at each refit.
       wide: sides longer than this turn and follow more rarely.
       rate: eta in (0, 1), of kfac.
@@ -71,6 +79,7 @@ class Streaming:
     nesterov: bool = True
     basis_decay: float = 0.95
     spectrum_decay: float = 0.9
+    signal_decay: float | None = 0.95
     probes: int = 1
     wide: int = 256
     rate: float = 0.3
@@ -80,8 +89,11 @@ class Streaming:
         for name, low in (("every", 1), ("warmup", 0), ("start", 0), ("until", 0),
                           ("probes", 1), ("wide", 1), ("seed", 0)):  # fmt: skip
             check_integer(f"Streaming: {name}", getattr(self, name), low=low)
-        for name, high in (("momentum", 1), ("basis_decay", 1), ("spectrum_decay", 1), ("rate", 1)):
+        for name, high in (("momentum", 1), ("basis_decay", 1), ("spectrum_decay", 1),
+                           ("signal_decay", 1), ("rate", 1)):  # fmt: skip
             value = getattr(self, name)
+            if name == "signal_decay" and value is None:
+                continue
             check_range(f"Streaming: {name}", value, low=0, high=high)
             if value == 1 and name != "spectrum_decay":
                 raise ValueError(f"Streaming: {name} must be below 1, got {value!r}.")
@@ -101,8 +113,8 @@ class StreamState(NamedTuple):
     """What streaming refits remember besides P: arrays only, float32 at least."""
 
     momentum: Params  # m, like params
-    # slot -> tree shaped like params, an array or None: S_L and S_R ("left", "right") and c
-    # ("spectrum"); for kfac A and B ("left", "right")
+    # slot -> tree shaped like params, an array or None: S_L and S_R ("left", "right"), c
+    # ("spectrum") and q ("squares", where signal_decay is given); for kfac A and B
     statistics: dict[str, Any]
     power: Params | None  # C v / |v| of the last power step, like params; None without kfac
     top: Float[Array, ""]  # by which C was last divided: the largest of all blocks
@@ -167,13 +179,22 @@ def dense_sides(block: Block) -> tuple[str, ...]:
     return tuple(slot for slot, name in sides.items() if name == "dense")
 
 
-def statistics_of(block: Block) -> dict[str, tuple[int, ...]]:
+def is_embedding(block: Block) -> bool:
+    """Whether a block holds embeddings, whose rows are seldom in a batch."""
+    return any(map(embedding_like, block.names))
+
+
+def statistics_of(options: Streaming, block: Block) -> dict[str, tuple[int, ...]]:
     """Return the shape of each array that a block's statistics hold, by slot."""
     shapes = {}
     for slot in dense_sides(block):
         size = block.shape[0] if slot == "left" else block.shape[1]
         shapes[slot] = (size, size)
-    return shapes | ({"spectrum": block.shape} if kind_of(block.structure) == "spectrum" else {})
+    if kind_of(block.structure) == "spectrum":
+        shapes["spectrum"] = block.shape
+        if options.signal_decay is not None and not is_embedding(block):
+            shapes[SQUARES] = block.shape
+    return shapes
 
 
 def pack(
@@ -183,6 +204,7 @@ def pack(
     return plans.pack(setup.plan, arrays, like, tuple(stream.statistics))
 
 
-def unpack(plan: Plan, trees: dict[str, Any], like: Params) -> tuple[Arrays, ...]:
+def unpack(setup: StreamSetup, trees: dict[str, Any], like: Params) -> tuple[Arrays, ...]:
     """Return the statistics of each block: the inverse of `pack`."""
-    return plans.unpack(plan, trees, like, lambda block: tuple(statistics_of(block)))
+    slots = partial(statistics_of, setup.options)
+    return plans.unpack(setup.plan, trees, like, lambda block: tuple(slots(block)))

@@ -9,11 +9,15 @@ r"""Streaming refits: P follows the training, a little at every step, instead of
   c, D        curvature and spectrum of P in those bases                    [r, n]
   top         largest c of a block; 1 where C is not scaled                 []
   lambda      damping                                                       []
+  q, s        mean square of G in the bases; signal: 1 for noise            [r, n]
 
     every step    S_L <- b S_L + (1 - b) G G^T,  S_R likewise,  m <- mu m + G,  v = G + mu m
     every k       V_L <- qr(S_L V_L), V_R <- qr(S_R V_R)
                   c <- a c + (1 - a) (V_L^T h V_R)^2,   D = 1 / (c / top + lambda)
     P v           = V_L (D * (V_L^T v V_R)) V_R^T
+    every step    q <- e q + (1 - e) (V_L^T G V_R)^2
+                  s = min(1, (1 - mu) |V_L^T m V_R| / sqrt(q)) / sqrt((1 - mu) / (1 + mu))
+    update        u = V_L (s * D * (V_L^T v V_R)) V_R^T, times what gives P v its length
 
 with v = m where `nesterov` is off. For fixed bases, D is the minimiser of the objective of a probe
 (`llqr.refit.objective`), E[1/2 u.(C / top + lambda I) u - h.u] with u = P h, wherever C couples no
@@ -22,6 +26,12 @@ no product with C are needed, and P is positive by construction. A matrix withou
 "diagonal", and vectors) has V = I. With divergence_reduction="unit", each block of C is taken in
 units of its own largest entry, so that lambda says how ill-conditioned a block may be at most; how
 long its update is, the graft decides.
+
+The weight s is where gradients say what labels drawn from the model cannot: whether an entry of
+the mean gradient is known. An entry on which gradients agree keeps up to sqrt((1 + mu) / (1 - mu))
+times the length that one of noise has; one that swings from step to step, because the step is too
+long for it, gets shorter at once, without waiting for the learning rate to decay. As the length
+(the graft) is given before, a whole leaf becomes shorter too. `signal_decay=None` leaves s at 1.
 
 A QR factorisation of a side of 784 takes as long as 30 gradients of a small network, so sides
 longer than `wide` turn at the first refits and then at every fifth only, and follow every second
@@ -66,8 +76,17 @@ from llqr.refit.spectrum import (
     observed,
     solved,
     tops_of,
+    weighed,
 )
-from llqr.refit.stream import StreamSetup, StreamState, kind_of, pack, statistics_of, unpack
+from llqr.refit.stream import (
+    SQUARES,
+    StreamSetup,
+    StreamState,
+    kind_of,
+    pack,
+    statistics_of,
+    unpack,
+)
 from llqr.structures import plan as plans
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
@@ -92,10 +111,14 @@ def init(setup: StreamSetup, params: Params, slots: tuple[str, ...]) -> StreamSt
         return jnp.eye(*shape, dtype=block.dtype) if sides else jnp.zeros(shape, block.dtype)
 
     arrays = [
-        {slot: block.repeated(first(block, shape)) for slot, shape in statistics_of(block).items()}
+        {
+            slot: block.repeated(first(block, shape))
+            for slot, shape in statistics_of(setup.options, block).items()
+        }
         for block in setup.plan
     ]
-    packed = plans.pack(setup.plan, arrays, params, slots)
+    weighs = setup.options.signal_decay is not None and "spectrum" in slots
+    packed = plans.pack(setup.plan, arrays, params, slots + (SQUARES,) * weighs)
     power = normal_like(_zeros_like(params), jax.random.key(0)) if setup.two_sided else None
     return StreamState(zeros, packed, power, jnp.ones((), jnp.float32))
 
@@ -120,7 +143,7 @@ def observe(
     Returns:
       The state, and m or, with `nesterov`, G + mu m: like the parameters, float32 at least.
     """
-    options, statistics = setup.options, unpack(setup.plan, stream.statistics, gradient)
+    options, statistics = setup.options, unpack(setup, stream.statistics, gradient)
 
     def decayed(m: Params) -> Params:
         return jax.tree.map(lambda m, g: options.momentum * m + g.astype(m.dtype), m, gradient)
@@ -132,6 +155,33 @@ def observe(
     statistics = pack(setup, new, stream, gradient)
     stream = stream._replace(momentum=momentum, statistics=statistics)
     return stream, decayed(momentum) if options.nesterov else momentum
+
+
+def scale(
+    setup: StreamSetup, blocks: Blocks, stream: StreamState, gradient: Params, vector: Params,
+    count: Int[Array, ""],
+) -> tuple[StreamState, Params, Params]:  # fmt: skip
+    """Return the state, P v weighed by signal, and a tree with the lengths of P v itself.
+
+    Args:
+      setup: of the run.
+      blocks: the arrays of P.
+      stream: the state, this step's gradient in its momentum.
+      gradient: G, like the parameters.
+      vector: v, what P sees.
+      count: steps so far.
+    """
+    plan = setup.plan
+    if setup.options.signal_decay is None:
+        found = plans.multiply(plan, blocks, vector)
+        return stream, found, found
+    statistics = unpack(setup, stream.statistics, gradient)
+    seen = [plans.gather(plan, x) for x in (gradient, stream.momentum, vector)]
+    run = partial(weighed, setup.options, count)
+    new, found, lengths = zip(*plans.each(plan, run, blocks, statistics, *seen), strict=True)
+    stream = stream._replace(statistics=pack(setup, list(new), stream, gradient))
+    found = [block.within(x) for block, x in zip(plan, found, strict=True)]
+    return stream, plans.scatter(plan, found, vector), plans.scatter(plan, lengths, vector)
 
 
 def refit(
@@ -184,7 +234,7 @@ def _refit(
         fisher_probe(setup.metric.tree, setup.reduction, model, objective, k, setup.route.axis_name)
         for k in keys
     ]
-    was = unpack(plan, stream.statistics, params)
+    was = unpack(setup, stream.statistics, params)
     # Block -> what it sees of each probe.
     seen = [list(hs) for hs in zip(*(plans.gather(plan, h) for h in probes), strict=True)]
     # Labels drawn say nothing of these matrices: to follow would only lengthen their steps.

@@ -200,14 +200,23 @@ class Block:
           arrays: of the block.
           x: as from `gather`.
         """
-        if any(s.cut and s.cut.fills for s in self.sources):
-            return self.each(self._within, arrays, x, *self._lengths())
+        if self._fills():
+            return self.each(self._product, arrays, x, *self._lengths())
         return self.each(partial(mx.multiply, self.structure), arrays, x)
 
-    def _within(self, arrays: Arrays, x: Array, rows: Array, columns: Array) -> Array:
-        """P x, zero behind the ends of a matrix that was cut."""
+    def within(self, y: Array) -> Array:
+        """Zero behind the ends of matrices that were cut."""
+        return self.each(self._inside, y, *self._lengths()) if self._fills() else y
+
+    def _fills(self) -> bool:
+        return any(s.cut and s.cut.fills for s in self.sources)
+
+    def _product(self, arrays: Arrays, x: Array, rows: Array, columns: Array) -> Array:
+        return self._inside(mx.multiply(self.structure, arrays, x), rows, columns)
+
+    def _inside(self, y: Array, rows: Array, columns: Array) -> Array:
         inside = (jnp.arange(self.shape[0]) < rows)[:, None] & (jnp.arange(self.shape[1]) < columns)
-        return jnp.where(inside, mx.multiply(self.structure, arrays, x), 0)
+        return jnp.where(inside, y, 0)
 
     def _lengths(self) -> list[Array]:
         """How many rows and how many columns of each matrix lie in what was cut."""

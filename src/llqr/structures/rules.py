@@ -12,6 +12,7 @@ from llqr.structures.view import Axes, View, split_axes
 Match: TypeAlias = str | Callable[[str, tuple[int, ...]], bool]
 
 # Per-channel parameters, whatever their rank: attention biases are matrices.
+_EMBEDDING = re.compile(r"(^|/)embedding$")
 _VECTORS = re.compile(r"(^|[/_])(bias|scale|gamma|beta)$", re.IGNORECASE)
 # Projections d -> (heads, dim): the input is the first axis alone.
 _FAN_OUT = re.compile(r"(^|/)(query|key|value)(/|$)", re.IGNORECASE)
@@ -111,6 +112,19 @@ def matrix_like(path: str, shape: tuple[int, ...]) -> bool:
       (True, False)
     """
     return sum(side > 1 for side in shape) >= 2 and not _VECTORS.search(path)
+
+
+def embedding_like(path: str) -> bool:
+    """Whether a leaf holds embeddings, of whose rows a batch may see few.
+
+    Args:
+      path: of the leaf.
+
+    Example:
+      >>> embedding_like("tokens/embedding"), embedding_like("dense/kernel")
+      (True, False)
+    """
+    return _EMBEDDING.search(path) is not None
 
 
 def rule_table(rules: StructureLike) -> tuple[Rule, ...]:

@@ -249,6 +249,14 @@ class Config:
         high=1,
         becomes="streaming.spectrum_decay",
     )
+    precond_stream_signal_decay: float | None = option(
+        0.95,
+        "running mean of the squares of the gradient in the bases of P, by which the step is "
+        "weighed; null: it is not",
+        low=0,
+        below=1,
+        becomes="streaming.signal_decay",
+    )
     precond_stream_nesterov: bool = option(
         True, "P multiplies the Nesterov momentum", becomes="streaming.nesterov"
     )
