@@ -21,7 +21,7 @@ THRESHOLD = 4.0
 """A win: mean margin x sqrt(n) / standard deviation above this, margins being paired by seed."""
 
 PENALTY = 2.0
-"""A target that is not reached counts as this times the budget (PAR2)."""
+"""A target that is not reached counts as this times what the run has spent (PAR2)."""
 
 SPAN = 100.0
 """Largest rate of a grid by the smallest, the customary one being in the middle."""

@@ -52,7 +52,7 @@ def page(results: list[Result], tier: Tier, folder: Path, images: str) -> str:
         _where(results),
         "## Over all workloads",
         f"Geometric mean of the costs of all targets by those of {tables.REFERENCE}, below 1 is "
-        f"better; a target that is not reached counts as {PENALTY:g} times the largest budget.",
+        f"better; a target that is not reached counts as {PENALTY:g} times what the run has spent.",
         tables.means(results),
         f"![Performance profiles]({images}/profiles.png)",
         f"## Wins and losses of {OURS}",

@@ -93,13 +93,18 @@ class Result:
         """Return the median of it, infinite if most runs fail."""
         return statistics.median_high(self.costs(name, target, axis))
 
-    def budget(self, axis: str) -> float:
-        """Return the median end of the longest of all methods on an axis."""
+    def counted(self, name: str, target: str, axis: str, reference: str) -> float:
+        """Return the median cost, or the penalty where most runs fail.
+
+        That is the penalty's factor times all that the method's runs have spent, or what the
+        reference's have, if that is more: one that stops early has not been cheap.
+        """
         column = "step" if axis == "step" else "gradients"
-        return max(
+        spent = (
             entry.on_axis(statistics.median(entry.last(column)), axis)
-            for entry in self.entries.values()
+            for entry in (self.entries[name], self.entries[reference])
         )
+        return penalised(self.cost(name, target, axis), max(spent))
 
 
 def read(folder: Path, name: str, methods: list[Method], tier: Tier) -> Result | None:
@@ -164,10 +169,9 @@ def ratios(results: list[Result], axis: str, reference: str) -> Mapping[str, tup
     for result in results:
         if reference not in result.entries:
             continue
-        budget = result.budget(axis)
         for target in result.fixed["targets"]:
-            base = penalised(result.cost(reference, target, axis), budget)
+            base = result.counted(reference, target, axis, reference)
             for name in result.entries:
-                value = penalised(result.cost(name, target, axis), budget)
+                value = result.counted(name, target, axis, reference)
                 found.setdefault(name, []).append(value / base)
     return {name: (geometric_mean(values), len(values)) for name, values in found.items()}

@@ -332,6 +332,21 @@ def test_the_first_page_shows_workloads_that_have_all_its_methods(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
+def test_what_is_not_reached_counts_twice_what_was_spent(ran):
+    folder, _, _ = ran
+    result = summary.read(folder, "tiny", methods.choose(CHOSEN), SMOKE)
+    assert result is not None
+    result.fixed["targets"] = {"never": 1e-30}
+    longest = {name: max(e.last("gradients")) for name, e in result.entries.items()}
+    assert longest["LLQR streaming"] > longest["AdamW"]
+    for name in result.entries:
+        most = max(longest[name], longest["AdamW"])
+        assert result.counted(name, "never", "gradients", "AdamW") == 2 * most
+    costs = summary.ratios([result], "gradients", "AdamW")
+    assert costs["SGD Nesterov"] == (1.0, 1)
+    assert costs["LLQR streaming"][0] == longest["LLQR streaming"] / longest["AdamW"]
+
+
 def test_seconds_are_those_of_the_fastest_trial(ran):
     folder, _, _ = ran
     result = summary.read(folder, "tiny", methods.choose(CHOSEN), SMOKE)

@@ -13,6 +13,9 @@ from .method import Method
 EVERY = 100
 """Steps from one published or probe refit to the next."""
 
+MOST_BATCHES = 4
+"""Of training, in the batch of a published or a probe refit."""
+
 MOST_PARAMETERS = 20_000
 """Of a network whose exact steps are tried."""
 
@@ -86,7 +89,7 @@ def _learned(
         params, state = carry
         return params, llqr.refresh(tx, state, params, workload.objective.bind(batch))
 
-    size = min(size, rows(workload.train))
+    size = min(size, MOST_BATCHES * workload.batch, rows(workload.train))
     return optax_engine(
         workload,
         make,
