@@ -48,7 +48,7 @@ _PUBLISHED_PRODUCTS = 1 + 50
 def _streaming(
     workload: Workload, *, refit: llqr.Streaming | None = None, **options: Any
 ) -> Engine:
-    """A refit at each of the first 20 steps and at every tenth: one more gradient each."""
+    """A refit at each of the first ten steps and at every tenth: one more gradient each."""
     refit = llqr.Streaming() if refit is None else refit
 
     def make(rate: Any) -> optax.GradientTransformation:

@@ -72,7 +72,7 @@ class Streaming:
     """
 
     every: int | None = 10
-    warmup: int = 20
+    warmup: int = 10
     start: int = 0
     until: int | None = None
     momentum: float = 0.9

@@ -233,7 +233,7 @@ class Config:
         10, "steps between such probes", low=1, becomes="streaming.every"
     )
     precond_stream_warmup: int = option(
-        20, "first steps, with a probe each", low=0, becomes="streaming.warmup"
+        10, "first steps, with a probe each", low=0, becomes="streaming.warmup"
     )
     precond_stream_basis_decay: float = option(
         0.95,
