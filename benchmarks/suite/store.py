@@ -55,7 +55,8 @@ def described(workload: Workload, method: Method) -> dict[str, Any]:
                 "budget": workload.steps,
                 "batch": workload.batch,
                 "measure": workload.measure,
-            }
+            },
+            default=repr,
         )
     )
 

@@ -45,11 +45,8 @@ _PROBE_PRODUCTS = 1 + 8 + 2 * 50 * 2  # gradient, largest eigenvalue, two probes
 _PUBLISHED_PRODUCTS = 1 + 50
 
 
-def _streaming(
-    workload: Workload, *, refit: llqr.Streaming | None = None, **options: Any
-) -> Engine:
+def _streaming(workload: Workload, *, refit: llqr.Streaming, **options: Any) -> Engine:
     """A refit at each of the first ten steps and at every tenth: one more gradient each."""
-    refit = llqr.Streaming() if refit is None else refit
 
     def make(rate: Any) -> optax.GradientTransformation:
         return llqr.streaming(rate, metric=workload.metric, refit=refit, **options)
@@ -122,7 +119,7 @@ def _is_small(workload: Workload) -> bool:
 
 
 METHODS = (
-    Method("LLQR streaming", _streaming, 1.6e-2, {"structure": "e-kfac"},
+    Method("LLQR streaming", _streaming, 1.6e-2, {"structure": "e-kfac", "refit": llqr.Streaming()},
            ({"damping": 1e-3}, {"damping": 1e-5}, {"weight_decay": 0.01}),
            second_order=True, ours=True),
     Method("LLQR published", _learned, 0.3,
