@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 
-from llqr._tree import is_traced, zeros_like
+from llqr._tree import is_traced, shard_like, zeros_like
 from llqr._types import Array, Bool, PyTree
 
 
@@ -116,7 +116,8 @@ def when(due: bool | Array, run: Callable[..., Any], *operands: Any) -> Any:
         return run(*operands) if due else operands
 
     def chosen(*kept: Any) -> Any:
-        return jax.tree.map(lambda new, old: jnp.where(due, new, old), run(*kept), kept)
+        choose = lambda new, old: jnp.where(due, shard_like(new, old), old)  # noqa: E731
+        return jax.tree.map(choose, run(*kept), kept)
 
     return jax.lax.cond(_anywhere(due), chosen, lambda *kept: kept, *operands)
 

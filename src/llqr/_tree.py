@@ -124,11 +124,12 @@ def normal_like(tree: PyTree, key: Array) -> PyTree:
     """Standard normal numbers in the shapes and dtypes of a tree."""
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, max(len(leaves), 1))
-    drawn = [  # draws do not follow explicit mesh axes
-        shard_like(jax.random.normal(k, x.shape, x.dtype), x)
-        for k, x in zip(keys, leaves, strict=False)
-    ]
-    return treedef.unflatten(drawn)
+
+    def draw(key: Array, x: Array) -> Array:  # where the leaf lies, each device its part
+        where = jax.typeof(x).sharding if _is_explicit(x) else None
+        return jax.random.normal(key, x.shape, x.dtype, out_sharding=where)
+
+    return treedef.unflatten([draw(k, x) for k, x in zip(keys, leaves, strict=False)])
 
 
 def zeros_like(tree: PyTree) -> PyTree:
@@ -162,6 +163,11 @@ def replicate(x: Array) -> Array:
 def shard_like(x: Array, like: Array) -> Array:
     """Give `x` the sharding of `like` if that is over explicit mesh axes."""
     return jax.sharding.reshard(x, jax.typeof(like).sharding.spec) if _is_explicit(like) else x
+
+
+def all_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Give the arrays of a tree the shardings of another's over explicit mesh axes."""
+    return jax.tree.map(shard_like, tree, like)
 
 
 def axis_devices(x: Array) -> int:

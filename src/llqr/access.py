@@ -116,7 +116,7 @@ def precondition(tx: optax.GradientTransformation, state: Any, vector: Params) -
     """
     found = find(state)
     check_unmasked(found.blocks)
-    plan, scaling = visited(tx, vector)[0]
+    plan, scaling, _ = visited(tx, vector)[0]
     blocks = blocks_of(plan, found, vector)
     return product(plan, blocks, scaling, vector)
 

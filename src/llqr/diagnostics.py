@@ -89,7 +89,7 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
         raise ValueError("there is no llqr.llqr or llqr.scale_by_llqr in this optimizer.")
     rows = []
     for plan in found:
-        for block in plan:
+        for block in plans.apart(plan):
             source, count = block.sources[0], block.count
             shapes = mx.array_shapes(block.structure, block.shape).values()
             stored = count * sum(math.prod(shape) for shape in shapes)

@@ -1,14 +1,23 @@
-"""Where the arrays of an optimizer lie: each like the parameter that it belongs to."""
+"""Where the arrays of an optimizer lie: each like its parameter, or each device its own blocks."""
 
 import math
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import optax
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
+from llqr._mesh import AnyMesh, stack_axes
 from llqr._tree import is_none, leaf_names
 from llqr._types import Params, PyTree
+from llqr.refit.stream import StreamState
+from llqr.state import LLQRState, is_ours, visited
+from llqr.structures.block import Block
+from llqr.structures.plan import Plan
+
+Shard: TypeAlias = Literal["params", "blocks"]
+"""Where P lies: like the parameters, or on each device blocks of its own. See `scale_by_llqr`."""
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Params) -> PyTree:
@@ -20,6 +29,9 @@ def state_shardings(tx: optax.GradientTransformation, params: Params) -> PyTree:
     divide. So the rows of a left side lie like the rows of its parameter, and a right side is
     spread as well. Vectors of a parameter that is not sharded, counts and what a refit reports
     lie everywhere.
+
+    That is shard="params" of `llqr.llqr`. With shard="blocks", a stack of like matrices is spread
+    over devices, as many as divide it; with shard=None, P lies everywhere.
 
     Args:
       tx: any optimizer, with LLQR in it or without.
@@ -45,7 +57,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Params) -> PyTree:
       True
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
-    everywhere = NamedSharding(_mesh(params), PartitionSpec())
+    mesh = _mesh(params)
+    everywhere = NamedSharding(mesh, PartitionSpec())
     state = jax.eval_shape(tx.init, params)
 
     def own(array: Any, param: Any) -> Sharding | None:
@@ -57,9 +70,108 @@ def state_shardings(tx: optax.GradientTransformation, params: Params) -> PyTree:
     def other(array: Any) -> Sharding | None:
         return None if array is None else everywhere
 
-    return optax.tree.map_params(
+    found = optax.tree.map_params(
         tx, own, state, params, transform_non_params=other, is_leaf=is_none
     )
+    inside = iter(visited(tx, params))
+
+    def of_ours(lies: Any, arrays: Any) -> Any:
+        if not is_ours(arrays):
+            return lies
+        plan, _, shard = next(inside)
+        return _with_trees(lies, lambda trees: trees_of(plan, shard, trees, params, mesh), arrays)
+
+    return jax.tree.map(of_ours, found, state, is_leaf=is_ours)
+
+
+def _with_trees(state: LLQRState, change: Any, arrays: LLQRState) -> LLQRState:
+    """The state with the trees of its slots changed, as those of `arrays` say."""
+    state = state._replace(blocks=change(arrays.blocks))
+    if isinstance(state.stream, StreamState):
+        followed = change(arrays.stream.statistics)
+        state = state._replace(stream=state.stream._replace(statistics=followed))
+    return state
+
+
+def trees_of(
+    plan: Plan, shard: str | None, trees: dict[str, PyTree], params: Params, mesh: AnyMesh
+) -> dict[str, PyTree]:
+    """Return where the arrays of P lie: one tree for each slot.
+
+    Args:
+      plan: the blocks.
+      shard: see `scale_by_llqr`.
+      trees: from `plans.pack`, arrays or shapes.
+      params: with shardings over `mesh`.
+      mesh: the devices.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    at = {source.leaf: block for block in plan for source in block.sources}
+
+    def lies(i: int, array: Any) -> NamedSharding | None:
+        if array is None:
+            return None
+        where = _placed(at[i], shard, array.shape, leaves[i], mesh)
+        return NamedSharding(mesh, where)
+
+    return {
+        slot: treedef.unflatten(map(lies, range(len(leaves)), treedef.flatten_up_to(tree)))
+        for slot, tree in trees.items()
+    }
+
+
+def _placed(
+    block: Block, shard: str | None, shape: tuple[int, ...], param: Any, mesh: AnyMesh
+) -> PartitionSpec:
+    if shard is None:
+        return PartitionSpec()
+    axes = stack_axes(mesh, block.count) if block.owned else ()
+    if axes:
+        return PartitionSpec(axes)
+    known = _known(param)
+    assert known is not None
+    return matching(shape, param.shape, known)
+
+
+def place(plan: Plan, shard: str | None, state: LLQRState, params: Params) -> LLQRState:
+    """Return a state whose arrays of P lie where `state_shardings` says, as far as that is known.
+
+    Nothing changes without a mesh, nor over automatic axes inside `jax.jit`, where the shardings
+    of parameters are the compiler's: there `state_shardings` is for `out_shardings`.
+
+    Args:
+      plan: the blocks.
+      shard: see `scale_by_llqr`.
+      state: of the preconditioner.
+      params: the parameters.
+    """
+    leaves = jax.tree.leaves(params)
+    meshes = {known.mesh for known in map(_known, leaves) if known is not None}
+    if len(meshes) != 1 or any(_known(leaf) is None for leaf in leaves):
+        return state
+    mesh = meshes.pop()
+    if mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return state
+
+    def moved(trees: dict[str, PyTree]) -> dict[str, PyTree]:
+        return jax.tree.map(_move, trees, trees_of(plan, shard, trees, params, mesh))
+
+    return _with_trees(state, moved, state)
+
+
+def _known(leaf: Any) -> NamedSharding | None:
+    """The sharding of a parameter, where that can be known."""
+    if isinstance(leaf, Tracer):
+        found = jax.typeof(leaf).sharding
+        return found if AxisType.Explicit in found.mesh.axis_types else None
+    found = getattr(leaf, "sharding", None)
+    return found if isinstance(found, NamedSharding) else None
+
+
+def _move(x: Any, where: NamedSharding) -> Any:
+    if isinstance(x, Tracer) or AxisType.Explicit in where.mesh.axis_types:
+        return jax.sharding.reshard(x, where)
+    return jax.device_put(x, where)
 
 
 def matching(shape: tuple[int, ...], of: tuple[int, ...], sharding: NamedSharding) -> PartitionSpec:

@@ -57,18 +57,19 @@ class Visited(NamedTuple):
 
     plan: plans.Plan
     identity_scaling: float
+    shard: str | None = "params"
 
 
 recorder: ContextVar[list[Visited] | None] = ContextVar("recorder", default=None)
 
 
-def note(plan: plans.Plan, identity_scaling: float) -> None:
+def note(plan: plans.Plan, identity_scaling: float, shard: str | None) -> None:
     """Tell whoever visits an optimizer of a preconditioner inside it.
 
     A function by itself: what `init` names is pickled with it, and a ContextVar cannot be.
     """
     if (found := recorder.get()) is not None:
-        found.append(Visited(plan, identity_scaling))
+        found.append(Visited(plan, identity_scaling, shard))
 
 
 def plans_of(tx: optax.GradientTransformation, params: PyTree) -> tuple[plans.Plan, ...]:

@@ -10,7 +10,7 @@ import optax
 
 from llqr import _loops, _replicas, metrics
 from llqr._errors import check_choice, check_integer, check_range
-from llqr._tree import check_alike, check_inexact, freeze
+from llqr._tree import all_like, check_alike, check_inexact, freeze
 from llqr._types import Array, Bool, Int, Number, Params, PyTree
 from llqr.curvature.route import Route
 from llqr.graft import Graft, grafted
@@ -21,6 +21,7 @@ from llqr.refit.options import Refit, check_options
 from llqr.refit.record import RefitInfo, no_refit
 from llqr.refit.setup import Blocks
 from llqr.refit.stream import DAMPING, Streaming, StreamState, check_streamable, kind_of
+from llqr.sharding import Shard, place
 from llqr.state import LLQRState, blocks_of, check_container, note, product
 from llqr.structures import catalogue
 from llqr.structures import plan as plans
@@ -61,6 +62,7 @@ def scale_by_llqr(
     graft: Graft | None = None,
     route: Route | None = None,
     refit: Refit | Streaming | None = None,
+    shard: Shard | None = "params",
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply updates by a learned inverse preconditioner P.
 
@@ -91,6 +93,11 @@ def scale_by_llqr(
       refit: when and how P is learned: `llqr.Refit`, the published method, in refits for which
         training stops; or `llqr.Streaming`, a little at every step. With the latter, updates
         must be the gradients themselves, and what comes out is P m, m their momentum.
+      shard: where P lies on a mesh: "params": its arrays like the parameters, by their axes, and
+        every device works on what is not spread; "blocks": like matrices together in one array, of
+        which each device holds, multiplies and learns some, so that a step brings their gradients
+        there and their updates back; None: on every device. Nothing changes on one device but, with
+        "blocks", how the state is arranged. `llqr.state_shardings` says where the arrays belong.
 
     Returns:
       A transformation whose `update` takes three more keywords. `objective`: a
@@ -130,19 +137,25 @@ def scale_by_llqr(
     damping = (DAMPING if streams else 0.0) if damping is None else damping
     reduction = divergence_reduction or ("unit" if streams else "sum")
     graft = graft or ("rms" if streams else "none")
-    _check_options(damping, reduction, identity_scaling, max_dim, block_size, graft, refit)
+    _check_options(damping, reduction, identity_scaling, max_dim, block_size, graft, refit, shard)
     table, resolved = rule_table(structure), metrics.resolve(metric)
     names = slots(table)
     method = _method(table, resolved, damping, reduction, identity_scaling, route, refit)
 
+    def plan_of(params: Params) -> plans.Plan:
+        plan = plans.make_plan(params, table, max_dim, block_size)
+        return plans.owned(plan) if shard == "blocks" else plan
+
     def init(params: Params) -> Any:
         check_inexact(params)
-        plan = plans.make_plan(params, table, max_dim, block_size)
+        plan = plan_of(params)
         stream = method.init(plan, params, names)
-        note(plan, identity_scaling)
+        note(plan, identity_scaling, shard)
         blocks = plans.identity(plan, identity_scaling)
         packed = plans.pack(plan, blocks, params, names)
-        return LLQRState(jnp.zeros((), jnp.int32), packed, no_refit(plans.size(plan)), stream)
+        info = no_refit(plans.size(plan))
+        state = LLQRState(jnp.zeros((), jnp.int32), packed, info, stream)
+        return place(plan, shard, state, params)
 
     def update(
         updates: Params,
@@ -166,7 +179,7 @@ def scale_by_llqr(
                 f"the optimizer has refit={ways[not streams]}(...), and the state is of one with "
                 f"{ways[streams]}(...). Begin anew with tx.init(params)."
             )
-        plan = plans.make_plan(updates, table, max_dim, block_size)
+        plan = plan_of(updates)
         blocks, info, stream = blocks_of(plan, state, updates), state.refit, state.stream
         vector, only = updates, refresh if isinstance(refresh, OnlyRefit) else None
         if only is None:
@@ -183,7 +196,8 @@ def scale_by_llqr(
             due = refit.is_due(state.count) if refresh is None else refresh
             due = True if isinstance(due, OnlyRefit) else due
             blocks, info, stream = _loops.when(due, run, blocks, info, stream)
-        packed = plans.pack(plan, blocks, updates, names)
+        packed = all_like(plans.pack(plan, blocks, updates, names), state.blocks)
+        stream = all_like(stream, state.stream)
         if only is not None:
             only.reached.append(info)
             return updates, LLQRState(state.count, packed, info, stream)
@@ -231,6 +245,7 @@ def llqr(
     precondition: Precondition = "gradient",
     route: Route | None = None,
     refit: Refit | Streaming | None = None,
+    shard: Shard | None = "params",
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optax optimizer: it sees P g in place of the gradient g.
 
@@ -258,6 +273,7 @@ def llqr(
         and rate, `optax.chain(optax.add_decayed_weights(w), optax.scale_by_learning_rate(rate))`
         (`llqr.streaming` is that chain). A base with a momentum or second moments of its own is
         refused, and so is precondition="update".
+      shard: where P lies on a mesh.
 
     Returns:
       A transformation like `base` whose `update` also takes `objective`, `refresh` and
@@ -298,6 +314,7 @@ def llqr(
         graft=graft,
         route=route,
         refit=refit,
+        shard=shard,
     )
     check_choice("precondition", precondition, get_args(Precondition))
     base, streams = optax.with_extra_args_support(base), isinstance(refit, Streaming)
@@ -375,6 +392,7 @@ def streaming_llqr(
     graft: Graft = "rms",
     route: Route | None = None,
     refit: Streaming | None = None,
+    shard: Shard | None = "params",
 ) -> optax.GradientTransformationExtraArgs:
     """Return the whole optimizer with streaming refits: `llqr.streaming`.
 
@@ -393,6 +411,7 @@ def streaming_llqr(
       graft: length of P m.
       route: how the network is linearised.
       refit: when P follows.
+      shard: where P lies on a mesh.
 
     Returns:
       A transformation as from `llqr.llqr`: `update` takes `objective` where a refit can happen,
@@ -431,6 +450,7 @@ def streaming_llqr(
         graft=graft,
         route=route,
         refit=Streaming() if refit is None else refit,
+        shard=shard,
     )
 
 
@@ -442,6 +462,7 @@ def _check_options(
     block_size: Any,
     graft: Any,
     refit: Any,
+    shard: Any,
 ) -> None:
     if not isinstance(refit, Refit | Streaming):
         raise TypeError(f"refit must be an llqr.Refit or an llqr.Streaming, got {refit!r}.")
@@ -472,6 +493,8 @@ def _check_options(
         check_integer("block_size", block_size, low=1)
     check_choice("divergence_reduction", divergence_reduction, get_args(Reduction))
     check_choice("graft", graft, get_args(Graft))
+    if shard is not None:
+        check_choice("shard", shard, get_args(Shard))
 
 
 def _check_refit_inputs(objective: Any, params: Any, refresh: Any) -> BoundObjective:

@@ -97,3 +97,83 @@ def test_a_compiled_step_keeps_the_shardings_and_the_numbers(structure: str) -> 
         assert array.sharding.is_equivalent_to(where, array.ndim)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert jnp.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_like_matrices_are_spread_over_devices_together() -> None:
+    """As many devices as divide them; what has no like lies like its parameter."""
+    mesh = AbstractMesh((2, 4), ("data", "fsdp"))
+    rows, odd = NamedSharding(mesh, P("fsdp", None)), NamedSharding(mesh, P())
+    like = {f"{i}": ((8, 8), rows) for i in range(12)} | {
+        "head": ((8, 4), rows), "b": ((4,), odd),
+    }  # fmt: skip
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+        for name, (shape, where) in like.items()
+    }
+    tx = llqr.llqr(
+        optax.adam(0.1), structure="e-kfac", refit=llqr.Refit(), metric="gaussian", shard="blocks"
+    )
+    state = jax.eval_shape(tx.init, params)
+    found = llqr.state_shardings(tx, params)
+    blocks, onto = state.preconditioner.blocks, found.preconditioner.blocks
+    for slot in ("left", "right", "spectrum"):
+        assert blocks[slot]["0"].shape == (12, 8, 8)
+        assert onto[slot]["0"].spec == P(("fsdp",)), "12 are divided by 4, and not by 8"
+        assert blocks[slot]["1"] is onto[slot]["1"] is None
+    assert onto["left"]["head"].spec == P("fsdp", None)
+    assert onto["spectrum"]["b"].spec == P()
+    assert found.base[0].mu["1"] == rows
+    streaming = llqr.llqr(
+        optax.sgd(0.1), structure="e-kfac", refit=llqr.Streaming(), metric="gaussian",
+        shard="blocks",
+    )  # fmt: skip
+    stream = llqr.state_shardings(streaming, params).preconditioner.stream
+    assert stream.statistics["left"]["0"].spec == P(("fsdp",))
+    assert stream.momentum["1"] == rows
+
+
+def test_without_sharding_every_device_holds_all_of_p() -> None:
+    params = shapes(AbstractMesh((4,), ("d",)))
+    tx = llqr.llqr(optax.adam(0.1), structure="e-kfac", metric="gaussian", shard=None)
+    found = llqr.state_shardings(tx, params)
+    assert {s.spec for s in jax.tree.leaves(found.preconditioner.blocks)} == {P()}
+    assert found.base[0].mu["w"] == params["w"].sharding
+
+
+@pytest.mark.parametrize("refit", [llqr.Refit(steps=2), llqr.Streaming()], ids=["", "streaming"])
+def test_how_p_is_arranged_does_not_show(refit: Any) -> None:
+    """On one device: the same arrays, statuses, rows and updates, in the order of the leaves."""
+    keys = iter(jax.random.split(jax.random.key(0), 9))
+    draw = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
+    params = {"a": draw(4, 4), "b": draw(4, 3), "c": draw(4, 4), "d": draw(3), "e": draw(4, 3)}
+    x, grads = draw(6, 4), jax.tree.map(jnp.ones_like, params)
+    objective = llqr.Objective(
+        lambda p, x: jnp.tanh(x @ p["a"] @ p["b"]) + jnp.tanh(x @ p["c"] @ p["e"] + p["d"]),
+        lambda z, x: jnp.mean((z - 1) ** 2),
+    ).bind(x)
+
+    def run(shard: Any) -> Any:
+        tx = llqr.scale_by_llqr(
+            structure="e-kfac", metric="gaussian", block_size=2, refit=refit, shard=shard
+        )
+        state = tx.init(params)
+        updates, state = tx.update(grads, state, params, objective=objective)
+        report = llqr.inspect(tx, state, params)
+        half = {"c[0:1]": {"left": jnp.full((2, 2), 0.5)}}
+        installed = llqr.install(tx, state, params, half)
+        return (
+            [(r.leaf, r.status) for r in report.blocks], str(llqr.describe(tx, params)),
+            llqr.blocks(tx, state, params), updates, llqr.precondition(tx, installed, params),
+        )  # fmt: skip
+
+    (rows, table, *arrays), (ours, described, *found) = run("params"), run("blocks")
+    assert rows == ours
+    assert table == described
+    assert jax.tree.structure(arrays) == jax.tree.structure(found)
+    for a, b in zip(jax.tree.leaves(arrays), jax.tree.leaves(found), strict=True):
+        assert jnp.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_shard_is_one_of_its_words() -> None:
+    with pytest.raises(ValueError, match=r"shard.*'rows'"):
+        llqr.llqr(optax.sgd(0.1), shard="rows")  # pyright: ignore[reportArgumentType]

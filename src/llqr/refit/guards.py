@@ -74,10 +74,13 @@ def judge(
     decreased = (after < before) & jnp.isfinite(after)  # False for NaN too
     installed = _choose(decreased & ~flat, proposed, old)
 
-    def status(_: Block, finite: Array, upright: Array, new: Arrays, old: Arrays) -> Array:
+    def status(
+        decreased: Array, flat: Array, down: Array, _: Block, finite: Array, upright: Array,
+        new: Arrays, old: Arrays,
+    ) -> Array:  # fmt: skip
         return _status(finite, upright, decreased, flat, down, _same(new, old))
 
-    found = each(plan, status, finite, upright, new, old)
+    found = each(plan, status, finite, upright, new, old, shared=(decreased, flat, down))
     pxs = plans.products(plan, installed, xs)
     angles = each(plan, lambda _, x, px: cosine(x, px), xs, pxs)
     return Verdict(

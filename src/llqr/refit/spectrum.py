@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from llqr import _loops
 from llqr._linalg import orthonormal
-from llqr._tree import all_finite
+from llqr._tree import all_finite, replicate
 from llqr._types import Array, Bool, Float, Int, Number
 from llqr.refit.stream import Streaming, StreamSetup, dense_sides, kind_of
 from llqr.structures import plan as plans
@@ -97,7 +97,7 @@ def tops_of(setup: StreamSetup, statistics: list[Arrays]) -> list[Array]:
         top = block.each(lambda c: jnp.max(c, initial=0.0), own["spectrum"])
         cut = block.sources[0].cut
         if cut is not None:  # all sources are cut alike
-            top = jnp.max(top.reshape(-1, math.prod(cut.grid)), axis=1)
+            top = jnp.max(replicate(top).reshape(-1, math.prod(cut.grid)), axis=1)
             top = jnp.repeat(top, math.prod(cut.grid))
         return jnp.where(top > 0, top, 1.0)
 
@@ -106,7 +106,7 @@ def tops_of(setup: StreamSetup, statistics: list[Arrays]) -> list[Array]:
 
 def largest(tops: list[Array]) -> Float[Array, ""]:
     """Return the largest of what matrices are divided by: for the record."""
-    found = [jnp.ravel(top).astype(jnp.float32) for top in tops]
+    found = [replicate(top).ravel().astype(jnp.float32) for top in tops]
     return jnp.max(jnp.concatenate(found), initial=0.0) if found else jnp.zeros(())
 
 
@@ -128,11 +128,12 @@ def closed_objective(
 ) -> Float[Array, ""]:
     """Sum of 1/2 D^2 c (c + lambda) - D c: the probe objective without couplings."""
 
-    def one(block: Block, arrays: Arrays, own: Arrays, top: Array) -> Array:
+    def one(damping: Number, block: Block, arrays: Arrays, own: Arrays, top: Array) -> Array:
         if kind_of(block.structure) != "spectrum":
             return jnp.zeros((), jnp.float32)
         d, c = arrays["spectrum"], own["spectrum"] / jnp.asarray(top, own["spectrum"].dtype)
         entries = 0.5 * d * d * c * (c + jnp.asarray(damping, c.dtype)) - d * c
         return jnp.sum(entries).astype(jnp.float32)
 
-    return jnp.sum(plans.in_order(plan, plans.each(plan, one, blocks, statistics, tops)))
+    found = plans.each(plan, one, blocks, statistics, tops, shared=(damping,))
+    return jnp.sum(plans.in_order(plan, found))

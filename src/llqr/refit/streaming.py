@@ -128,7 +128,7 @@ def observe(
     momentum = decayed(stream.momentum)
     often = (count < options.start + options.warmup) | (count % WIDE_FOLLOWS == 0)
     seen = plans.gather(setup.plan, gradient)
-    new = plans.each(setup.plan, partial(observed, options, often), statistics, seen)
+    new = plans.each(setup.plan, partial(observed, options), statistics, seen, shared=(often,))
     statistics = pack(setup, new, stream, gradient)
     stream = stream._replace(momentum=momentum, statistics=statistics)
     return stream, decayed(momentum) if options.nesterov else momentum
@@ -190,7 +190,8 @@ def _refit(
     # Labels drawn say nothing of these matrices: to follow would only lengthen their steps.
     flat = plans.each(plan, lambda _, hs: _all_zero(hs), seen)
     keep = plans.each(plan, lambda _, hs: all_finite(hs) & ~_all_zero(hs), seen)
-    followed = plans.each(plan, partial(follow, options, info.refits + 1), blocks, was, seen, keep)
+    number, turn = info.refits + 1, partial(follow, options)
+    followed = plans.each(plan, turn, blocks, was, seen, keep, shared=(number,))
     new, statistics = ([pair[i] for pair in followed] for i in (0, 1))
     tops = tops_of(setup, statistics)
     power, top = stream.power, largest(tops)
@@ -207,7 +208,7 @@ def _refit(
         )
     old = new
     statistics = plans.each(plan, _unless, flat, was, statistics)
-    new = plans.each(plan, partial(solved, damping), new, statistics, tops)
+    new = plans.each(plan, solved, new, statistics, tops, shared=(damping,))
     if not sides:
         before, after = (
             closed_objective(plan, arrays, statistics, tops, damping) for arrays in (old, new)

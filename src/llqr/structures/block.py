@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llqr._mesh import over_devices, spread_stack, whole_stack
 from llqr._tree import replicate
 from llqr._types import Array, Float, PyTree
 from llqr.structures import matrix as mx
@@ -31,12 +32,15 @@ class Block:
       dtype: of the block's arrays: that of the first leaf, float32 at least.
       structure: after `max_dim`.
       shape: of what one P acts on: [m, n], or that of the view for elementwise structures.
+      owned: whether each device of a mesh holds some of the matrices and works on these alone;
+        their arrays are then kept together, at the first leaf.
     """
 
     sources: tuple[Source, ...]
     dtype: str
     structure: Structure
     shape: tuple[int, ...]
+    owned: bool = False
 
     @property
     def leaves(self) -> tuple[int, ...]:
@@ -68,18 +72,25 @@ class Block:
         """Whether arrays have an axis of matrices."""
         return self.sources[0].stacked or len(self.sources) > 1
 
+    @property
+    def plain(self) -> bool:
+        """Whether arrays and what P acts on have the axes of their leaves, sharded or not."""
+        whole = all(len(source.grid) <= 1 for source in self.sources)
+        return whole and self.structure.elementwise and self.structure.spectrum == "full"
+
     def gather(self, leaves: Sequence[Float[Array, "..."]]) -> Float[Array, "..."]:
         """Return what P acts on, in the block's dtype: [*shape], or [count, *shape].
 
         Args:
           leaves: of a tree shaped like the parameters.
         """
-        plain = self.structure.elementwise and not self.sources[0].stacked
+        plain = self.owned or self.plain
         found = [
             source.gather(leaves, self.shape, sharded=plain).astype(jnp.dtype(self.dtype))
             for source in self.sources
         ]
-        return self.concatenated(found)
+        x = self.concatenated(found)
+        return spread_stack(whole_stack(x, found)) if self.owned else x
 
     def concatenated(self, found: Sequence[Array]) -> Array:
         """Return the arrays of all sources as one: the inverse of `split`.
@@ -123,24 +134,41 @@ class Block:
     def _end_to_end(self, shape: tuple[int, ...]) -> bool:
         """Whether arrays of a matrix are joined at their first axis: no operation for each leaf.
 
-        Not numbers, nor elementwise matrices, whose first axis may be sharded.
+        Not numbers, nor matrices whose first axis may be sharded.
         """
+        if self.owned:
+            return False
         return len(shape) == 1 or (len(shape) > 1 and not self.structure.elementwise)
 
-    def each(self, function: Callable[..., Any], *arguments: PyTree) -> Any:
-        """Return function(*arguments) of every matrix: all at once, up to `AT_ONCE` entries.
+    def each(
+        self, function: Callable[..., Any], *arguments: PyTree, shared: tuple[Any, ...] = ()
+    ) -> Any:
+        """Return function(*shared, *arguments) of every matrix.
+
+        All at once, up to `AT_ONCE` entries; where matrices are owned, each device its own.
 
         Args:
-          function: of the arrays of one matrix.
+          function: of `shared` and the arrays of one matrix.
           *arguments: trees of arrays of the block.
+          shared: what all matrices see: arrays that `function` must not close over.
         """
         if not self.batched:
-            return function(*arguments)
+            return function(*shared, *arguments)
+        run = partial(self._each, function)
+        if self.owned:
+            return over_devices(run, self.count, arguments, shared)
+        return run(arguments, shared)
+
+    def _each(
+        self, function: Callable[..., Any], arguments: tuple[PyTree, ...], shared: tuple[Any, ...]
+    ) -> Any:
+        one = partial(function, *shared)
         held = [math.prod(s) for s in mx.array_shapes(self.structure, self.shape).values()]
         most = max(1, AT_ONCE // max(1, math.prod(self.shape), *held))
-        if self.count <= most or self.structure.elementwise:
-            return jax.vmap(function)(*arguments)
-        return jax.lax.map(lambda xs: function(*xs), arguments, batch_size=most)
+        count = jax.tree.leaves(arguments)[0].shape[0]
+        if count <= most or self.structure.elementwise:
+            return jax.vmap(one)(*arguments)
+        return jax.lax.map(lambda xs: one(*xs), arguments, batch_size=most)
 
     def repeated(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return an array for every matrix, all alike.
@@ -172,18 +200,22 @@ class Block:
           arrays: of the block.
           x: as from `gather`.
         """
-        y = self.each(partial(mx.multiply, self.structure), arrays, x)
-        return self._within(y) if any(s.cut and s.cut.fills for s in self.sources) else y
+        if any(s.cut and s.cut.fills for s in self.sources):
+            return self.each(self._within, arrays, x, *self._lengths())
+        return self.each(partial(mx.multiply, self.structure), arrays, x)
 
-    def _within(self, y: Array) -> Array:
-        """Zero behind the ends of matrices that were cut."""
+    def _within(self, arrays: Arrays, x: Array, rows: Array, columns: Array) -> Array:
+        """P x, zero behind the ends of a matrix that was cut."""
+        inside = (jnp.arange(self.shape[0]) < rows)[:, None] & (jnp.arange(self.shape[1]) < columns)
+        return jnp.where(inside, mx.multiply(self.structure, arrays, x), 0)
+
+    def _lengths(self) -> list[Array]:
+        """How many rows and how many columns of each matrix lie in what was cut."""
         lengths: list[tuple[int, int]] = []
         for source in self.sources:
             assert source.cut is not None
             lengths += source.cut.lengths() * math.prod(source.views[0].sizes)
-        rows, columns = (jnp.asarray(sizes)[:, None] for sizes in zip(*lengths, strict=True))
-        inside = (jnp.arange(self.shape[0]) < rows)[:, :, None]
-        return jnp.where(inside & (jnp.arange(self.shape[1]) < columns)[:, None, :], y, 0)
+        return [jnp.asarray(sizes) for sizes in zip(*lengths, strict=True)]
 
     def as_matrix(self, arrays: Arrays) -> Float[Array, "..."]:
         """Return P as a dense matrix on the flattened x: [size, size], or [count, size, size]."""

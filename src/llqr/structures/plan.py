@@ -4,7 +4,8 @@ A `Plan` is static and hashable. It says which leaves form a block, which struct
 block has and how its leaves are seen as one matrix. The arrays themselves live outside,
 one tree for each slot in the shape of the parameters (`pack`, `unpack`); a block over
 several leaves keeps its arrays at its first leaf, and the matrices of one leaf (members of a
-stack, parts of a matrix: `view`) are kept in one array, stacked.
+stack, parts of a matrix: `view`) are kept in one array, stacked. So are those of many leaves where
+each device holds some of them (`owned`).
 """
 
 import math
@@ -16,7 +17,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import accurate_dtype, leaf_names, shard_like
+from llqr._mesh import spread_stack, whole_stack
+from llqr._tree import accurate_dtype, leaf_names, replicate, shard_like
 from llqr._types import Array, PRNGKeyArray, PyTree
 from llqr.structures import catalogue
 from llqr.structures import matrix as mx
@@ -114,20 +116,28 @@ def size(plan: Sequence[Block]) -> int:
 
 
 def labels(plan: Plan) -> list[str]:
-    """Return a name for each matrix."""
-    return [label for block in plan for label in block.labels]
+    """Return a name for each matrix, by its number."""
+    found = [pair for block in plan for pair in zip(block.numbers, block.labels, strict=True)]
+    return [label for _, label in sorted(found)]
 
 
-def each(plan: Plan, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Return function(block, *arguments) of every matrix, for each block.
+def each(
+    plan: Plan, function: Callable[..., Any], *arguments: Any, shared: tuple[Any, ...] = ()
+) -> list[Any]:
+    """Return function(*shared, block, *arguments) of every matrix, for each block.
 
     Args:
       plan: the blocks.
-      function: of a block and the arrays of one of its matrices.
+      function: of `shared`, a block and the arrays of one of its matrices.
       *arguments: a tree of arrays for each block.
+      shared: what all matrices see: arrays that `function` must not close over.
     """
+
+    def of(block: Block) -> Callable[..., Any]:
+        return lambda *xs: function(*xs[: len(shared)], block, *xs[len(shared) :])
+
     return [
-        block.each(partial(function, block), *own)
+        block.each(of(block), *own, shared=shared)
         for block, *own in zip(plan, *arguments, strict=True)
     ]
 
@@ -156,32 +166,63 @@ def merge(plan: Plan) -> Plan:
     )
 
 
+@lru_cache(maxsize=64)
+def owned(plan: Plan) -> Plan:
+    """Return a plan in which like matrices are one block, of which each device holds a part.
+
+    Not elementwise ones, which lie like their parameters, nor a matrix without its like.
+
+    Args:
+      plan: the blocks.
+    """
+    found: list[Block] = []
+    for block in merge(plan):
+        if block.structure.elementwise or block.count == 1:
+            found += apart((block,))
+        else:
+            found.append(replace(block, owned=True))
+    return tuple(found)
+
+
+def apart(plan: Plan) -> Plan:
+    """Return the plan before `merge` and `owned`: a block for each source."""
+    found = [replace(b, sources=(s,), owned=False) for b in plan for s in b.sources]
+    return tuple(sorted(found, key=lambda block: block.sources[0].first))
+
+
 def merged(plan: Plan, arrays: Sequence[Arrays]) -> tuple[Arrays, ...]:
     """Return the arrays of `merge(plan)`.
 
     Args:
-      plan: the blocks, of one source each.
+      plan: the blocks, of one source each, or owned.
       arrays: of each block.
     """
     at = {block.sources[0].leaf: own for block, own in zip(plan, arrays, strict=True)}
-    return tuple(
-        {
+
+    def joined(block: Block) -> Arrays:
+        first = at[block.sources[0].leaf]
+        if block.owned:
+            return first
+        return {
             slot: block.concatenated([at[source.leaf][slot] for source in block.sources])
-            for slot in at[block.sources[0].leaf]
+            for slot in first
         }
-        for block in merge(plan)
-    )
+
+    return tuple(map(joined, merge(plan)))
 
 
 def separated(plan: Plan, arrays: Sequence[Arrays]) -> tuple[Arrays, ...]:
     """Return the arrays of each block: the inverse of `merged`.
 
     Args:
-      plan: the blocks, of one source each.
+      plan: the blocks, of one source each, or owned.
       arrays: of each block of `merge(plan)`.
     """
     at: dict[int, Arrays] = {source.leaf: {} for block in plan for source in block.sources}
     for block, own in zip(merge(plan), arrays, strict=True):
+        if block.owned:
+            at[block.sources[0].leaf] = own
+            continue
         for slot, x in own.items():
             for source, part in zip(block.sources, block.split(x), strict=True):
                 at[source.leaf][slot] = part
@@ -196,7 +237,8 @@ def in_order(plan: Plan, values: Sequence[Array]) -> Array:
       values: of each block, a number or [count].
     """
     numbers = [number for block in plan for number in block.numbers]
-    found = jnp.concatenate([jnp.ravel(x) for x in values]) if values else jnp.zeros(0)
+    flat = [replicate(x).ravel() for x in values]
+    found = jnp.concatenate(flat) if flat else jnp.zeros(0)
     back = sorted(range(len(numbers)), key=numbers.__getitem__)
     return found if back == list(range(len(back))) else found[jnp.asarray(back)]
 
@@ -210,6 +252,7 @@ def per_matrix(plan: Plan, arrays: Sequence[PyTree]) -> list[PyTree]:
     """
     found: dict[int, PyTree] = {}
     for block, own in zip(plan, arrays, strict=True):
+        own = jax.tree.map(replicate, own) if block.owned else own
         for i, number in enumerate(block.numbers):
             found[number] = jax.tree.map(lambda x, i=i: x[i], own) if block.batched else own
     return [found[number] for number in range(len(found))]
@@ -223,8 +266,12 @@ def from_matrices(plan: Plan, arrays: Sequence[PyTree]) -> list[PyTree]:
       arrays: of each matrix.
     """
     found = [[arrays[number] for number in block.numbers] for block in plan]
+
+    def stack(block: Block, *arrays: Array) -> Array:
+        return spread_stack(jnp.stack(arrays)) if block.owned else jnp.stack(arrays)
+
     return [
-        jax.tree.map(lambda *xs: jnp.stack(xs), *own) if block.batched else own[0]
+        jax.tree.map(partial(stack, block), *own) if block.batched else own[0]
         for block, own in zip(plan, found, strict=True)
     ]
 
@@ -329,6 +376,8 @@ def scatter(plan: Plan, arrays: Sequence[Array], like: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(like)
     out = list(leaves)
     for block, array in zip(plan, arrays, strict=True):
+        if block.owned:
+            array = whole_stack(array, [leaves[i] for i in block.leaves])
         for source, x in zip(block.sources, block.split(array), strict=True):
             for view, leaf in zip(source.views, source.scatter(x), strict=True):
                 was = leaves[view.leaf]
@@ -351,6 +400,9 @@ def pack(
     trees: dict[str, list[Array | None]] = {s: [None] * treedef.num_leaves for s in slot_names}
     for block, own in zip(plan, arrays, strict=True):
         for slot, values in own.items():
+            if block.owned:
+                trees[slot][block.sources[0].leaf] = values
+                continue
             for source, value in zip(block.sources, block.split(values), strict=True):
                 if len(source.grid) > 1:
                     value = value.reshape(*source.grid, *value.shape[1:])
@@ -378,10 +430,22 @@ def unpack(
     treedef = jax.tree.structure(like)
     columns = {slot: treedef.flatten_up_to(tree) for slot, tree in trees.items()}
 
+    def of_owned(block: Block, slot: str) -> Any:
+        found = columns[slot][block.sources[0].leaf]
+        if found is not None and jnp.shape(found)[:1] != (block.count,):
+            raise ValueError(
+                f"{block.names[0]!r}: {jnp.shape(found)} is no stack of {block.count}."
+            )
+        return found if found is None else spread_stack(found)
+
     def own(block: Block, slot: str) -> Any:
+        if block.owned:
+            return of_owned(block, slot)
         found = [columns[slot][source.leaf] for source in block.sources]
         if any(value is None for value in found):
             return None
+        if not block.plain:
+            found = [replicate(value) for value in found]
         for i, source in enumerate(block.sources):
             shape, grid = jnp.shape(found[i]), source.grid
             if shape[: len(grid)] != grid:

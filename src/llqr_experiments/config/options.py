@@ -193,6 +193,13 @@ class Config:
         low=1,
         becomes="llqr.block_size",
     )
+    precond_shard: str | None = option(
+        "params",
+        "where P lies on several devices: like the parameters; or like matrices together, each "
+        "device with some of them, which it alone multiplies and learns; null: on every device",
+        choices=("params", "blocks"),
+        becomes="llqr.shard",
+    )
     divergence: str = option("ngd", "metric of the step", choices=DIVERGENCES, called="divergence")
     divergence_order_param: float = option(0.5, "order of the renyi divergence", above=0)
     divergence_reduction: str = option(

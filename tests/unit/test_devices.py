@@ -1,0 +1,96 @@
+"""Four virtual devices: the numbers of one, and a quarter of its work, bytes and no more talk.
+
+The devices are those of a process of its own: this one has two.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llqr
+
+ROOT = Path(__file__).parents[2]
+MESHES = ("data", "fsdp", "tensor", "2x2")
+STREAMED = ["diagonal", "e-kfac", "e-kfac-gpt", "kfac"]
+TOLERANCE = 1e-12
+
+
+def told(*command: str) -> list[Any]:
+    """Return the lines of JSON that a program prints."""
+    environment = os.environ | {"XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(cases: list[Any]) -> None:
+    """Raise AssertionError where a case is not as on one device."""
+    found = told("tests/devices.py", json.dumps(cases))
+    assert len(found) == len(cases)
+    bad = [f for f in found if "error" in f or not f["apart"] < TOLERANCE]
+    assert not bad, bad
+
+
+def test_the_numbers_of_one_device() -> None:
+    """Each mesh, both kinds of axes, each way to learn and each place of P, once."""
+    check(
+        [
+            ["2x2", "explicit", "cut", "blocks", ["e-kfac", "diagonal"]],
+            ["fsdp", "auto", "streaming", "blocks", ["e-kfac", "diagonal"]],
+            ["data", "explicit", "probe", "params", ["kfac"]],
+            ["tensor", "auto", "chunks", "params", ["dense"]],
+        ]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["params", "blocks"])
+@pytest.mark.parametrize("way", ["published", "probe", "chunks", "streaming"])
+def test_every_structure_on_every_mesh(way: str, shard: str | None) -> None:
+    structures = STREAMED if way == "streaming" else list(llqr.STRUCTURES)
+    check(
+        [
+            [mesh, kind, way, shard, structures]
+            for mesh in MESHES
+            for kind in ("auto", "explicit")
+        ]
+    )  # fmt: skip
+
+
+def shares(*ways: str) -> dict[tuple[str, ...], Any]:
+    """Return the rows of the benchmark, by what they are of."""
+    (rows,) = told("benchmarks/device_share.py", "--json", *ways)
+    return {(r["devices"], r["P"], r["shard"], r["of a"]): r for r in rows}
+
+
+def hold(found: dict[tuple[str, ...], Any], groups: int) -> None:
+    """Check the bounds on work, bytes and collectives of one way."""
+    (way,) = {way for _, way, *_ in found} - {"plain SGD"}
+    for (mesh, _, shard, what), row in found.items():
+        where = (mesh, way, shard, what)
+        if mesh == "fsdp=4" and shard:
+            assert row["bytes of P"] <= 0.27, where
+        if shard == "blocks" or way == "diagonal":
+            assert row["flops"] <= (0.28 if what == "refit" else 0.30), where
+            if what == "step":
+                assert row["all-gathers"] <= 2 * groups, where
+
+
+def test_the_share_of_each_device_elementwise() -> None:
+    hold(shares("diagonal"), groups=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["e-kfac", "e-kfac in chunks", "streaming e-kfac"])
+def test_the_share_of_each_device(way: str) -> None:
+    """Two groups: the layers, and the head, which has no like."""
+    found = shares(way)
+    hold(found, groups=2)
+    assert found["data=4", way, "params", "step"]["flops"] > 0.4, "every device multiplies all of P"
