@@ -14,6 +14,7 @@ from llqr import metrics
 from llqr._linalg import solve
 from llqr._tree import cosine, freeze, leaf_names, norm, vdot
 from llqr._types import Array, Float, Params, PyTree
+from llqr.advice import advise
 from llqr.curvature.model import QuadraticModel, linearize
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
@@ -162,6 +163,11 @@ class Report:
     cosine: float  # of P h and h, all blocks together
     blocks: tuple[BlockReport, ...]
 
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What looks wrong, and what to try, in sentences; empty if nothing does."""
+        return advise(self.refits, self.cosine, self.blocks)
+
     def __str__(self) -> str:
         head = ("leaf", "last refit", "cos(Ph, h)", "smallest", "largest", "norm")
         body = [
@@ -176,6 +182,8 @@ def inspect(
     tx: optax.GradientTransformation, state: Any, params: PyTree, *, asymmetry: bool = False
 ) -> Report:
     """Report on the arrays of P and on the last refit, block by block.
+
+    `print` shows the table; `advice` says in words what looks wrong and what to try.
 
     Everything is measured on the device in one call, and fetched once.
 
@@ -197,6 +205,8 @@ def inspect(
       >>> report = llqr.inspect(tx, tx.init(params), params, asymmetry=True)
       >>> report.blocks[0].status, report.blocks[0].maximum, report.blocks[0].skew["left"]
       ('none', 1.0, (0.0, 0.0))
+      >>> print(*report.advice)
+      P was never refitted and is the identity: is a refit due, and does `objective` reach it?
     """
     ours = find(state)
     plan = plans_of(tx, params)[0]

@@ -71,9 +71,28 @@ def refresh(optimizer: nnx.Optimizer, model: nnx.Module, objective: BoundObjecti
     Raises:
       ValueError: there is no LLQR state in the optimizer.
     """
-    params = nnx.as_pure(nnx.state(model, optimizer.wrt))
-    state = _refresh(optimizer.tx, nnx.as_pure(optimizer.opt_state), params, objective)
+    state = _refresh(*pure(optimizer, model), objective)
     nnx.update(optimizer.opt_state, nnx.state(state))
+
+
+def pure(optimizer: nnx.Optimizer, model: nnx.Module) -> tuple[Any, Any, Any]:
+    """Return (tx, state, params) as trees of arrays, which functions of `llqr` take.
+
+    Args:
+      optimizer: around an LLQR transformation.
+      model: with the parameters that it trains.
+
+    Example:
+      >>> import llqr, optax
+      >>> model = nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, llqr.llqr(optax.sgd(0.1)), wrt=nnx.Param)
+      >>> print(llqr.inspect(*pure(optimizer, model)))
+      leaf    last refit  cos(Ph, h)  smallest  largest   norm
+      --------------------------------------------------------
+      kernel  none             0.000         1        1  2.449
+    """
+    params = nnx.as_pure(nnx.state(model, optimizer.wrt))
+    return optimizer.tx, nnx.as_pure(optimizer.opt_state), params
 
 
 class Stages(NamedTuple):
