@@ -34,7 +34,7 @@ slow:  ## The slow tests
 	$(RUN) pytest -m slow
 
 docs:  ## Documentation builds without warnings
-	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
 
 lock:  ## Resolve anew and write the versions into pyproject.toml
 	python3 tools/lock.py

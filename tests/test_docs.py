@@ -1,5 +1,6 @@
 """Every Python block of the README and the documentation runs."""
 
+import doctest
 import importlib.util
 import re
 import shlex
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import llqr
 from llqr_experiments.command import cli
 from tests.experiments import support
+from tools import crosslinks, gallery
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,6 +27,20 @@ def test_python_blocks_run(page, capsys):
         assert len(blocks) == 3
         assert float(namespace["value"]) < 1.0  # the example trains
         assert "objective" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", gallery.pages(), ids=lambda page: page.stem)
+def test_gallery(page):
+    """The page runs, and shows the picture that it draws and no other."""
+    drawn = {picture.name for picture in gallery.run(page).glob("*.png")}
+    assert drawn == {f"{page.stem}.png"}
+    assert set(re.findall(r"\]\((.*?\.png)\)", page.read_text())) == drawn
+
+
+def test_pictures_of_the_gallery_belong_to_their_code():
+    text = gallery.pages()[0].read_text()
+    assert gallery.key(text) == gallery.key(text.replace("# ", "# About ", 1))  # prose
+    assert gallery.key(text) != gallery.key(text.replace("import jax\n", "import jax  # now\n", 1))
 
 
 def test_readme_commands_exist():
@@ -61,3 +78,15 @@ def test_the_architecture_names_every_module_of_the_runner():
             assert f"`{name}`" in rooms[place[0]], (
                 f"{place[0]}/ has no {name} in docs/architecture.md"
             )
+
+
+def test_the_api_explains_every_public_name():
+    explained = crosslinks.entries()
+    for name in llqr.__all__:
+        assert f"llqr.{name}" in explained or name in ("diagnostics", "quadratic", "stages"), name
+
+
+def test_names_link_to_the_api():
+    found = doctest.testmod(crosslinks)
+    assert found.attempted > 0
+    assert found.failed == 0

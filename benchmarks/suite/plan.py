@@ -1,7 +1,7 @@
 """Which trials are due, from what is there already."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from .methods.method import Method
@@ -17,9 +17,17 @@ def final(trial: dict[str, Any] | None, measure: str) -> float:
     return math.inf if loss is None else loss
 
 
-def rates(tier: Tier, method: Method) -> list[float]:
-    """Return the rates to try: a single 0 for a method that has none."""
-    return tier.grid(method.rate) if method.rate is not None else [0.0]
+def rates(tier: Tier, method: Method, measure: str, get: Get) -> list[float]:
+    """Return the rates to try, so far as is known: a single 0 for a method that has none."""
+    if method.rate is None:
+        return [0.0]
+    found = tier.grid(method.rate)
+    for _ in range(tier.further):
+        trials = {rate: get(Setting(rate, TUNING_SEED)) for rate in found}
+        if None in trials.values():
+            break
+        found.append(tier.following({rate: final(t, measure) for rate, t in trials.items()}))
+    return found
 
 
 def best(tier: Tier, method: Method, measure: str, get: Get) -> Setting:
@@ -37,7 +45,7 @@ def next_tuning(tier: Tier, method: Method, measure: str, get: Get) -> Setting |
 
 def _tried(tier: Tier, method: Method, measure: str, get: Get) -> list[Setting]:
     """All rates; and once these have been run, the alternatives at the best of them."""
-    settings = [Setting(rate, TUNING_SEED) for rate in rates(tier, method)]
+    settings = [Setting(rate, TUNING_SEED) for rate in rates(tier, method, measure, get)]
     if tier.alternatives and all(get(s) is not None for s in settings):
         rate = min(settings, key=lambda s: final(get(s), measure)).rate
         numbers = range(len(method.alternatives))
@@ -63,7 +71,6 @@ def next_run(tier: Tier, method: Method, measure: str, get: Get) -> Setting | No
     return min(due, key=lambda s: (s.seed, s not in tuned), default=None)
 
 
-def at_the_edge(tier: Tier, method: Method, setting: Setting) -> bool:
+def at_the_edge(tried: Collection[float], setting: Setting) -> bool:
     """Whether a tuned rate is the smallest or the largest that was tried."""
-    grid = rates(tier, method)
-    return len(grid) > 1 and setting.rate in (min(grid), max(grid))
+    return len(tried) > 1 and setting.rate in (min(tried), max(tried))

@@ -29,6 +29,7 @@ def write(names: list[str], methods: list[Method], tier: Tier, folder: Path) -> 
         return None
     kept = tier.shorter == 1 and folder.resolve().is_relative_to(DOCS.parent)
     place, images = (DOCS, DOCS / "images" / "suite") if kept else (folder, folder / "images")
+    plots.first_page(results, images / "first-page.png")
     plots.profiles(results, images / "profiles.png")
     plots.curves(results, images / "curves.png")
     plots.sensitivity(results, images / "rates.png")
@@ -44,8 +45,8 @@ def page(results: list[Result], tier: Tier, folder: Path, images: str) -> str:
     parts = [
         "# Benchmark: results",
         f"Written by `uv run python -m benchmarks.suite report --tier {tier.name}`; do not edit. "
-        f"{len(results)} workloads, {tier.rates} rates and "
-        f"{'one more setting' if tier.alternatives else 'nothing else'} tuned, seeds: "
+        f"{len(results)} workloads, {tier.rates + tier.further} rates and "
+        f"{'one more setting' if tier.alternatives else 'nothing else'} tried, seeds: "
         f"{', '.join(map(str, seeds))} of {tier.seeds}. [What is compared and how](benchmark.md).",
         _missing(results),
         _where(results),
@@ -86,19 +87,22 @@ def _missing(results: list[Result]) -> str:
 
 
 def _where(results: list[Result]) -> str:
-    """Return in which environments all of it was measured."""
-    found: dict[str, None] = {}
-    for result in results:
-        for entry in result.entries.values():
-            for where in entry.environments:
-                versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
-                found[f"{where['platform']}, {where['cores used']} of {where['cores']} cores, "
-                      f"commit {where.get('commit', 'not noted')}, "
-                      f"Python {where['python']}, {versions}"] = None  # fmt: skip
-    loads = [w["load"] for r in results for e in r.entries.values() for w in e.environments]
+    """Return in which environments all of it was measured: machines, and commits on each."""
+    found: dict[str, dict[str, None]] = {}
+    environments = [w for r in results for e in r.entries.values() for w in e.environments]
+    for where in environments:
+        versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
+        machine = (
+            f"{where['platform']}, {where['cores used']} of {where['cores']} cores, Python "
+            f"{where['python']}, {versions}"
+        )
+        commit = where.get("commit", "not noted").removesuffix("-dirty")
+        found.setdefault(machine, {})[commit] = None
+    told = "; ".join(f"{machine}, commits {', '.join(of)}" for machine, of in found.items())
+    loads = [where["load"] for where in environments]
     return (
-        f"Measured on: {'; '.join(found)}. Load when processes began: {min(loads)} to "
-        f"{max(loads)}: seconds beside other jobs tell an order at most."
+        f"Measured on: {told}. Load when processes began: {min(loads)} to {max(loads)}; seconds "
+        "are at the pace of a method's fastest trial."
     )
 
 

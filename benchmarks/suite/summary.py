@@ -26,6 +26,9 @@ class Entry:
       usual: seed -> trial, of the customary setting.
       rates: rate -> loss at the end on the tuning seed, infinite where it diverged.
       edge: whether the tuned rate is the smallest or the largest that was tried.
+      pace: seconds of a gradient evaluation, with all that a step does besides, in the fastest of
+        all trials: what else runs on a machine slows a trial down and never makes it faster.
+      compilation: seconds, the least of all processes.
       environments: where it was measured.
     """
 
@@ -35,7 +38,18 @@ class Entry:
     usual: dict[int, dict[str, Any]]
     rates: dict[float, float]
     edge: bool
+    pace: float
+    compilation: float
     environments: list[dict[str, Any]]
+
+    def on_axis(self, value: float, axis: str) -> float:
+        """Return steps or gradient evaluations on an axis: as they are, or in seconds."""
+        seconds = self.pace * value
+        return {"seconds": seconds, "all seconds": seconds + self.compilation}.get(axis, value)
+
+    def last(self, column: str) -> list[float]:
+        """Return what a column of the runs ends with."""
+        return [trial["columns"][column][-1] for trial in self.runs.values()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +84,10 @@ class Result:
           target: "easy", "medium" or "hard".
           axis: "step", "gradients", "seconds", or "all seconds" with compilation.
         """
-        place, values = self.fixed["targets"][target], []
-        for trial in self.entries[name].runs.values():
-            column = "seconds" if axis == "all seconds" else axis
-            value = cost(trial["columns"], place, column, self.measure)
-            values.append(value + (trial["compilation"] if axis == "all seconds" else 0.0))
-        return values
+        place, entry = self.fixed["targets"][target], self.entries[name]
+        column = "step" if axis == "step" else "gradients"
+        values = [cost(t["columns"], place, column, self.measure) for t in entry.runs.values()]
+        return [entry.on_axis(value, axis) for value in values]
 
     def cost(self, name: str, target: str, axis: str) -> float:
         """Return the median of it, infinite if most runs fail."""
@@ -83,9 +95,9 @@ class Result:
 
     def budget(self, axis: str) -> float:
         """Return the median end of the longest of all methods on an axis."""
-        column = "seconds" if axis == "all seconds" else axis
+        column = "step" if axis == "step" else "gradients"
         return max(
-            statistics.median(t["columns"][column][-1] for t in entry.runs.values())
+            entry.on_axis(statistics.median(entry.last(column)), axis)
             for entry in self.entries.values()
         )
 
@@ -113,11 +125,21 @@ def _entry(record: dict[str, Any], method: Method, tier: Tier, measure: str) -> 
     usual = {s.seed: t for s in plan.untuned(tier, method) if (t := get(s))}
     tried = {
         rate: plan.final(trial, measure)
-        for rate in sorted(plan.rates(tier, method))
+        for rate in sorted(plan.rates(tier, method, measure, get))
         if (trial := get(Setting(rate, TUNING_SEED)))
     }
-    edge = plan.at_the_edge(tier, method, chosen)
-    return Entry(method, chosen, runs, usual, tried, edge, record["environments"])
+    edge = plan.at_the_edge(tried, chosen)
+    pace, compilation = _pace([t for s, t in trials.items() if s.alternative == chosen.alternative])
+    return Entry(
+        method, chosen, runs, usual, tried, edge, pace, compilation, record["environments"]
+    )
+
+
+def _pace(trials: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return seconds of a gradient evaluation, and of compilation: the least of all trials."""
+    ends = [(t["columns"]["seconds"][-1], t["columns"]["gradients"][-1]) for t in trials]
+    pace = min(seconds / gradients for seconds, gradients in ends if gradients)
+    return pace, min(trial["compilation"] for trial in trials)
 
 
 def tasks(results: list[Result], axis: str) -> dict[str, list[float]]:

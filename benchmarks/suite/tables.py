@@ -69,9 +69,9 @@ def ends(result: Result) -> str:
                 _spread([_last(t, "train") for t in trials]),
                 _spread([_last(t, "test") for t in trials]),
                 _spread(usual) if usual else "",
-                f"{_median(t['columns']['gradients'][-1] for t in trials):,.0f}",
-                f"{_median(t['columns']['seconds'][-1] for t in trials):.2g}",
-                f"{_median(t['compilation'] for t in trials):.1f}",
+                f"{_median(entry.last('gradients')):,.0f}",
+                f"{entry.pace * _median(entry.last('gradients')):.2g}",
+                f"{entry.compilation:.1f}",
                 f"{_median(t['memory'] for t in trials) / 2**20:.1f}",
             ]
         )

@@ -21,6 +21,7 @@ from benchmarks.suite import (
     diagnosis,
     methods,
     plan,
+    plots,
     protocol,
     runner,
     statistics,
@@ -79,8 +80,35 @@ def test_tuning_takes_the_best_rate_and_then_the_best_alternative():
             return math.inf
         return abs(math.log(rate / 0.3)) + (0.0 if alternative == 1 else 0.1)
 
-    assert tune(QUICK, METHOD, loss) == (Setting(0.316, protocol.TUNING_SEED), 5)
-    assert tune(FULL, METHOD, loss) == (Setting(0.316, protocol.TUNING_SEED, 1), 12)
+    assert tune(QUICK, METHOD, loss) == (Setting(0.316, protocol.TUNING_SEED), 7)
+    assert tune(FULL, METHOD, loss) == (Setting(0.305, protocol.TUNING_SEED, 1), 16)
+
+
+@pytest.mark.parametrize("ideal", [0.0005, 0.004, 0.02, 0.1, 0.4, 2.0, 20.0])
+def test_rates_go_on_beyond_an_end_and_refine_within(ideal):
+    found = {}
+
+    def loss(rate, alternative):
+        found[rate] = abs(math.log(rate / ideal))
+        return found[rate]
+
+    chosen, tried = tune(QUICK, METHOD, loss)
+    assert tried == len(found) == 7
+    assert chosen.rate == min(found, key=lambda rate: found[rate])
+    # A grid from 0.01 to 1 and two steps of half a decade more on either side.
+    edge = plan.at_the_edge(found, chosen)
+    assert edge == (not 0.003 < ideal < 3)
+    apart = abs(math.log10(chosen.rate / ideal))
+    if not edge:
+        assert apart < 0.26  # half a step of the grid at most
+    if 0.03 < ideal < 0.3:
+        assert apart < 0.07  # twice refined
+
+
+def test_where_all_diverge_smaller_rates_are_tried():
+    tried = set()
+    tune(QUICK, METHOD, lambda rate, _: tried.add(rate) or math.inf)
+    assert min(tried) < 0.0011
 
 
 def test_what_is_compared_never_saw_the_tuning_seed():
@@ -183,10 +211,10 @@ def test_stages_follow_one_another_and_methods_take_turns(ran):
     _, _, said = ran
     who = [line.split(", ")[1].split(":")[0] for line in said if "rate" in line]
     first, second, ours = CHOSEN.split(",")
-    assert who[:6] == [first, second] * 3
-    assert "targets" in said[6]
-    assert who[6:9] == [ours] * 3
-    assert who[9:] == [first, second, ours] * 2
+    assert who[:8] == [first, second] * 4
+    assert "targets" in said[8]
+    assert who[8:12] == [ours] * 4
+    assert who[12:] == [first, second, ours] * 2
 
 
 def test_what_is_there_is_not_run_again(ran):
@@ -228,7 +256,7 @@ def test_other_settings_make_results_void(ran):
     method = methods.METHODS["AdamW"]
     other = replace(method, options={**method.options, "b1": 0.5})
     found = store.Trials(folder, workload, other)
-    assert (found.record["trials"], found.dropped) == ([], 5)
+    assert (found.record["trials"], found.dropped) == ([], 6)
 
 
 def test_targets_are_fixed_before_ours_and_never_again(ran, tmp_path):
@@ -267,11 +295,11 @@ def test_the_command_goes_on_where_it_was_killed(tmp_path):
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert len(done.stdout.splitlines()) < 11  # ten trials and the targets, if all were run here
+    assert len(done.stdout.splitlines()) < 13  # 12 trials and the targets, if all were run here
     for name in ("sgd-nesterov", "adamw"):
         trials = json.loads((tmp_path / "digits" / f"{name}.json").read_text())["trials"]
-        assert len(trials) == 5
-        assert len({(t["rate"], t["seed"]) for t in trials}) == 5
+        assert len(trials) == 6
+        assert len({(t["rate"], t["seed"]) for t in trials}) == 6
     assert targets.read(tmp_path, "digits") is not None
 
 
@@ -291,6 +319,31 @@ def test_report(ran):
     }  # fmt: skip
     costs = summary.ratios([result], "gradients", "AdamW")
     assert costs["AdamW"] == (1.0, 3)
+
+
+def test_the_first_page_shows_workloads_that_have_all_its_methods(tmp_path):
+    every = methods.choose("")
+    read = partial(summary.read, ROOT / "benchmarks" / "results" / "suite", tier=QUICK)
+    results = [read(name=name, methods=every) for name in ("poisson", "mnist1d")]
+    assert plots.first_page(results, tmp_path / "both.png") == ["mnist1d", "poisson"]
+    assert (tmp_path / "both.png").exists()
+    without = read(name="poisson", methods=methods.choose("AdamW,SOAP,LLQR streaming"))
+    assert plots.first_page([without], tmp_path / "none.png") == []
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_seconds_are_those_of_the_fastest_trial(ran):
+    folder, _, _ = ran
+    result = summary.read(folder, "tiny", methods.choose(CHOSEN), SMOKE)
+    assert result is not None
+    trials = json.loads((folder / "tiny" / "adamw.json").read_text())["trials"]
+    pace = min(t["columns"]["seconds"][-1] / t["columns"]["gradients"][-1] for t in trials)
+    gradients = np.asarray(result.costs("AdamW", "easy", "gradients"))
+    assert np.isfinite(gradients).any()
+    np.testing.assert_allclose(result.costs("AdamW", "easy", "seconds"), pace * gradients)
+    compilation = min(t["compilation"] for t in trials)
+    every = result.costs("AdamW", "easy", "all seconds")
+    np.testing.assert_allclose(every, pace * gradients + compilation)
 
 
 # --- what is trained ----------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def modular_addition() -> Workload:
         fixed=train,
         test=test,
         batch=128,
-        steps=500,
+        steps=150,  # in 500, training losses end at 0
         told=f"a + b modulo {MODULUS}, one block of 48 features",
     )  # fmt: skip
 
