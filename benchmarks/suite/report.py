@@ -13,6 +13,8 @@ from .workloads import MAKERS
 
 DOCS = Path(__file__).parents[2] / "docs"
 OURS = "LLQR streaming"
+NAMES = {"smoke": "benchmark-results", "quick": "benchmark-results", "full": "benchmark-full"}
+"""Of the page, by tier."""
 
 
 def write(names: list[str], methods: list[Method], tier: Tier, folder: Path) -> Path | None:
@@ -29,11 +31,14 @@ def write(names: list[str], methods: list[Method], tier: Tier, folder: Path) -> 
         return None
     kept = tier.shorter == 1 and folder.resolve().is_relative_to(DOCS.parent)
     place, images = (DOCS, DOCS / "images" / "suite") if kept else (folder, folder / "images")
-    plots.first_page(results, images / "first-page.png")
+    if tier.name != "full":
+        plots.first_page(results, images / "first-page.png")
+    name = f"{NAMES[tier.name]}.md"
+    images = images / "full" if tier.name == "full" else images
     plots.profiles(results, images / "profiles.png")
     plots.curves(results, images / "curves.png")
     plots.sensitivity(results, images / "rates.png")
-    path = place / "benchmark-results.md"
+    path = place / name
     path.write_text(page(results, tier, folder, str(images.relative_to(place))))
     print(f"written to {path}")
     return path
@@ -41,13 +46,13 @@ def write(names: list[str], methods: list[Method], tier: Tier, folder: Path) -> 
 
 def page(results: list[Result], tier: Tier, folder: Path, images: str) -> str:
     """Return the report in Markdown."""
-    seeds = sorted({len(e.runs) for r in results for e in r.entries.values()})
+    title = "Benchmark: results" + (", ten seeds" if tier.name == "full" else "")
     parts = [
-        "# Benchmark: results",
+        f"# {title}",
         f"Written by `uv run python -m benchmarks.suite report --tier {tier.name}`; do not edit. "
         f"{len(results)} workloads, {tier.rates + tier.further} rates and "
-        f"{'one more setting' if tier.alternatives else 'nothing else'} tried, seeds: "
-        f"{', '.join(map(str, seeds))} of {tier.seeds}. [What is compared and how](benchmark.md).",
+        f"{'three values of one more setting' if tier.alternatives else 'nothing else'} tried, "
+        f"{tier.seeds} seeds. [What is compared and how](benchmark.md).",
         _missing(results),
         _where(results),
         "## Over all workloads",

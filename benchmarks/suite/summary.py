@@ -108,7 +108,11 @@ class Result:
 
 
 def read(folder: Path, name: str, methods: list[Method], tier: Tier) -> Result | None:
-    """Read a workload's results, None if it has no targets or no runs yet."""
+    """Read a workload's results: of the methods that have run on all seeds of the tier.
+
+    Returns:
+      The results, None if there are no targets or no such methods.
+    """
     fixed = targets.read(folder, name)
     if fixed is None:
         return None
@@ -117,7 +121,7 @@ def read(folder: Path, name: str, methods: list[Method], tier: Tier) -> Result |
         path = folder / name / f"{slug(method.name)}.json"
         if path.exists():
             entry = _entry(json.loads(path.read_text()), method, tier, fixed["measure"])
-            if entry.runs:
+            if len(entry.runs) == tier.seeds:
                 entries[method.name] = entry
     return Result(name, fixed, entries) if entries else None
 
