@@ -535,7 +535,7 @@ def test_map_params_with_another_tree() -> None:
         "spectrum": {"layer": {"kernel": None, "bias": ("b", (3,))}, "temperature": ("t", ())},
     }
     # Without is_leaf optax (jax.tree.map) refuses: None is no leaf.
-    with pytest.raises(ValueError, match="different types at key path|Expected None"):
+    with pytest.raises(ValueError, match=r"different types at key path|Expected None"):
         optax.tree.map_params(tx, lambda x, leaf: x, state, names)
 
 
