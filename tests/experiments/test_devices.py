@@ -65,6 +65,13 @@ def test_a_run_on_two_devices_has_the_numbers_of_one(tmp_path, capsys, one, mesh
     assert json.loads((tmp_path / "run" / "meta.json").read_text())["processes"] == 1
 
 
+@pytest.mark.slow
+def test_devices_with_blocks_of_their_own_have_the_numbers_of_one(tmp_path):
+    options = (*QUICK[:1], "architecture.hidden=[16,16,16]", *QUICK[2:], "block_structure=e-kfac")
+    owners = support.run(tmp_path / "owners", *options, *FSDP, "precond_shard=blocks")
+    assert_alike(owners, support.run(tmp_path / "one", *options), 1e-12)
+
+
 def test_a_step_leaves_the_state_where_it_lies():
     """A step by itself may return it elsewhere: the compiler decides."""
     config = support.config("experiment=quick-local-test", *QUICK[1:], *FSDP)
