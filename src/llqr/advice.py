@@ -1,7 +1,7 @@
 """What a report on a preconditioner means, in words: what looks wrong, and what to try."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 ACROSS, ALONG = 0.05, 0.999
 """Cosines of P h and h below which little of h is left, and above which P does nothing to it."""
@@ -10,6 +10,7 @@ TINY = 1e-6
 """Blocks without a larger entry have been clamped to the least that is positive."""
 
 
+@runtime_checkable
 class Seen(Protocol):
     """One block, as `llqr.inspect` reports it."""
 
