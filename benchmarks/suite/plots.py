@@ -23,6 +23,9 @@ FIRST = ("characters", "fashion-resnet", "mnist1d", "poisson", *MAKERS)
 BESIDE = {"AdamW": "C0", "Muon": "C1", "SOAP": "C2", "LLQR streaming": "C3"}
 """Methods of that picture, and their colours."""
 
+SHOWN = 2.1
+"""Gradient evaluations that curves are drawn up to, by the median of what methods spend."""
+
 WORSE = 1.2
 """Losses above this times that at the start are left out of the sensitivity to rates."""
 
@@ -109,10 +112,15 @@ def _grid(
     for axes, result in zip(panels, results, strict=False):
         for name, entry in result.entries.items():
             draw(axes, result, name, entry)
+        axes.set_yscale("log")
         if targets:
             for value in result.fixed["targets"].values():
                 axes.axhline(value, color="0.7", lw=0.7, zorder=0)
-        axes.set(title=f"{result.name} ({result.measure})", xlabel=label, yscale="log")
+            courses = [_course(result, entry) for entry in result.entries.values()]
+            axes.set_xlim(0, SHOWN * np.median([places[-1] for places, _ in courses]))
+            least = min(np.nanmin(np.median(losses, axis=0)) for _, losses in courses)
+            axes.set_ylim(least / 2, 2 * result.fixed["start"])
+        axes.set(title=f"{result.name} ({result.measure})", xlabel=label)
         _clean(axes)
     for axes in panels[len(results) :]:
         axes.remove()
