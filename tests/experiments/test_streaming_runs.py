@@ -50,7 +50,9 @@ def test_a_run_is_the_loop_of_the_library(tmp_path):
         params = optax.apply_updates(params, updates)
         found.append(float(value))
     stream.close()
-    np.testing.assert_allclose(losses(rows), found, rtol=1e-2)
+    # Rounding chooses the bases of what no gradient has seen yet, and differs between the two.
+    np.testing.assert_allclose(losses(rows)[:9], found[:9], rtol=3e-4)
+    np.testing.assert_allclose(losses(rows), found, rtol=3e-2)
     refits = [row["refits"] for row in rows if "refits" in row]
     assert refits[-1] == int(llqr.find(state).refit.refits) == 11  # 0 1 2, 4 8 .. 32
     assert found[-1] < 0.9 * found[0]
