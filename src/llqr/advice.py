@@ -67,13 +67,10 @@ def advise(refits: int, cosine: float, blocks: Sequence[Seen]) -> tuple[str, ...
 
     Example:
       >>> advise(0, 0.0, [])[0]
-      'P was never refitted and is the identity: is a refit due, and does `objective` reach it?'
+      'P was never refitted here: is a refit due, and does `objective` reach it?'
     """
     if not refits:
-        return (
-            "P was never refitted and is the identity: is a refit due, and does `objective` reach "
-            "it?",
-        )
+        return ("P was never refitted here: is a refit due, and does `objective` reach it?",)
     found = []
     for status, told in TRY.items():
         leaves = [block.leaf for block in blocks if block.status == status]

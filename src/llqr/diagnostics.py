@@ -206,7 +206,7 @@ def inspect(
       >>> report.blocks[0].status, report.blocks[0].maximum, report.blocks[0].skew["left"]
       ('none', 1.0, (0.0, 0.0))
       >>> print(*report.advice)
-      P was never refitted and is the identity: is a refit due, and does `objective` reach it?
+      P was never refitted here: is a refit due, and does `objective` reach it?
     """
     ours = find(state)
     plan = plans_of(tx, params)[0]

@@ -159,7 +159,7 @@ def blocks_of(plan: plans.Plan, state: LLQRState, like: PyTree) -> Blocks:
         raise ValueError(
             f"the state does not fit the optimizer: {_made_with(state, like)} is given to one with "
             f"structure {_names(plan)}: {why}. Begin anew with tx.init(params), or make the "
-            "optimizer as it was when the state was made."
+            "optimizer as it was when the state was made, with the same `shard` too."
         )
     return found
 

@@ -20,7 +20,14 @@ from llqr.refit import methods
 from llqr.refit.options import Refit, check_options
 from llqr.refit.record import RefitInfo, no_refit
 from llqr.refit.setup import Blocks
-from llqr.refit.stream import DAMPING, Streaming, StreamState, check_streamable, kind_of
+from llqr.refit.stream import (
+    DAMPING,
+    SQUARES,
+    Streaming,
+    StreamState,
+    check_streamable,
+    kind_of,
+)
 from llqr.sharding import Shard, place
 from llqr.state import LLQRState, blocks_of, check_container, note, product
 from llqr.structures import catalogue
@@ -179,6 +186,15 @@ def scale_by_llqr(
                 f"the optimizer has refit={ways[not streams]}(...), and the state is of one with "
                 f"{ways[streams]}(...). Begin anew with tx.init(params)."
             )
+        if isinstance(refit, Streaming) and streams and "spectrum" in names:
+            weighs = refit.signal_decay is not None
+            if weighs != (SQUARES in state.stream.statistics):
+                raise ValueError(
+                    f"the optimizer has Streaming(signal_decay={refit.signal_decay!r}), and the "
+                    f"state is of one with{'out' * weighs} weights by signal: give signal_decay="
+                    f"{'None' if weighs else '0.95'} to go on with it (a state of before 0.2.0 "
+                    "has no weights), or begin anew with tx.init(params)."
+                )
         plan = plan_of(updates)
         blocks, info, stream = blocks_of(plan, state, updates), state.refit, state.stream
         vector, only = updates, refresh if isinstance(refresh, OnlyRefit) else None
@@ -196,19 +212,23 @@ def scale_by_llqr(
             due = refit.is_due(state.count) if refresh is None else refresh
             due = True if isinstance(due, OnlyRefit) else due
             blocks, info, stream = _loops.when(due, run, blocks, info, stream)
-        packed = all_like(plans.pack(plan, blocks, updates, names), state.blocks)
-        stream = all_like(stream, state.stream)
+        packed, count = (
+            all_like(plans.pack(plan, blocks, updates, names), state.blocks),
+            state.count,
+        )
         if only is not None:
             only.reached.append(info)
-            return updates, LLQRState(state.count, packed, info, stream)
-        if method.scale is None:
+            return updates, LLQRState(count, packed, info, all_like(stream, state.stream))
+        scaled = full = updates
+        if method.scale is not None:
+            stream, scaled, full = method.scale(plan, blocks, stream, updates, vector, count)
+        elif apply:
             scaled = full = product(plan, blocks, identity_scaling, vector)
-        else:
-            stream, scaled, full = method.scale(plan, blocks, stream, updates, vector, state.count)
+        stream = all_like(stream, state.stream)
         if apply:
             scaled = grafted(plan, graft, scaled, vector, full)
             updates = jax.tree.map(lambda u, g: u.astype(g.dtype), scaled, updates)
-        return updates, LLQRState(_increment(state.count), packed, info, stream)
+        return updates, LLQRState(_increment(count), packed, info, stream)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -43,7 +43,7 @@ def test_the_numbers_of_one_device() -> None:
     check(
         [
             ["2x2", "explicit", "cut", "blocks", ["e-kfac", "diagonal"]],
-            ["fsdp", "auto", "streaming", "blocks", ["e-kfac", "diagonal"]],
+            ["fsdp", "explicit", "streaming", "blocks", ["e-kfac", "diagonal"]],
             ["data", "explicit", "probe", "params", ["kfac"]],
         ]
     )

@@ -565,3 +565,55 @@ def test_refresh_from_outside_and_sam_see_the_same_p() -> None:
     left, right = (np.asarray(arrays[s]) for s in ("left", "right"))
     u = left @ (np.asarray(arrays["spectrum"]) * (left.T @ g @ right)) @ right.T
     np.testing.assert_allclose(found["first"]["kernel"], u, atol=1e-12)
+
+
+@pytest.mark.parametrize("shard", ["params", "blocks"])
+def test_an_embedding_of_the_shape_of_a_kernel_is_told_from_it(shard: Any) -> None:
+    """Like matrices run as one block, and an embedding has no squares beside a kernel's."""
+    shapes = {"embedding": (6, 6), "kernel": (6, 6), "other": (6, 6)}
+    params = {
+        k: jnp.cos(jnp.arange(36.0) + i).reshape(s) for i, (k, s) in enumerate(shapes.items())
+    }
+
+    def forward(p: Any, x: Any) -> Any:
+        return jnp.tanh(p["embedding"][x] @ p["kernel"]) @ p["other"]
+
+    bound = llqr.Objective(forward, lambda z, x: -jax.nn.log_softmax(z)[:, 0].mean()).bind(
+        jnp.arange(6)
+    )
+    tx = llqr.scale_by_llqr(structure="e-kfac", refit=Streaming(warmup=2), shard=shard)
+    state, step = tx.init(params), jax.jit(tx.update)
+    for _ in range(3):
+        grads = jax.grad(bound)(params)
+        updates, state = step(grads, state, params, objective=bound)
+    rms = {k: float(jnp.sqrt(jnp.mean(u**2))) for k, u in updates.items()}
+    assert math.isclose(rms["embedding"], 0.2 * math.sqrt(19), rel_tol=1e-6)
+    assert max(rms["kernel"], rms["other"]) < 0.9 * rms["embedding"]
+
+
+def test_a_state_with_other_weights_is_refused_with_the_way_out() -> None:
+    params = parameters()
+    usual, without = (
+        llqr.scale_by_llqr(structure="e-kfac", refit=Streaming(signal_decay=b))
+        for b in (0.95, None)
+    )
+    with pytest.raises(ValueError, match="signal_decay=None to go on with it"):
+        usual.update(params, without.init(params), params, refresh=False)
+    with pytest.raises(ValueError, match=r"signal_decay=0\.95 to go on with it"):
+        without.update(params, usual.init(params), params, refresh=False)
+
+
+def test_squares_that_are_not_finite_are_left_out() -> None:
+    """A gradient that is finite, and whose square is not, is forgotten."""
+    params = {"w": jnp.ones((3, 2), jnp.float32)}
+    tx = llqr.scale_by_llqr(structure="e-kfac", refit=Streaming())
+    state = tx.init(params)
+    for size in (1.0, 1e20, *[1.0] * 5):
+        grads = {"w": jnp.full((3, 2), size, jnp.float32)}
+        _, state = tx.update(grads, state, params, refresh=False)
+    np.testing.assert_allclose(state.stream.statistics["squares"]["w"], 1.0, rtol=1e-6)
+
+
+def test_nothing_to_train_is_no_error() -> None:
+    tx = llqr.streaming(0.1)
+    assert tx.update({}, tx.init({}), {}, refresh=False)[0] == {}

@@ -119,7 +119,8 @@ def weighed(
     assert options.signal_decay is not None
     b = jnp.minimum(options.signal_decay, 1 - 1 / (count + 1).astype(g.dtype))
     squares = statistics[SQUARES]
-    squares = jnp.where(all_finite([gradient]), b * squares + (1 - b) * g * g, squares)
+    square = g * g
+    squares = jnp.where(all_finite([square]), b * squares + (1 - b) * square, squares)
     share = divide(jnp.abs((1 - mu) * m), jnp.sqrt(squares), 0.0)
     d = arrays["spectrum"] * v
     found = most * jnp.minimum(share, 1.0) * d

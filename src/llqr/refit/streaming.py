@@ -172,13 +172,14 @@ def scale(
       count: steps so far.
     """
     plan = setup.plan
-    if setup.options.signal_decay is None:
+    if setup.options.signal_decay is None or not plan:
         found = plans.multiply(plan, blocks, vector)
         return stream, found, found
     statistics = unpack(setup, stream.statistics, gradient)
     seen = [plans.gather(plan, x) for x in (gradient, stream.momentum, vector)]
-    run = partial(weighed, setup.options, count)
-    new, found, lengths = zip(*plans.each(plan, run, blocks, statistics, *seen), strict=True)
+    run = partial(weighed, setup.options)
+    each = plans.each(plan, run, blocks, statistics, *seen, shared=(count,))
+    new, found, lengths = zip(*each, strict=True)
     stream = stream._replace(statistics=pack(setup, list(new), stream, gradient))
     found = [block.within(x) for block, x in zip(plan, found, strict=True)]
     return stream, plans.scatter(plan, found, vector), plans.scatter(plan, lengths, vector)

@@ -24,7 +24,7 @@ from llqr.structures import catalogue
 from llqr.structures import matrix as mx
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays, Structure
-from llqr.structures.rules import Rule
+from llqr.structures.rules import Rule, embedding_like
 from llqr.structures.view import Cut, Source, View
 
 Plan: TypeAlias = tuple[Block, ...]
@@ -158,7 +158,9 @@ def merge(plan: Plan) -> Plan:
         for source in block.sources:
             shapes, cut = [view.shape for view in source.views], source.cut
             what = tuple(shapes) if len(shapes) > 1 else None
-            key = (block.structure, block.shape, block.dtype, what, cut and cut.grid)
+            # What streaming refits keep of an embedding is not what they keep of a kernel.
+            seldom = any(embedding_like(view.name) for view in source.views)
+            key = (block.structure, block.shape, block.dtype, what, cut and cut.grid, seldom)
             alike.setdefault(key, []).append(replace(block, sources=(source,)))
     return tuple(
         replace(blocks[0], sources=tuple(block.sources[0] for block in blocks))
