@@ -49,7 +49,7 @@ class Streaming:
         running mean; 1: the mean over all.
       signal_decay: in [0, 1), of the squares of the gradient in the bases. Each entry of P m is
         weighed by the share of the gradient that agrees from step to step, |mean| by root mean
-        square. None: not weighed.
+        square; embeddings count as agreeing, and matrices of kfac are not weighed. None: none is.
       probes: h drawn at each refit.
       wide: sides longer than this turn and follow more rarely.
       rate: eta in (0, 1), of kfac.
