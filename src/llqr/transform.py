@@ -187,7 +187,7 @@ def scale_by_llqr(
                 f"the optimizer has refit={ways[not streams]}(...), and the state is of one with "
                 f"{ways[streams]}(...). Begin anew with tx.init(params)."
             )
-        if isinstance(refit, Streaming) and streams and "spectrum" in names:
+        if isinstance(refit, Streaming) and "spectrum" in names:
             weighs = refit.signal_decay is not None
             if weighs != (SQUARES in state.stream.statistics):
                 raise ValueError(
@@ -213,23 +213,21 @@ def scale_by_llqr(
             due = refit.is_due(state.count) if refresh is None else refresh
             due = True if isinstance(due, OnlyRefit) else due
             blocks, info, stream = _loops.when(due, run, blocks, info, stream)
-        packed, count = (
-            all_like(plans.pack(plan, blocks, updates, names), state.blocks),
-            state.count,
-        )
+        packed = all_like(plans.pack(plan, blocks, updates, names), state.blocks)
         if only is not None:
             only.reached.append(info)
-            return updates, LLQRState(count, packed, info, all_like(stream, state.stream))
+            stream = all_like(stream, state.stream)
+            return updates, LLQRState(state.count, packed, info, stream)
         scaled = full = updates
         if method.scale is not None:
-            stream, scaled, full = method.scale(plan, blocks, stream, updates, vector, count)
+            stream, scaled, full = method.scale(plan, blocks, stream, updates, vector, state.count)
         elif apply:
             scaled = full = product(plan, blocks, identity_scaling, vector)
         stream = all_like(stream, state.stream)
         if apply:
             scaled = grafted(plan, graft, scaled, vector, full)
             updates = jax.tree.map(lambda u, g: u.astype(g.dtype), scaled, updates)
-        return updates, LLQRState(_increment(count), packed, info, stream)
+        return updates, LLQRState(_increment(state.count), packed, info, stream)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
