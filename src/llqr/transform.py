@@ -198,31 +198,34 @@ def scale_by_llqr(
                 )
         plan = plan_of(updates)
         blocks, info, stream = blocks_of(plan, state, updates), state.refit, state.stream
-        vector, only = updates, refresh if isinstance(refresh, OnlyRefit) else None
-        if only is None:
-            stream, vector = method.observe(plan, stream, updates, state.count)
+        only = refresh if isinstance(refresh, OnlyRefit) else None
+        observed, seen = updates if only is None else None, []
+        if observed is not None:
+            stream, seen = method.observe(plan, blocks, stream, observed, state.count)
         if refresh is None and refit.every is None:  # from outside only
             refresh = False
         if refresh is not False:
             bound = _check_refit_inputs(objective, params, refresh)
             _replicas.check(route.axis_name)
 
-            def run(*held: Any) -> tuple[Blocks, RefitInfo, Any]:
-                return method.refit(plan, held, params, bound, state.count, base)
+            def run(*held: Any) -> tuple[Blocks, RefitInfo, Any, list[Array]]:
+                return method.refit(plan, held, params, bound, state.count, base, observed)
 
             due = refit.is_due(state.count) if refresh is None else refresh
             due = True if isinstance(due, OnlyRefit) else due
-            blocks, info, stream = _loops.when(due, run, blocks, info, stream)
+            held = _loops.when(due, run, blocks, info, stream, seen)
+            blocks, info, stream, seen = held
         packed = all_like(plans.pack(plan, blocks, updates, names), state.blocks)
         if only is not None:
             only.reached.append(info)
             stream = all_like(stream, state.stream)
             return updates, LLQRState(state.count, packed, info, stream)
-        scaled = full = updates
+        scaled = full = vector = updates
         if method.scale is not None:
-            stream, scaled, full = method.scale(plan, blocks, stream, updates, vector, state.count)
+            found = method.scale(plan, blocks, stream, seen, updates, state.count)
+            stream, scaled, full, vector = found
         elif apply:
-            scaled = full = product(plan, blocks, identity_scaling, vector)
+            scaled = full = product(plan, blocks, identity_scaling, updates)
         stream = all_like(stream, state.stream)
         if apply:
             scaled = grafted(plan, graft, scaled, vector, full)

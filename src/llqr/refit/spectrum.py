@@ -10,7 +10,14 @@ from llqr import _loops
 from llqr._linalg import orthonormal
 from llqr._tree import all_finite, divide, replicate
 from llqr._types import Array, Bool, Float, Int, Number
-from llqr.refit.stream import SQUARES, Streaming, StreamSetup, dense_sides, kind_of
+from llqr.refit.stream import (
+    MOMENTUM,
+    SQUARES,
+    Streaming,
+    StreamSetup,
+    bases_of,
+    kind_of,
+)
 from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
 from llqr.structures.block import Block
@@ -22,111 +29,122 @@ WIDE_TURNS, WIDE_FOLLOWS = 5, 2
 
 
 def observed(
-    options: Streaming, often: Bool[Array, ""], block: Block, statistics: Arrays, x: Array
-) -> Arrays:
-    """Return the statistics of a matrix after one more gradient: its second moments.
+    options: Streaming, often: Bool[Array, ""], block: Block, arrays: Arrays, statistics: Arrays,
+    x: Array,
+) -> tuple[Arrays, Array]:  # fmt: skip
+    """Return the statistics of a matrix after one more gradient, and V_L^T G V_R.
 
     Args:
       options: of streaming.
       often: whether wide sides follow this one.
       block: to which the matrix belongs.
+      arrays: of P.
       statistics: by slot.
       x: the gradient.
     """
-    sides = dense_sides(block) if kind_of(block.structure) == "spectrum" else ()
-    if not sides:
-        return statistics
-    b, new = options.basis_decay, dict(statistics)
-    finite = jnp.all(jnp.isfinite(x))
+    bases, b = bases_of(block, arrays), options.basis_decay
+    seen, finite = into(bases, x), jnp.all(jnp.isfinite(x))
+    new = statistics | {MOMENTUM: options.momentum * statistics[MOMENTUM] + seen}
 
-    def follow(slot: str, s: Array) -> Array:
+    def follow(slot: str, s: Array) -> tuple[Array]:
         moment = x @ x.T if slot == "left" else x.T @ x
-        return jnp.where(finite, b * s + (1 - b) * moment, s)
+        return (jnp.where(finite, b * s + (1 - b) * moment, s),)
 
-    for slot in sides:
-        new[slot] = now_or_rarely(options, new[slot], often, partial(follow, slot))
-    return new
+    for slot in bases:
+        (new[slot],) = now_or_rarely(options, often, partial(follow, slot), new[slot])
+    return new, seen
 
 
 def now_or_rarely(
-    options: Streaming, side: Array, due: Bool[Array, ""], run: Callable[[Array], Array]
-) -> Array:
-    """Run on a side now; on a wide one, only where that is due."""
+    options: Streaming, due: Bool[Array, ""], run: Callable[..., tuple[Array, ...]], side: Array,
+    *others: Array,
+) -> tuple[Array, ...]:  # fmt: skip
+    """Run on a side, and what goes with it, now; on a wide one, only where that is due."""
     if len(side) <= options.wide:
-        return run(side)
-    return _loops.when(due, lambda kept: (run(kept),), side)[0]
+        return run(side, *others)
+    return _loops.when(due, run, side, *others)
 
 
 def follow(
     options: Streaming, number: Int[Array, ""], block: Block, arrays: Arrays, statistics: Arrays,
     probes: list[Array], keep: Bool[Array, ""],
 ) -> tuple[Arrays, Arrays]:  # fmt: skip
-    """Turn the bases of a matrix towards the second moments, and average the probe's squares."""
+    """Turn the bases of a matrix towards the second moments, and average the probe's squares.
+
+    The momentum turns with them: it is the same in the coordinates of the parameters.
+    """
     if kind_of(block.structure) != "spectrum":
         return arrays, statistics
     often = (number <= WIDE_TURNS - 1) | ((number - 1) % WIDE_TURNS == 0)
 
-    def turn(slot: str, v: Array) -> Array:
+    def turn(slot: str, v: Array, momentum: Array) -> tuple[Array, Array]:
         new = orthonormal(statistics[slot] @ v)
-        return jnp.where(all_finite([new]), new, v)
+        new = jnp.where(all_finite([new]), new, v)
+        return new, into({slot: new}, out_of({slot: v}, momentum))
 
-    bases = {
-        slot: now_or_rarely(options, arrays[slot], often, partial(turn, slot))
-        for slot in dense_sides(block)
-    }
+    bases, momentum = {}, statistics[MOMENTUM]
+    for slot, v in bases_of(block, arrays).items():
+        bases[slot], momentum = now_or_rarely(options, often, partial(turn, slot), v, momentum)
 
-    fresh = jnp.mean(jnp.stack([jnp.square(_into(bases, h)) for h in probes]), axis=0)
+    fresh = jnp.mean(jnp.stack([jnp.square(into(bases, h)) for h in probes]), axis=0)
     a = jnp.minimum(options.spectrum_decay, 1 - 1 / number.astype(fresh.dtype))
     c = jnp.where(keep, a * statistics["spectrum"] + (1 - a) * fresh, statistics["spectrum"])
-    return arrays | bases, statistics | {"spectrum": c}
+    return arrays | bases, statistics | {MOMENTUM: momentum, "spectrum": c}
 
 
-def _into(bases: Arrays, x: Array) -> Array:
+def into(bases: Arrays, x: Array) -> Array:
     """V_L^T x V_R."""
     x = bases["left"].T @ x if "left" in bases else x
     return x @ bases["right"] if "right" in bases else x
 
 
+def out_of(bases: Arrays, x: Array) -> Array:
+    """V_L x V_R^T: the inverse of `into`."""
+    x = bases["left"] @ x if "left" in bases else x
+    return x @ bases["right"].T if "right" in bases else x
+
+
+def towards(options: Streaming, seen: Array, momentum: Array) -> Array:
+    """Return v, what P multiplies: m or, with `nesterov`, G + mu m."""
+    return seen + options.momentum * momentum if options.nesterov else momentum
+
+
 def weighed(
     options: Streaming, count: Int[Array, ""], block: Block, arrays: Arrays, statistics: Arrays,
-    gradient: Array, momentum: Array, vector: Array,
-) -> tuple[Arrays, Array, Array]:  # fmt: skip
-    """Return the statistics of a matrix, P v weighed by signal, and P v in the bases.
+    seen: Array,
+) -> tuple[Arrays, Array, Array, Array]:  # fmt: skip
+    """Return the statistics of a matrix, P v weighed by signal, and P v and v in the bases.
 
     Each entry is weighed by how far gradients agree on it: |mean| by root mean square, which for
     gradients without a signal is sqrt((1 - mu) / (1 + mu)), and up to 1 where they agree. Rows of
     embeddings are seldom in a batch, which is no disagreement: all of theirs count as agreeing.
 
     Args:
-      options: of streaming, with a `signal_decay`.
+      options: of streaming.
       count: steps so far.
       block: to which the matrix belongs.
       arrays: of P.
-      statistics: by slot.
-      gradient: of this step.
-      momentum: m, this gradient in it.
-      vector: v.
+      statistics: by slot, this gradient in the momentum.
+      seen: the gradient in the bases.
     """
-    mu = options.momentum
-    # In units of what the mean of gradients without a signal comes to.
-    most = 1 / math.sqrt((1 - mu) / (1 + mu))
-    if SQUARES not in statistics:
-        found = mx.multiply(block.structure, arrays, vector)
-        factor = most if kind_of(block.structure) == "spectrum" else 1.0
-        return statistics, factor * found, found
-    bases = {slot: arrays[slot] for slot in dense_sides(block)}
-    g, m, v = (_into(bases, x) for x in (gradient, momentum, vector))
-    assert options.signal_decay is not None
-    b = jnp.minimum(options.signal_decay, 1 - 1 / (count + 1).astype(g.dtype))
-    squares = statistics[SQUARES]
-    square = g * g
-    squares = jnp.where(all_finite([square]), b * squares + (1 - b) * square, squares)
-    share = divide(jnp.abs((1 - mu) * m), jnp.sqrt(squares), 0.0)
-    d = arrays["spectrum"] * v
-    found = most * jnp.minimum(share, 1.0) * d
-    found = bases["left"] @ found if "left" in bases else found
-    found = found @ bases["right"].T if "right" in bases else found
-    return statistics | {SQUARES: squares}, found, d
+    mu, m, b = options.momentum, statistics[MOMENTUM], options.signal_decay
+    v = towards(options, seen, m)
+    if kind_of(block.structure) != "spectrum":
+        found = mx.multiply(block.structure, arrays, v)
+        return statistics, found, found, v
+    found = d = arrays["spectrum"] * v
+    if b is not None:
+        # In units of what the mean of gradients without a signal comes to.
+        most = 1 / math.sqrt((1 - mu) / (1 + mu))
+        if SQUARES in statistics:
+            b = jnp.minimum(b, 1 - 1 / (count + 1).astype(seen.dtype))
+            square, squares = seen * seen, statistics[SQUARES]
+            squares = jnp.where(all_finite([square]), b * squares + (1 - b) * square, squares)
+            share = divide(jnp.abs((1 - mu) * m), jnp.sqrt(squares), 0.0)
+            statistics = statistics | {SQUARES: squares}
+            found = jnp.minimum(share, 1.0) * found
+        found = most * found
+    return statistics, out_of(bases_of(block, arrays), found), d, v
 
 
 def tops_of(setup: StreamSetup, statistics: list[Arrays]) -> list[Array]:

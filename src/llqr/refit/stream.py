@@ -23,8 +23,8 @@ from llqr.structures.rules import embedding_like
 DAMPING = 1e-4
 """Default lambda, in units of the largest curvature of each block."""
 
-SQUARES = "squares"
-"""Slot of the running mean of the squares of the gradient in the bases."""
+MOMENTUM, SQUARES = "momentum", "squares"
+"""Slots of the momentum, and of the running mean of the squares of the gradient, in the bases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +112,9 @@ class Streaming:
 class StreamState(NamedTuple):
     """What streaming refits remember besides P: arrays only, float32 at least."""
 
-    momentum: Params  # m, like params
-    # slot -> tree shaped like params, an array or None: S_L and S_R ("left", "right"), c
-    # ("spectrum") and q ("squares", where signal_decay is given); for kfac A and B
+    # slot -> tree shaped like params, an array or None: the momentum and, where signal_decay is
+    # given, q ("squares"), both in the bases; S_L and S_R ("left", "right"), c ("spectrum"); for
+    # kfac A and B, and m as it is
     statistics: dict[str, Any]
     power: Params | None  # C v / |v| of the last power step, like params; None without kfac
     top: Float[Array, ""]  # by which C was last divided: the largest of all blocks
@@ -179,6 +179,17 @@ def dense_sides(block: Block) -> tuple[str, ...]:
     return tuple(slot for slot, name in sides.items() if name == "dense")
 
 
+def bases_of(block: Block, arrays: Arrays) -> Arrays:
+    """Return V_L and V_R of a matrix ("left", "right"); not of one that has no spectrum.
+
+    Args:
+      block: to which it belongs.
+      arrays: of its P.
+    """
+    spectrum = kind_of(block.structure) == "spectrum"
+    return {slot: arrays[slot] for slot in dense_sides(block)} if spectrum else {}
+
+
 def is_embedding(block: Block) -> bool:
     """Whether a block holds embeddings, whose rows are seldom in a batch."""
     return any(map(embedding_like, block.names))
@@ -186,7 +197,7 @@ def is_embedding(block: Block) -> bool:
 
 def statistics_of(options: Streaming, block: Block) -> dict[str, tuple[int, ...]]:
     """Return the shape of each array that a block's statistics hold, by slot."""
-    shapes = {}
+    shapes = {MOMENTUM: block.shape}
     for slot in dense_sides(block):
         size = block.shape[0] if slot == "left" else block.shape[1]
         shapes[slot] = (size, size)

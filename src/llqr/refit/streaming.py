@@ -72,6 +72,7 @@ from llqr.refit.spectrum import (
     WIDE_FOLLOWS,
     closed_objective,
     follow,
+    into,
     largest,
     observed,
     solved,
@@ -79,14 +80,17 @@ from llqr.refit.spectrum import (
     weighed,
 )
 from llqr.refit.stream import (
+    MOMENTUM,
     SQUARES,
     StreamSetup,
     StreamState,
+    bases_of,
     kind_of,
     pack,
     statistics_of,
     unpack,
 )
+from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
@@ -104,91 +108,83 @@ def init(setup: StreamSetup, params: Params, slots: tuple[str, ...]) -> StreamSt
     Returns:
       Zeros; for kfac A and B the identity, and a normal draw for the power steps.
     """
-    zeros = _zeros_like(params)
 
-    def first(block: Block, shape: tuple[int, ...]) -> Array:
-        sides = kind_of(block.structure) == "sides"
-        return jnp.eye(*shape, dtype=block.dtype) if sides else jnp.zeros(shape, block.dtype)
+    def first(block: Block, slot: str, shape: tuple[int, ...]) -> Array:
+        side = kind_of(block.structure) == "sides" and slot != MOMENTUM
+        return jnp.eye(*shape, dtype=block.dtype) if side else jnp.zeros(shape, block.dtype)
 
     arrays = [
         {
-            slot: block.repeated(first(block, shape))
+            slot: block.repeated(first(block, slot, shape))
             for slot, shape in statistics_of(setup.options, block).items()
         }
         for block in setup.plan
     ]
     weighs = setup.options.signal_decay is not None and "spectrum" in slots
-    packed = plans.pack(setup.plan, arrays, params, slots + (SQUARES,) * weighs)
-    power = normal_like(_zeros_like(params), jax.random.key(0)) if setup.two_sided else None
-    return StreamState(zeros, packed, power, jnp.ones((), jnp.float32))
+    names = (*slots, MOMENTUM, *[SQUARES] * weighs)
+    packed = plans.pack(setup.plan, arrays, params, names)
+    power = normal_like(_wide_zeros(params), jax.random.key(0)) if setup.two_sided else None
+    return StreamState(packed, power, jnp.ones((), jnp.float32))
 
 
-def _zeros_like(params: Params) -> Params:
+def _wide_zeros(params: Params) -> Params:
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accurate_dtype(p)), params)
 
 
 def observe(
-    setup: StreamSetup, stream: StreamState, gradient: Params, count: Int[Array, ""]
-) -> tuple[StreamState, Params]:
-    """Return the state after one more gradient, momentum and second moments, and what P sees.
+    setup: StreamSetup, blocks: Blocks, stream: StreamState, gradient: Params, count: Int[Array, ""]
+) -> tuple[StreamState, list[Array]]:
+    """Return the state after one more gradient, momentum and second moments, and V_L^T G V_R.
 
     A block whose gradient is not finite keeps its moments.
 
     Args:
       setup: of the run.
+      blocks: the arrays of P.
       stream: the state so far.
       gradient: G, like the parameters.
       count: steps so far.
 
     Returns:
-      The state, and m or, with `nesterov`, G + mu m: like the parameters, float32 at least.
+      The state, and the gradient of each block in its bases, float32 at least.
     """
     options, statistics = setup.options, unpack(setup, stream.statistics, gradient)
-
-    def decayed(m: Params) -> Params:
-        return jax.tree.map(lambda m, g: options.momentum * m + g.astype(m.dtype), m, gradient)
-
-    momentum = decayed(stream.momentum)
     often = (count < options.start + options.warmup) | (count % WIDE_FOLLOWS == 0)
-    seen = plans.gather(setup.plan, gradient)
-    new = plans.each(setup.plan, partial(observed, options), statistics, seen, shared=(often,))
-    statistics = pack(setup, new, stream, gradient)
-    stream = stream._replace(momentum=momentum, statistics=statistics)
-    return stream, decayed(momentum) if options.nesterov else momentum
+    x, run = plans.gather(setup.plan, gradient), partial(observed, options)
+    found = plans.each(setup.plan, run, blocks, statistics, x, shared=(often,))
+    new, seen = ([pair[i] for pair in found] for i in (0, 1))
+    return stream._replace(statistics=pack(setup, new, stream, gradient)), seen
 
 
 def scale(
-    setup: StreamSetup, blocks: Blocks, stream: StreamState, gradient: Params, vector: Params,
+    setup: StreamSetup, blocks: Blocks, stream: StreamState, seen: list[Array], gradient: Params,
     count: Int[Array, ""],
-) -> tuple[StreamState, Params, Params]:  # fmt: skip
-    """Return the state, P v weighed by signal, and a tree with the lengths of P v itself.
+) -> tuple[StreamState, Params, Params, Params]:  # fmt: skip
+    """Return the state, P v weighed by signal, and trees as long as P v itself and as v.
 
     Args:
       setup: of the run.
       blocks: the arrays of P.
       stream: the state, this step's gradient in its momentum.
+      seen: the gradient of each block in its bases.
       gradient: G, like the parameters.
-      vector: v, what P sees.
       count: steps so far.
     """
-    plan = setup.plan
-    if setup.options.signal_decay is None or not plan:
-        found = plans.multiply(plan, blocks, vector)
-        return stream, found, found
-    statistics = unpack(setup, stream.statistics, gradient)
-    seen = [plans.gather(plan, x) for x in (gradient, stream.momentum, vector)]
-    run = partial(weighed, setup.options)
-    each = plans.each(plan, run, blocks, statistics, *seen, shared=(count,))
-    new, found, lengths = zip(*each, strict=True)
+    plan, like = setup.plan, widened(gradient)
+    if not plan:
+        return stream, like, like, like
+    statistics, run = unpack(setup, stream.statistics, gradient), partial(weighed, setup.options)
+    each = plans.each(plan, run, blocks, statistics, seen, shared=(count,))
+    new, found, lengths, vector = zip(*each, strict=True)
     stream = stream._replace(statistics=pack(setup, list(new), stream, gradient))
     found = [block.within(x) for block, x in zip(plan, found, strict=True)]
-    return stream, plans.scatter(plan, found, vector), plans.scatter(plan, lengths, vector)
+    return stream, *(plans.scatter(plan, x, like) for x in (found, lengths, vector))
 
 
 def refit(
-    setup: StreamSetup, blocks: Blocks, info: RefitInfo, stream: StreamState, params: Params,
-    objective: BoundObjective, damping: Number,
-) -> tuple[Blocks, RefitInfo, StreamState]:  # fmt: skip
+    setup: StreamSetup, blocks: Blocks, info: RefitInfo, stream: StreamState, seen: list[Array],
+    gradient: Params | None, params: Params, objective: BoundObjective, damping: Number,
+) -> tuple[Blocks, RefitInfo, StreamState, list[Array]]:  # fmt: skip
     """Return P after one refit: new bases, one more probe, the spectrum that follows.
 
     Args:
@@ -196,27 +192,33 @@ def refit(
       blocks: the arrays of P.
       info: the record so far.
       stream: the state, this step's gradient in it.
+      seen: that gradient in the bases.
+      gradient: like the parameters; None: there is none, and nothing was seen.
       params: the current parameters.
       objective: on the training batch.
       damping: lambda > 0.
 
     Returns:
-      The arrays of P, the record and the state; a block whose probe is not finite keeps its
-      curvature.
+      The arrays of P, the record, the state, and the gradient in the new bases; a block whose
+      probe is not finite keeps its curvature.
     """
     python = _loops.in_python(params)
     run = _loops.compiled if python and not setup.route.layerwise else _loops.direct
-    return run(_merged, setup, blocks, info, stream, params, objective, damping)
+    return run(_merged, setup, blocks, info, stream, seen, gradient, params, objective, damping)
 
 
 def _merged(
-    setup: StreamSetup, blocks: Blocks, info: RefitInfo, *inputs: Any
-) -> tuple[Blocks, RefitInfo, StreamState]:
+    setup: StreamSetup, blocks: Blocks, info: RefitInfo, stream: StreamState, seen: list[Array],
+    gradient: Params | None, *inputs: Any,
+) -> tuple[Blocks, RefitInfo, StreamState, list[Array]]:  # fmt: skip
     """A refit in which like matrices are one block."""
-    plan = setup.plan
+    plan, inside = setup.plan, lambda block, arrays, x: into(bases_of(block, arrays), x)
     setup = replace(setup, plan=plans.merge(plan))
-    blocks, info, stream = _refit(setup, plans.merged(plan, blocks), info, *inputs)
-    return plans.separated(plan, blocks), info, stream
+    blocks, info, stream = _refit(setup, plans.merged(plan, blocks), info, stream, *inputs)
+    blocks = plans.separated(plan, blocks)
+    if gradient is not None:
+        seen = plans.each(plan, inside, blocks, plans.gather(plan, gradient))
+    return blocks, info, stream, seen
 
 
 def _refit(
@@ -269,7 +271,7 @@ def _refit(
         top=jnp.asarray(top, jnp.float32),
     )  # fmt: skip
     new = plans.each(plan, _unless, flat, blocks, new)
-    record = _record(plan, tuple(new), info, stream.momentum, keep, flat, before, after)
+    record = _record(plan, new, statistics, info, keep, flat, before, after)
     return tuple(new), record, stream
 
 
@@ -297,11 +299,17 @@ def _linearize(
 
 
 def _record(
-    plan: Plan, blocks: Blocks, info: RefitInfo, momentum: Params, keep: list[Bool[Array, "..."]],
-    flat: list[Bool[Array, "..."]], before: Float[Array, ""], after: Float[Array, ""],
+    plan: Plan, blocks: list[Arrays], statistics: list[Arrays], info: RefitInfo,
+    keep: list[Bool[Array, "..."]], flat: list[Bool[Array, "..."]], before: Float[Array, ""],
+    after: Float[Array, ""],
 ) -> RefitInfo:  # fmt: skip
-    ms = plans.gather(plan, momentum)
-    pms = plans.products(plan, blocks, ms)
+    def product(block: Block, arrays: Arrays, m: Array) -> Array:  # cosines are those of P m and m
+        if kind_of(block.structure) == "spectrum":
+            return arrays["spectrum"] * m
+        return mx.multiply(block.structure, arrays, m)
+
+    ms = [own[MOMENTUM] for own in statistics]
+    pms = plans.each(plan, product, blocks, ms)
     code = {word: i for i, word in enumerate(STATUS)}
     kept, zero = plans.in_order(plan, keep), plans.in_order(plan, flat)
     status = jnp.where(kept, code["updated"], jnp.where(zero, code["flat"], code["nonfinite"]))
