@@ -33,7 +33,8 @@ class Streaming:
 
     A step with a refit costs one more transpose sweep of the network, so that the default takes
     1.05 gradients a step. It works for the structures e-kfac (with its embedding rules,
-    e-kfac-gpt), diagonal and kfac, which takes 1.15; the metric must be one from which labels can be drawn.
+    e-kfac-gpt), diagonal and kfac, which takes 1.15; the metric must be one from which labels
+    can be drawn.
 
     Args:
       every: k, steps from refit to refit, after the warm-up. None: none by themselves, not even
