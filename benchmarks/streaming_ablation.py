@@ -25,6 +25,7 @@ KEPT = "AdamW,Muon,SOAP,LLQR streaming"
 VARIANTS = {
     "LLQR not weighed": llqr.Streaming(signal_decay=None),
     "LLQR momentum 0.95": llqr.Streaming(momentum=0.95),
+    "LLQR every 10": llqr.Streaming(every=10),
 }
 
 

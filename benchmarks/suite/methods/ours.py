@@ -46,7 +46,7 @@ _PUBLISHED_PRODUCTS = 1 + 50
 
 
 def _streaming(workload: Workload, *, refit: llqr.Streaming, **options: Any) -> Engine:
-    """A refit at each of the first ten steps and at every twentieth: one more gradient each."""
+    """A refit at each of the first ten steps and at every fifteenth: one more gradient each."""
 
     def make(rate: Any) -> optax.GradientTransformation:
         return llqr.streaming(rate, metric=workload.metric, refit=refit, **options)

@@ -32,8 +32,8 @@ class Streaming:
     """How P follows the training: `refit=llqr.Streaming()` in place of `llqr.Refit`.
 
     A step with a refit costs one more transpose sweep of the network, so that the default takes
-    1.05 gradients a step. It works for the structures e-kfac (with its embedding rules,
-    e-kfac-gpt), diagonal and kfac, which takes 1.15; the metric must be one from which labels
+    1.07 gradients a step. It works for the structures e-kfac (with its embedding rules,
+    e-kfac-gpt), diagonal and kfac, which takes 1.2; the metric must be one from which labels
     can be drawn.
 
     Args:
@@ -64,7 +64,7 @@ class Streaming:
       >>> import optax, llqr
       >>> tx = llqr.llqr(optax.sgd(0.01), structure="e-kfac", refit=llqr.Streaming())
       >>> [step for step in range(50) if llqr.Streaming().is_due(step) and step >= 20]
-      [20, 40]
+      [30, 45]
 
     References:
       Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230, for the
@@ -72,7 +72,7 @@ class Streaming:
       Stochastic Gradient Descent, arXiv 1512.04202, for kfac's relative steps.
     """
 
-    every: int | None = 20
+    every: int | None = 15
     warmup: int = 10
     start: int = 0
     until: int | None = None

@@ -230,7 +230,7 @@ class Config:
         "and on its batch; the options precond_stream_* are of it, the solver's are not",
     )
     precond_stream_every: int = option(
-        20, "steps between such probes", low=1, becomes="streaming.every"
+        15, "steps between such probes", low=1, becomes="streaming.every"
     )
     precond_stream_warmup: int = option(
         10, "first steps, with a probe each", low=0, becomes="streaming.warmup"
