@@ -4,8 +4,8 @@
     uv run python -m benchmarks.streaming_cost characters --repeats 20
 
 One process; five steps of each kind in turn, so that what else runs on the machine meets all of
-them. The mean over a training has 20 refits at its start and one at every tenth step after. Ratios
-are of medians, and of the smallest values, which other jobs disturb least.
+them. The mean over a training has ten refits at its start and one at every fifteenth step after.
+Ratios are of medians, and of the smallest values, which other jobs disturb least.
 
 QR factorisations are LAPACK's. On a CPU its threads and XLA's are in each other's way, so that one
 of a side of 192 can take 60 times as long as it does alone: OPENBLAS_NUM_THREADS=1, which is set
