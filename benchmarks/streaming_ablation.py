@@ -23,9 +23,11 @@ from benchmarks.suite.methods.method import Method
 FOLDER = Path(__file__).parent / "results" / "ablation"
 KEPT = "AdamW,Muon,SOAP,LLQR streaming"
 VARIANTS = {
-    "LLQR not weighed": llqr.Streaming(signal_decay=None),
-    "LLQR momentum 0.95": llqr.Streaming(momentum=0.95),
+    "LLQR not weighed": llqr.Streaming(every=10, signal_decay=None),
+    "LLQR momentum 0.95": llqr.Streaming(every=10, momentum=0.95),
     "LLQR every 10": llqr.Streaming(every=10),
+    "LLQR every 20": llqr.Streaming(every=20),
+    "LLQR every 30": llqr.Streaming(every=30),
 }
 
 
