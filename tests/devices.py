@@ -39,12 +39,10 @@ WAYS: dict[str, dict[str, Any]] = {
         "refit": llqr.Refit(every=1, start=1, **RATE), "route": llqr.Route(chunk_size=8)
     },
     "cut": {"refit": llqr.Refit(every=1, start=1, **RATE), "block_size": 3},
-    # From statistics of full rank.
+    # From statistics of full rank: what is left of a basis is chosen by rounding.
     "streaming": {"refit": llqr.Streaming(every=2, warmup=0, start=5)},
-    # Where statistics have none, the shift leaves bases as they are, but for rounding by its size.
-    "early": {"refit": llqr.Streaming(every=2, warmup=3)},
 }  # fmt: skip
-STEPS = {"streaming": 8, "early": 8}
+STEPS = {"streaming": 8}
 STREAMED = ("diagonal", "e-kfac", "e-kfac-gpt", "kfac")
 RNG = np.random.default_rng(0)
 N = 4
@@ -106,7 +104,7 @@ def optimizer(way: str, structures: list[str], shard: str | None) -> Any:
                                        ("bias", (), bias), ("", (), name)):  # fmt: skip
             match = f"^{name}/.*{part}"
             rules.append(llqr.Rule(match=match, structure=structure, stack=stack))
-    base = optax.sgd(0.1) if way in STEPS else optax.sgd(0.1, momentum=0.9)
+    base = optax.sgd(0.1) if way == "streaming" else optax.sgd(0.1, momentum=0.9)
     return llqr.llqr(base, structure=[*rules, ("*", "e-kfac")], shard=shard, **WAYS[way])
 
 

@@ -102,8 +102,7 @@ def numpy_loop(options: Streaming, structure: str, steps: int, rate: float) -> A
                 s, squares = state[n], []
                 for v, side in (("vl", "sl"), ("vr", "sr")) if s["matrix"] else ():
                     if len(s[v]) <= options.wide or number <= 4 or (number - 1) % 5 == 0:
-                        shifted = s[side] + 1e-6 * np.trace(s[side]) * np.eye(len(s[side]))
-                        s[v] = np.linalg.qr(shifted @ s[v])[0]
+                        s[v] = np.linalg.qr(s[side] @ s[v])[0]
                 for h in draws:
                     x = h[n[0]][n[1]]
                     squares.append((s["vl"].T @ x @ s["vr"] if s["matrix"] else x) ** 2)

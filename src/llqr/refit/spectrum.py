@@ -27,10 +27,6 @@ from llqr.structures.plan import Plan
 WIDE_TURNS, WIDE_FOLLOWS = 5, 2
 """Wide sides turn at the first refits and then at every fifth, and follow every second gradient."""
 
-SHIFT = 1e-6
-"""Of the trace of the second moments, added to their diagonal: where they are zero, a basis stays
-as it is, in place of one that rounding chooses. Far below the damping, it turns no other."""
-
 
 def observed(
     options: Streaming, often: Bool[Array, ""], block: Block, arrays: Arrays, statistics: Arrays,
@@ -82,8 +78,7 @@ def follow(
     often = (number <= WIDE_TURNS - 1) | ((number - 1) % WIDE_TURNS == 0)
 
     def turn(slot: str, v: Array, momentum: Array) -> tuple[Array, Array]:
-        s = statistics[slot]
-        new = orthonormal(s @ v + SHIFT * jnp.trace(s) * v)
+        new = orthonormal(statistics[slot] @ v)
         new = jnp.where(all_finite([new]), new, v)
         return new, into({slot: new}, out_of({slot: v}, momentum))
 

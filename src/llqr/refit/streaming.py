@@ -12,7 +12,7 @@ r"""Streaming refits: P follows the training, a little at every step, instead of
   q, s        mean square of G in the bases; signal: 1 for noise            [r, n]
 
     every step    S_L <- b S_L + (1 - b) G G^T,  S_R likewise,  m <- mu m + G,  v = G + mu m
-    every k       V_L <- qr((S_L + e tr(S_L) I) V_L),  V_R likewise,  e = 1e-6
+    every k       V_L <- qr(S_L V_L), V_R <- qr(S_R V_R)
                   c <- a c + (1 - a) (V_L^T h V_R)^2,   D = 1 / (c / top + lambda)
     P v           = V_L (D * (V_L^T v V_R)) V_R^T
     every step    q <- e q + (1 - e) (V_L^T G V_R)^2
