@@ -12,6 +12,8 @@ from llqr import _loops
 from llqr._errors import unknown
 from llqr._types import Array, Float, Params, PyTree
 from llqr.objective import BoundObjective
+from llqr.refit.spectrum import turned
+from llqr.refit.stream import StreamState
 from llqr.state import LLQRState, blocks_of, find, is_ours, product, visited
 from llqr.structures import plan as plans
 from llqr.transform import NoObjectiveError, OnlyRefit, check_unmasked
@@ -183,7 +185,8 @@ def install(
     found = find(state)
     plan = visited(tx, params)[0].plan
     known = {label: i for i, label in enumerate(plans.labels(plan))}
-    arrays = plans.per_matrix(plan, blocks_of(plan, found, params))
+    before = blocks_of(plan, found, params)
+    arrays = plans.per_matrix(plan, before)
     for name, slots in blocks.items():
         if name not in known:
             raise ValueError(unknown("block (path of its first leaf)", name, known))
@@ -200,6 +203,9 @@ def install(
                 raise ValueError(f"block {name!r}, slot {slot!r}: the array is not finite.")
         cast = {slot: jnp.asarray(array, own[slot].dtype) for slot, array in slots.items()}
         arrays[known[name]] = own | cast
-    packed = plans.pack(plan, plans.from_matrices(plan, arrays), params, tuple(found.blocks))
-    new = found._replace(blocks=packed)
+    after = plans.from_matrices(plan, arrays)
+    new = found._replace(blocks=plans.pack(plan, after, params, tuple(found.blocks)))
+    if isinstance(found.stream, StreamState):  # its momentum lies in the bases of P
+        statistics = turned(plan, found.stream.statistics, before, after, params)
+        new = new._replace(stream=found.stream._replace(statistics=statistics))
     return jax.tree.map(lambda x: new if x is found else x, state, is_leaf=is_ours)

@@ -569,6 +569,24 @@ def test_refresh_from_outside_and_sam_see_the_same_p() -> None:
     np.testing.assert_allclose(found["first"]["kernel"], u, atol=1e-12)
 
 
+def test_the_momentum_stays_where_other_bases_are_installed() -> None:
+    options = Streaming(nesterov=False, signal_decay=None, every=None)
+    tx = llqr.scale_by_llqr(structure="e-kfac", damping=LAMBDA, refit=options, graft="none")
+    params, m = parameters(), 0.0
+    state = tx.init(params)
+    for i in range(3):
+        g = jax.grad(OBJECTIVE)(params, batch(i))
+        m = 0.9 * m + np.asarray(g["first"]["kernel"])
+        _, state = tx.update(g, state, params)
+        state = llqr.refresh(tx, state, params, OBJECTIVE.bind(batch(i)))
+    rng, shape = np.random.default_rng(0), m.shape
+    turn = [np.linalg.qr(rng.normal(size=(n, n)))[0] for n in shape]
+    other = dict(zip(("left", "right"), turn, strict=True)) | {"spectrum": np.ones(shape)}
+    state = llqr.install(tx, state, params, {"first/kernel": other})
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    np.testing.assert_allclose(updates["first"]["kernel"], 0.9 * m, atol=1e-13)
+
+
 @pytest.mark.parametrize("shard", ["params", "blocks"])
 def test_an_embedding_of_the_shape_of_a_kernel_is_told_from_it(shard: Any) -> None:
     """Like matrices run as one block, and an embedding has no squares beside a kernel's."""

@@ -1,15 +1,16 @@
 """A spectrum between bases, followed: the closed form of `llqr.refit.streaming`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 
 from llqr import _loops
 from llqr._linalg import orthonormal
 from llqr._tree import all_finite, divide, replicate
-from llqr._types import Array, Bool, Float, Int, Number
+from llqr._types import Array, Bool, Float, Int, Number, Params
 from llqr.refit.stream import (
     MOMENTUM,
     SQUARES,
@@ -102,6 +103,30 @@ def out_of(bases: Arrays, x: Array) -> Array:
     """V_L x V_R^T: the inverse of `into`."""
     x = bases["left"] @ x if "left" in bases else x
     return x @ bases["right"].T if "right" in bases else x
+
+
+def turned(
+    plan: Plan, statistics: dict[str, Any], old: Sequence[Arrays], new: Sequence[Arrays],
+    like: Params,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the statistics with the momentum in other bases, where it is the same.
+
+    Args:
+      plan: the blocks.
+      statistics: of the state, a tree for each slot.
+      old: the arrays of P, of each block, in whose bases it lies.
+      new: those in whose bases it is to lie.
+      like: a tree with the structure of the parameters.
+    """
+
+    def turn(block: Block, old: Arrays, new: Arrays, own: Arrays) -> Arrays:
+        m = out_of(bases_of(block, old), own[MOMENTUM])
+        return {MOMENTUM: into(bases_of(block, new), m)}
+
+    kept = {MOMENTUM: statistics[MOMENTUM]}
+    held = plans.unpack(plan, kept, like, lambda block: (MOMENTUM,))
+    found = plans.each(plan, turn, old, new, held)
+    return statistics | plans.pack(plan, found, like, (MOMENTUM,))
 
 
 def towards(options: Streaming, seen: Array, momentum: Array) -> Array:
