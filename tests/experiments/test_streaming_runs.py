@@ -30,28 +30,35 @@ def losses(rows):
     return [row["train loss"] for row in rows if "train loss" in row]
 
 
-def test_a_run_is_the_loop_of_the_library(tmp_path):
+@pytest.mark.parametrize("structure", ["e-kfac", "kfac", "diagonal"])
+def test_a_run_is_the_loop_of_the_library(structure, tmp_path):
     """Same batches, same probes: the curve of 33 steps, and how many refits there were."""
-    rows = support.run(tmp_path, *SHORT)
-    quick = ("experiment=quick-local-test", "logging.aim=false", "checkpoint_freq=null", *SHORT)
+    here = (*SHORT, f"block_structure={structure}")
+    rows = support.run(tmp_path, *here)
+    quick = ("experiment=quick-local-test", "logging.aim=false", "checkpoint_freq=null", *here)
     config = support.config(*quick)
     job = jobs.prepare(config)
     options = llqr.Streaming(every=4, warmup=3, seed=config.rng_seed)
     assert refit_options(config, Horizon(11.0, 3.0)) == options
-    tx = llqr.streaming(0.01, weight_decay=0.05, refit=options)
+    tx = llqr.streaming(0.01, weight_decay=0.05, refit=options, structure=structure)
     params, state = job.task.params, tx.init(job.task.params)
     stream, found = job.task.material.streams.training(config), []
+
+    @jax.jit(static_argnames="refresh")
+    def train_step(params, state, bound, refresh):
+        value, grads = jax.value_and_grad(bound)(params)
+        updates, state = tx.update(grads, state, params, objective=bound, refresh=refresh)
+        return optax.apply_updates(params, updates), state, value
+
     for step in range(33):
         bound = tasks.bound(job.task, next(stream), job.task.statistics)
-        value, grads = jax.value_and_grad(bound)(params)
-        updates, state = tx.update(
-            grads, state, params, objective=bound, refresh=options.is_due(step)
-        )
-        params = optax.apply_updates(params, updates)
+        params, state, value = train_step(params, state, bound, options.is_due(step))
         found.append(float(value))
     stream.close()
-    # Rounding chooses the bases of what no gradient has seen yet, and differs between the two.
-    np.testing.assert_allclose(losses(rows)[:9], found[:9], rtol=3e-4)
+    # Rounding chooses the bases of what no gradient has seen yet (the pixels that are never lit),
+    # and differs between the two compiled steps: of e-kfac the first steps are compared closely.
+    close = 3 if structure == "e-kfac" else 33
+    np.testing.assert_allclose(losses(rows)[:close], found[:close], rtol=1e-5)
     np.testing.assert_allclose(losses(rows), found, rtol=3e-2)
     refits = [row["refits"] for row in rows if "refits" in row]
     assert refits[-1] == int(llqr.find(state).refit.refits) == 11  # 0 1 2, 4 8 .. 32
