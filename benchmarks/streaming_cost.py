@@ -5,7 +5,8 @@
 
 One process; five steps of each kind in turn, so that what else runs on the machine meets all of
 them. The mean over a training has ten refits at its start and one at every fifteenth step after.
-Ratios are of medians, and of the smallest values, which other jobs disturb least.
+Ratios are of medians, and of the smallest values, which other jobs disturb least; those of floating
+point operations are what XLA counts in the compiled steps, and leave LAPACK out.
 
 QR factorisations are LAPACK's. On a CPU its threads and XLA's are in each other's way, so that one
 of a side of 192 can take 60 times as long as it does alone: OPENBLAS_NUM_THREADS=1, which is set
@@ -58,6 +59,10 @@ def measure(name: str, repeats: int) -> list[dict[str, Any]]:
     def mean(who: str, of: Callable[[list[float]], float]) -> float:
         return statistics.mean(of(times[who, kind]) for kind in kinds[who])
 
+    def flops(who: str, kind: str) -> float:
+        return programs[who].steps[kind].cost_analysis()["flops"]
+
+    plain = flops(PLAIN, kinds[PLAIN][-1])
     rows = []
     for who in METHODS:
         middle = {kind: statistics.median(times[who, kind]) for kind in set(kinds[who])}
@@ -70,6 +75,7 @@ def measure(name: str, repeats: int) -> list[dict[str, Any]]:
                 "refit step, ms": max(middle.values()),
                 "all / SGD, medians": mean(who, statistics.median) / mean(PLAIN, statistics.median),
                 "all / SGD, smallest": mean(who, min) / mean(PLAIN, min),
+                "flops of a step / SGD": min(flops(who, kind) for kind in middle) / plain,
             }
         )
     return rows
