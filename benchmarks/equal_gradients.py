@@ -1,13 +1,13 @@
-"""Streaming refits at the gradients of the others: fewer steps, each probe counted as a gradient.
+"""Streaming refits at the gradients of the others: fewer steps, since probes count too.
 
     uv run python -m benchmarks.equal_gradients run                 # all workloads of the suite
     uv run python -m benchmarks.equal_gradients run fashion-mlp characters
     uv run python -m benchmarks.equal_gradients report
 
 In the suite all methods make the same number of steps. Here streaming stops, with its schedule,
-where its gradient evaluations, those of probes included, are those of the others. It is tuned as in
-the suite's tier "quick", the others have been, and all are run on ten fresh seeds in place of five.
-Trials are kept in benchmarks/results/equal_gradients.
+where its gradient evaluations are those of the others, a probe being as much of one as it sees of
+the batch. It is tuned as in the suite's tier "quick", as the others have been, and all are run on
+ten fresh seeds in place of five. Trials are kept in benchmarks/results/equal_gradients.
 """
 
 import argparse
@@ -29,15 +29,15 @@ from benchmarks.suite.workloads.problem import Workload
 
 FOLDER = Path(__file__).parent / "results" / "equal_gradients"
 RIVALS = "SOAP,Muon,AdamW,SGD Nesterov"
-OURS = "LLQR streaming, equal gradients"
+OURS = "LLQR streaming at equal gradients"
 TIER = replace(protocol.TIERS["quick"], name="quick, ten seeds", seeds=10, defaults=0)
 
 
 def steps(workload: Workload) -> int:
     """Return how many steps streaming makes of as many gradients as the others' steps."""
-    refit, spent = llqr.Streaming(), 0
+    refit, spent = llqr.Streaming(), 0.0
     for step in range(workload.steps):
-        spent += 1 + bool(refit.is_due(step))
+        spent += 1 + refit.probe_share * bool(refit.is_due(step))
         if spent > workload.steps:
             return step
     return workload.steps

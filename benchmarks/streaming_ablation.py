@@ -23,11 +23,14 @@ from benchmarks.suite.methods.method import Method
 FOLDER = Path(__file__).parent / "results" / "ablation"
 KEPT = "AdamW,Muon,SOAP,LLQR streaming"
 VARIANTS = {
-    "LLQR not weighed": llqr.Streaming(every=10, signal_decay=None),
-    "LLQR momentum 0.95": llqr.Streaming(every=10, momentum=0.95),
-    "LLQR every 10": llqr.Streaming(every=10),
-    "LLQR every 20": llqr.Streaming(every=20),
-    "LLQR every 30": llqr.Streaming(every=30),
+    "LLQR not weighed": llqr.Streaming(probe_share=1.0, signal_decay=None),
+    "LLQR momentum 0.95": llqr.Streaming(probe_share=1.0, momentum=0.95),
+    "LLQR every 10": llqr.Streaming(probe_share=1.0),
+    "LLQR every 15": llqr.Streaming(probe_share=1.0, every=15),
+    "LLQR every 20": llqr.Streaming(probe_share=1.0, every=20),
+    "LLQR every 30": llqr.Streaming(probe_share=1.0, every=30),
+    "LLQR every 15, a quarter": llqr.Streaming(every=15),
+    "LLQR every 10, an eighth": llqr.Streaming(probe_share=0.125),
 }
 
 

@@ -3,8 +3,8 @@
     uv run python -m benchmarks.streaming_cost               # figures: results/streaming_cost.json
     uv run python -m benchmarks.streaming_cost characters --repeats 20
 
-One process; five steps of each kind in turn, so that what else runs on the machine meets all of
-them. The mean over a training has ten refits at its start and one at every fifteenth step after.
+One process; ten steps of each kind in turn, so that what else runs on the machine meets all of
+them. The mean over a training has ten refits at its start and one at every tenth step after.
 Ratios are of medians, and of the smallest values, which other jobs disturb least; those of floating
 point operations are what XLA counts in the compiled steps, and leave LAPACK out.
 
@@ -16,8 +16,6 @@ here, keeps them apart (`--blas-threads` for another number).
 import argparse
 import os
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 NAMES = ("characters", "fashion-resnet", "fashion-mlp")
@@ -27,54 +25,31 @@ METHODS = ("AdamW", "SOAP", "Muon", "LLQR streaming")
 
 def measure(name: str, repeats: int) -> list[dict[str, Any]]:
     """Return a row for each method: milliseconds of its steps, and ratios to those of SGD."""
-    import jax  # late: the environment of its threads comes first
-    import numpy as np
-
+    # Late: the environment of its threads comes first.
     from benchmarks.suite import methods, workloads
-    from benchmarks.suite.training import compiled
+    from benchmarks.suite.pace import timed
 
-    workload, rate = workloads.load(name), np.float32(0)
-    batch = next(workload.batches(0))
-    programs = {who: compiled(workload, methods.METHODS[who]) for who in (PLAIN, *METHODS)}
-    kinds = {
-        who: [program.engine.kind(i) for i in range(workload.steps)]
-        for who, program in programs.items()
-    }
-
-    def carry(who: str) -> Any:
-        made = programs[who].engine.start(workload.initial(0), batch, jax.random.key(0))
-        return jax.tree.map(jax.numpy.copy, made)
-
-    runs = {(who, kind): carry(who) for who in programs for kind in sorted(set(kinds[who]))}
-    times: dict[Any, list[float]] = {run: [] for run in runs}
-    for repeat in range(repeats + 1):
-        for who, kind in runs:
-            clock = time.perf_counter()
-            for _ in range(5):
-                runs[who, kind] = programs[who].steps[kind](runs[who, kind], batch, rate)
-            jax.block_until_ready(runs[who, kind])
-            if repeat:
-                times[who, kind].append((time.perf_counter() - clock) * 200)
-
-    def mean(who: str, of: Callable[[list[float]], float]) -> float:
-        return statistics.mean(of(times[who, kind]) for kind in kinds[who])
+    found = timed(workloads.load(name), [methods.METHODS[m] for m in (PLAIN, *METHODS)], repeats)
 
     def flops(who: str, kind: str) -> float:
-        return programs[who].steps[kind].cost_analysis()["flops"]
+        return found[who].program.steps[kind].cost_analysis()["flops"]
 
-    plain = flops(PLAIN, kinds[PLAIN][-1])
+    usual = found[PLAIN]
+    plain = flops(PLAIN, usual.kinds[-1])
     rows = []
     for who in METHODS:
-        middle = {kind: statistics.median(times[who, kind]) for kind in set(kinds[who])}
+        own, median = found[who], statistics.median
+        middle = {kind: median(times) for kind, times in own.times.items()}
         rows.append(
             {
                 "workload": name,
                 "method": who,
-                "plain, ms": mean(PLAIN, statistics.median),
+                "plain, ms": usual.mean(median),
                 "step, ms": min(middle.values()),
                 "refit step, ms": max(middle.values()),
-                "all / SGD, medians": mean(who, statistics.median) / mean(PLAIN, statistics.median),
-                "all / SGD, smallest": mean(who, min) / mean(PLAIN, min),
+                "all / SGD, medians": found[who].mean(statistics.median)
+                / usual.mean(median),
+                "all / SGD, smallest": own.mean(min) / usual.mean(min),
                 "flops of a step / SGD": min(flops(who, kind) for kind in middle) / plain,
             }
         )

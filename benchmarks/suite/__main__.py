@@ -1,4 +1,4 @@
-"""The command: run, report, diagnose."""
+"""The command: run, report, pace, diagnose."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.suite", description="Optimizers side by side."
     )
-    parser.add_argument("action", choices=("run", "report", "diagnose"))
+    parser.add_argument("action", choices=("run", "report", "pace", "diagnose"))
     parser.add_argument("workloads", nargs="*", help="all of them, if none is named")
     parser.add_argument("--tier", default="quick", help="smoke, quick or full")
     parser.add_argument("--methods", default="", help="names between commas; all, if none is named")
@@ -55,6 +55,10 @@ def main() -> None:
         from . import report
 
         report.write(names, chosen, tier, folder)
+    elif given.action == "pace":
+        from . import pace
+
+        pace.write(names, methods.choose(given.methods or pace.METHODS), folder, runner.typed())
     else:
         from . import diagnosis
 

@@ -2,7 +2,8 @@
 
 A carry holds parameters and state. `step(carry, batch, rate)` is compiled once for each kind of
 step; rates are those of the schedule. What is counted is gradient evaluations of a training batch:
-a probe, a curvature product, the second pass of SAM and each call of a line search is one.
+a probe, a curvature product, the second pass of SAM and each call of a line search is one, or as
+much of one as it sees of the batch.
 """
 
 from collections.abc import Callable

@@ -4,15 +4,18 @@ import json
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import plan, targets
+from . import pace, plan, targets
 from .methods.method import Method
 from .protocol import TUNING_SEED, Tier
 from .statistics import cost, geometric_mean, penalised
 from .store import Setting, slug
+
+REFERENCE = "AdamW"
+"""Costs are told by those of this method."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +30,10 @@ class Entry:
       rates: rate -> loss at the end on the tuning seed, infinite where it diverged.
       edge: whether the tuned rate is the smallest or the largest that was tried.
       pace: seconds of a gradient evaluation, with all that a step does besides, in the fastest of
-        all trials: what else runs on a machine slows a trial down and never makes it faster.
-      compilation: seconds, the least of all processes.
+        all trials: what else runs on a machine slows a trial down and never makes it faster. Where
+        steps have been measured beside those of the reference, in one process, it is that ratio
+        times the reference's.
+      compilation: seconds, the least of all processes; likewise.
       environments: where it was measured.
     """
 
@@ -123,7 +128,36 @@ def read(folder: Path, name: str, methods: list[Method], tier: Tier) -> Result |
             entry = _entry(json.loads(path.read_text()), method, tier, fixed["measure"])
             if len(entry.runs) == tier.seeds:
                 entries[method.name] = entry
-    return Result(name, fixed, entries) if entries else None
+    return Result(name, fixed, _beside(entries, pace.read(folder, name))) if entries else None
+
+
+def _beside(entries: dict[str, Entry], measured: dict[str, dict[str, float]]) -> dict[str, Entry]:
+    """Return the entries, those measured in one process with what they took there.
+
+    Args:
+      entries: method -> its entry, with the pace of its trials.
+      measured: what steps and compilation take, for some methods: see `pace.read`.
+    """
+    steps, compilation = measured[pace.STEP], measured[pace.COMPILATION]
+
+    def per_step(entry: Entry) -> float:
+        return statistics.median(entry.last("gradients")) / statistics.median(entry.last("step"))
+
+    known = entries.keys() & steps.keys()
+    if REFERENCE not in known:
+        return entries
+    usual = entries[REFERENCE]
+    unit = usual.pace * per_step(usual) / steps[REFERENCE]  # seconds of trials, of measured ones
+    first = usual.compilation / compilation[REFERENCE]
+    found = {
+        n: replace(
+            entries[n],
+            pace=unit * steps[n] / per_step(entries[n]),
+            compilation=first * compilation[n],
+        )
+        for n in known
+    }
+    return {name: found.get(name, entry) for name, entry in entries.items()}
 
 
 def _entry(record: dict[str, Any], method: Method, tier: Tier, measure: str) -> Entry:

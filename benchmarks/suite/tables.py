@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from . import plan
 from .protocol import THRESHOLD, Tier
 from .statistics import interval, margin, verdict
-from .summary import Entry, Result, ratios
+from .summary import REFERENCE, Entry, Result, ratios
 
 AXES = {
     "gradients": "gradient evaluations",
@@ -15,7 +15,6 @@ AXES = {
     "seconds": "seconds",
     "all seconds": "seconds with compilation",
 }
-REFERENCE = "AdamW"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

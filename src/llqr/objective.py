@@ -6,6 +6,7 @@ keeps the two functions apart. The functions are static (they are part of the py
 structure, so a jitted function that takes an objective compiles once); the batch is data.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,8 +37,8 @@ class Objective:
         False are excluded from the metric and from every row count. None: all rows count.
       batch_axes: `(batch) -> pytree prefix of the batch` with the axis of the examples for
         each leaf, None for what all examples share (batch statistics), as `jax.vmap`'s
-        in_axes. Needed where a batch is split: in chunks, or into examples. None: the first
-        axis of every array that has one.
+        in_axes. Needed where a batch is split: in chunks, into examples, or for the probes of
+        `llqr.Streaming`. None: the first axis of every array that has one.
 
     Example:
       >>> import jax, jax.numpy as jnp, llqr
@@ -164,6 +165,49 @@ class BoundObjective:
         Raises:
           ValueError: no leaf has examples, or leaves disagree on their number.
         """
+        axes, counts = self._examples()
+        if len(counts) != 1:
+            raise ValueError(
+                "to split a batch, every leaf with examples must have the same number of them, "
+                f"not {sorted(counts)}; Objective(batch_axes=...) says where they are."
+            )
+        leaves, treedef = jax.tree.flatten(self.batch, is_leaf=is_none)
+        examples = counts.pop()
+        size = -(-examples // -(-examples // size))  # as few in each as the count allows
+        stacked = [
+            x if a is None else _stack(jnp.moveaxis(x, a, 0), size, a)
+            for x, a in zip(leaves, axes, strict=True)
+        ]
+        return Chunks(self.objective, tuple(stacked), tuple(axes), treedef, size, examples)
+
+    def part(self, share: float, number: int | Int[Array, ""]) -> "BoundObjective":
+        """Return the objective on a share of the examples, of which numbers in turn take another.
+
+        Args:
+          share: in (0, 1], of the examples; rounded up to whole ones.
+          number: of the part; may be traced.
+
+        Returns:
+          The chunk that `split` makes; the whole where that is all examples, and where the leaves
+          do not agree on a number of them.
+
+        Example:
+          >>> import jax.numpy as jnp, llqr
+          >>> objective = llqr.Objective(lambda w, x: w * x, lambda z, x: z.mean())
+          >>> bound = objective.bind(jnp.arange(8.0))
+          >>> [bound.part(0.25, number).batch.tolist() for number in (0, 1, 4)]
+          [[0.0, 4.0], [1.0, 5.0], [0.0, 4.0]]
+        """
+        _, counts = self._examples()
+        examples = max(counts, default=0)
+        size = math.ceil(share * examples)
+        if len(counts) != 1 or size == examples:
+            return self
+        chunks = self.split(size)
+        return chunks[number % len(chunks)]
+
+    def _examples(self) -> tuple[list[int | None], set[int]]:
+        """Return the axis of the examples in each leaf, and how many these leaves have."""
         leaves, treedef = jax.tree.flatten(self.batch, is_leaf=is_none)
         choose = self.objective.batch_axes
         if choose is None:
@@ -173,19 +217,7 @@ class BoundObjective:
         else:
             prefix = choose(self.given)
         axes = spread(prefix, self.batch)
-        counts = {x.shape[a] for x, a in zip(leaves, axes, strict=True) if a is not None}
-        if len(counts) != 1:
-            raise ValueError(
-                "to split a batch, every leaf with examples must have the same number of them, "
-                f"not {sorted(counts)}; Objective(batch_axes=...) says where they are."
-            )
-        examples = counts.pop()
-        size = -(-examples // -(-examples // size))  # as few in each as the count allows
-        stacked = [
-            x if a is None else _stack(jnp.moveaxis(x, a, 0), size, a)
-            for x, a in zip(leaves, axes, strict=True)
-        ]
-        return Chunks(self.objective, tuple(stacked), tuple(axes), treedef, size, examples)
+        return axes, {x.shape[a] for x, a in zip(leaves, axes, strict=True) if a is not None}
 
 
 @dataclass(frozen=True)

@@ -596,7 +596,7 @@ def test_a_run_from_before_an_option_existed_goes_on():
     here = run_folder.options(support.config("experiment=quick-local-test"))
     there = {name: value for name, value in here.items() if not name.startswith("precond_stream")}
     run_folder.check_same(there, here, ROOT)
-    with pytest.raises(ConfigError, match="precond_stream_every=15 there, 5 here"):
+    with pytest.raises(ConfigError, match="precond_stream_every=10 there, 5 here"):
         run_folder.check_same(there, here | {"precond_stream_every": 5}, ROOT)
 
 

@@ -183,9 +183,9 @@ def test_gradient_evaluations_are_counted(name):
 def test_refits_are_counted():
     method = methods.METHODS["LLQR streaming"]
     columns = trial(compiled(tiny(steps=40), method), 0.05, 0, 4)
-    # One more in each of the first ten steps, and in every fifteenth after.
+    # A quarter of one more in each of the first ten steps, and in every tenth after.
     assert columns["step"] == [0, 10, 20, 30, 40]
-    assert columns["gradients"] == [0, 20, 31, 41, 52]
+    assert columns["gradients"] == [0, 12.5, 22.75, 33, 43.25]
     assert columns["train"][-1] < 0.7 * columns["train"][0]
 
 

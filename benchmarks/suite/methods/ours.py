@@ -46,7 +46,7 @@ _PUBLISHED_PRODUCTS = 1 + 50
 
 
 def _streaming(workload: Workload, *, refit: llqr.Streaming, **options: Any) -> Engine:
-    """A refit at each of the first ten steps and at every fifteenth: one more gradient each."""
+    """A refit at each of the first ten steps and at every tenth: one more gradient of a part."""
 
     def make(rate: Any) -> optax.GradientTransformation:
         return llqr.streaming(rate, metric=workload.metric, refit=refit, **options)
@@ -61,7 +61,7 @@ def _streaming(workload: Workload, *, refit: llqr.Streaming, **options: Any) -> 
         make,
         keywords=keywords,
         kind=lambda step: REFIT if refit.is_due(step) else PLAIN,
-        work=lambda kind: 2.0 if kind == REFIT else 1.0,
+        work=lambda kind: 1.0 + refit.probe_share if kind == REFIT else 1.0,
     )
 
 

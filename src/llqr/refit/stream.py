@@ -31,9 +31,9 @@ MOMENTUM, SQUARES = "momentum", "squares"
 class Streaming:
     """How P follows the training: `refit=llqr.Streaming()` in place of `llqr.Refit`.
 
-    A step with a refit costs one more transpose sweep of the network, so that the default takes
-    1.07 gradients a step. It works for the structures e-kfac (with its embedding rules,
-    e-kfac-gpt), diagonal and kfac, which takes 1.2; the metric must be one from which labels
+    A step with a refit costs one more gradient, of a quarter of the batch, so that the default
+    takes 1.03 gradients a step. It works for the structures e-kfac (with its embedding rules,
+    e-kfac-gpt), diagonal and kfac, which takes 1.08; the metric must be one from which labels
     can be drawn.
 
     Args:
@@ -52,6 +52,11 @@ class Streaming:
         weighed by the share of the gradient that agrees from step to step, |mean| by root mean
         square; embeddings count as agreeing, and matrices of kfac are not weighed. None: none is.
       probes: h drawn at each refit.
+      probe_share: in (0, 1], of the examples of the batch on which they are drawn, another part
+        of them at each refit: a probe sums over examples with random signs, and what it says of
+        the curvature is hardly less uncertain with all of them. Where examples lie, the
+        objective's `batch_axes` say. All examples are taken where the arrays of a batch do not
+        agree on their number, and with divergence_reduction="sum", whose scale depends on it.
       wide: sides longer than this turn and follow more rarely.
       rate: eta in (0, 1), of kfac.
       seed: of the probes; the number of the refit is folded into it.
@@ -64,7 +69,7 @@ class Streaming:
       >>> import optax, llqr
       >>> tx = llqr.llqr(optax.sgd(0.01), structure="e-kfac", refit=llqr.Streaming())
       >>> [step for step in range(50) if llqr.Streaming().is_due(step) and step >= 20]
-      [30, 45]
+      [20, 30, 40]
 
     References:
       Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230, for the
@@ -72,7 +77,7 @@ class Streaming:
       Stochastic Gradient Descent, arXiv 1512.04202, for kfac's relative steps.
     """
 
-    every: int | None = 15
+    every: int | None = 10
     warmup: int = 10
     start: int = 0
     until: int | None = None
@@ -82,6 +87,7 @@ class Streaming:
     spectrum_decay: float = 0.9
     signal_decay: float | None = 0.95
     probes: int = 1
+    probe_share: float = 0.25
     wide: int = 256
     rate: float = 0.3
     seed: int = 0
@@ -90,6 +96,7 @@ class Streaming:
         for name, low in (("every", 1), ("warmup", 0), ("start", 0), ("until", 0),
                           ("probes", 1), ("wide", 1), ("seed", 0)):  # fmt: skip
             check_integer(f"Streaming: {name}", getattr(self, name), low=low)
+        check_range("Streaming: probe_share", self.probe_share, low=0, open_low=True, high=1)
         for name, high in (("momentum", 1), ("basis_decay", 1), ("spectrum_decay", 1),
                            ("signal_decay", 1), ("rate", 1)):  # fmt: skip
             value = getattr(self, name)

@@ -227,6 +227,8 @@ def _refit(
 ) -> tuple[Blocks, RefitInfo, StreamState]:  # fmt: skip
     options, plan = setup.options, setup.plan
     sides = setup.two_sided
+    if setup.reduction != "sum":
+        objective = _part(setup, params, objective, info.refits)
     model = _linearize(setup, params, objective, damping, widen=sides)
     key = jax.random.fold_in(jax.random.key(options.seed), info.refits)
     key, noise = jax.random.split(key)
@@ -281,6 +283,25 @@ def _unless(_: Block, flat: Bool[Array, ""], old: Arrays, new: Arrays) -> Arrays
 
 def _all_zero(arrays: list[Array]) -> Bool[Array, ""]:
     return jnp.all(jnp.stack([jnp.all(x == 0) for x in arrays]))
+
+
+def _part(
+    setup: StreamSetup, params: Params, objective: BoundObjective, number: Int[Array, ""]
+) -> BoundObjective:
+    """Return the objective on the examples of one refit's probes."""
+    share = setup.options.probe_share
+    part = objective.part(share, number)
+    if part is not objective:
+        try:
+            jax.eval_shape(part.outputs, params)
+        except Exception as error:
+            error.add_note(
+                f"llqr: the model failed on the part of a batch that probes see (probe_share="
+                f"{share:g}). Objective(batch_axes=...) says where the examples are; with "
+                "Streaming(probe_share=1.0) probes see the whole batch."
+            )
+            raise
+    return part
 
 
 def _linearize(

@@ -230,7 +230,14 @@ class Config:
         "and on its batch; the options precond_stream_* are of it, the solver's are not",
     )
     precond_stream_every: int = option(
-        15, "steps between such probes", low=1, becomes="streaming.every"
+        10, "steps between such probes", low=1, becomes="streaming.every"
+    )
+    precond_stream_probe_share: float = option(
+        0.25,
+        "share of the examples of the batch that a probe sees",
+        above=0,
+        high=1,
+        becomes="streaming.probe_share",
     )
     precond_stream_warmup: int = option(
         10, "first steps, with a probe each", low=0, becomes="streaming.warmup"
