@@ -107,7 +107,7 @@ def _where(results: list[Result]) -> str:
     loads = [where["load"] for where in environments]
     return (
         f"Measured on: {told}. Load when processes began: {min(loads)} to {max(loads)}; seconds "
-        "are at the pace of a method's fastest trial."
+        "are at the pace of steps measured in turns in one process, or of a method's fastest trial."
     )
 
 

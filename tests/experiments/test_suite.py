@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 from benchmarks.suite import (
     diagnosis,
     methods,
+    pace,
     plan,
     plots,
     protocol,
@@ -352,13 +354,39 @@ def test_seconds_are_those_of_the_fastest_trial(ran):
     result = summary.read(folder, "tiny", methods.choose(CHOSEN), SMOKE)
     assert result is not None
     trials = json.loads((folder / "tiny" / "adamw.json").read_text())["trials"]
-    pace = min(t["columns"]["seconds"][-1] / t["columns"]["gradients"][-1] for t in trials)
+    fastest = min(t["columns"]["seconds"][-1] / t["columns"]["gradients"][-1] for t in trials)
     gradients = np.asarray(result.costs("AdamW", "easy", "gradients"))
     assert np.isfinite(gradients).any()
-    np.testing.assert_allclose(result.costs("AdamW", "easy", "seconds"), pace * gradients)
+    np.testing.assert_allclose(result.costs("AdamW", "easy", "seconds"), fastest * gradients)
     compilation = min(t["compilation"] for t in trials)
     every = result.costs("AdamW", "easy", "all seconds")
-    np.testing.assert_allclose(every, pace * gradients + compilation)
+    np.testing.assert_allclose(every, fastest * gradients + compilation)
+
+
+def test_seconds_are_those_of_one_process_where_it_has_measured_them(ran, tmp_path):
+    folder, workload, _ = ran
+    shutil.copytree(folder / workload.name, tmp_path / workload.name)
+    read = partial(summary.read, tmp_path, workload.name, methods.choose(CHOSEN), SMOKE)
+    before, usual, ours = read(), "AdamW", "LLQR streaming"
+    timed = pace.timed(workload, methods.choose(f"{usual},{ours}"), repeats=1)
+    assert {kind: len(times) for kind, times in timed[ours].times.items()} == {
+        "plain": 1,
+        "refit": 1,
+    }
+    assert timed[ours].kinds.count("refit") == 13  # of 40: 0 to 9, 10, 20, 30
+    store.write(
+        tmp_path / workload.name / pace.NAME,
+        {pace.STEP: {usual: 2.0, ours: 5.0}, pace.COMPILATION: {usual: 1.0, ours: 3.0}},
+    )
+    after = read()
+    old, new = (r.entries[usual] for r in (before, after))
+    assert (old.pace, old.compilation) == pytest.approx((new.pace, new.compilation))
+    entry = after.entries[ours]
+    spent = entry.last("gradients")[0] / entry.last("step")[0]
+    assert entry.pace * spent == pytest.approx(2.5 * new.pace)
+    assert entry.compilation == pytest.approx(3 * new.compilation)
+    other = "SGD Nesterov"
+    assert after.entries[other].pace == before.entries[other].pace
 
 
 # --- what is trained ----------------------------------------------------------------------------
