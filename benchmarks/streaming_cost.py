@@ -47,7 +47,7 @@ def measure(name: str, repeats: int) -> list[dict[str, Any]]:
                 "plain, ms": usual.mean(median),
                 "step, ms": min(middle.values()),
                 "refit step, ms": max(middle.values()),
-                "all / SGD, medians": found[who].mean(statistics.median) / usual.mean(median),
+                "all / SGD, medians": own.mean(median) / usual.mean(median),
                 "all / SGD, smallest": own.mean(min) / usual.mean(min),
                 "flops of a step / SGD": min(flops(who, kind) for kind in middle) / plain,
             }

@@ -102,7 +102,8 @@ def into(bases: Arrays, x: Array) -> Array:
 def out_of(bases: Arrays, x: Array) -> Array:
     """V_L x V_R^T: the inverse of `into`."""
     x = bases["left"] @ x if "left" in bases else x
-    return x @ bases["right"].T if "right" in bases else x
+    # Without a transpose of its own, so that a side which is spread over devices is gathered once.
+    return jnp.einsum("ij,kj->ik", x, bases["right"]) if "right" in bases else x
 
 
 def turned(
