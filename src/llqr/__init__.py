@@ -6,9 +6,12 @@ Example:
 """
 
 from llqr import diagnostics as diagnostics
+from llqr import errors as errors
 from llqr import lqr as lqr
 from llqr import metrics as metrics
 from llqr import stages as stages
+from llqr import tree as tree
+from llqr import typing as typing
 from llqr.access import blocks, install, precondition, refresh
 from llqr.accumulation import microbatched
 from llqr.curvature import QuadraticModel, Route, linearize
@@ -62,6 +65,7 @@ __all__ = [
     "blocks",
     "describe",
     "diagnostics",
+    "errors",
     "exact",
     "find",
     "fisher_sam",
@@ -85,4 +89,6 @@ __all__ = [
     "stages",
     "state_shardings",
     "streaming",
+    "tree",
+    "typing",
 ]

@@ -7,13 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from llqr._tree import divide, is_traced, vdot
-from llqr._types import Array, Float, PyTree
-
-
-class NonConvexError(ValueError):
-    """The quadratic has no minimum: a direction of non-positive curvature was met."""
-
+from llqr.errors import NonConvexError
+from llqr.tree import divide, is_traced, vdot
+from llqr.typing import Array, Float, PyTree
 
 NOT_CONVEX = (
     "the curvature is not positive along a search direction, so that the step has no minimum. "

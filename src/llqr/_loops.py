@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 
-from llqr._tree import is_traced, shard_like, zeros_like
-from llqr._types import Array, Bool, PyTree
+from llqr.tree import is_traced, shard_like, zeros_like
+from llqr.typing import Array, Bool, PyTree
 
 
 def in_python(*trees: PyTree) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llqr._types import Array, PyTree
+from llqr.typing import Array, PyTree
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh
 

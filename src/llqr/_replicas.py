@@ -10,7 +10,7 @@ from typing import TypeAlias
 import jax
 from jax.sharding import AxisType
 
-from llqr._types import Array, PRNGKeyArray, PyTree
+from llqr.typing import Array, PRNGKeyArray, PyTree
 
 AxisName: TypeAlias = str | tuple[str, ...] | None
 """Names of mapped axes; () for replicas that have nothing in common, None where nobody said."""

@@ -9,14 +9,14 @@ import optax
 from jax.typing import ArrayLike
 
 from llqr import _loops
-from llqr._errors import unknown
-from llqr._types import Array, Float, Params, PyTree
+from llqr.errors import NoObjectiveError, unknown
 from llqr.objective import BoundObjective
 from llqr.refit.spectrum import turned
 from llqr.refit.stream import StreamState
 from llqr.state import LLQRState, blocks_of, find, is_ours, product, visited
 from llqr.structures import plan as plans
-from llqr.transform import NoObjectiveError, OnlyRefit, check_unmasked
+from llqr.transform import OnlyRefit, check_unmasked
+from llqr.typing import Array, Float, Params, PyTree
 
 
 def refresh(

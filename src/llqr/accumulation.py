@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from llqr import _loops
-from llqr._errors import check_integer
-from llqr._tree import accurate_dtype, is_none, replicate, spread, widen
-from llqr._types import Array, Number, PyTree
+from llqr.errors import check_integer
+from llqr.tree import accurate_dtype, is_none, replicate, spread, widen
+from llqr.typing import Array, Number, PyTree
 
 ValueAndGrad: TypeAlias = Callable[..., Callable[..., Any]]
 """A function with the signature of `jax.value_and_grad`, of which `has_aux` is used."""

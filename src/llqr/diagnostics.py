@@ -12,8 +12,6 @@ import optax
 
 from llqr import metrics
 from llqr._linalg import solve
-from llqr._tree import cosine, freeze, leaf_names, norm, vdot
-from llqr._types import Array, Float, Params, PyTree
 from llqr.advice import advise
 from llqr.curvature.model import QuadraticModel, linearize
 from llqr.metrics import MetricLike, Reduction
@@ -28,6 +26,8 @@ from llqr.structures import plan as plans
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
 from llqr.structures.rules import StructureLike, rule_table
+from llqr.tree import cosine, freeze, leaf_names, norm, vdot
+from llqr.typing import Array, Float, Params, PyTree
 
 MAX_STEPS = 5000
 """Of conjugate gradients in `quality`."""

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import optax
 
 from llqr import _replicas, lqr, metrics
-from llqr._errors import check_choice, check_range
 from llqr._linalg import solve
 from llqr._replicas import AxisName
-from llqr._tree import widen
-from llqr._types import Array, Float, Int, Number, Params
 from llqr.curvature.model import linearize
 from llqr.curvature.route import Route
+from llqr.errors import check_choice, check_range
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
+from llqr.tree import widen
+from llqr.typing import Array, Float, Int, Number, Params
 
 Solver: TypeAlias = Literal["cg", "riccati"]
 

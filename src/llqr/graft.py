@@ -5,10 +5,10 @@ from typing import Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import accurate_dtype, divide, norm
-from llqr._types import Params
 from llqr.structures import plan as plans
 from llqr.structures.rules import matrix_like
+from llqr.tree import accurate_dtype, divide, norm
+from llqr.typing import Params
 
 Graft: TypeAlias = Literal["none", "global", "block", "rms"]
 

@@ -52,10 +52,10 @@ import jax
 import jax.numpy as jnp
 
 from llqr import _replicas
-from llqr._errors import unknown
 from llqr._replicas import AxisName
-from llqr._tree import accurate_dtype, shard_like, spread, widen
-from llqr._types import Array, Bool, Float, PRNGKeyArray, PyTree
+from llqr.errors import unknown
+from llqr.tree import accurate_dtype, shard_like, spread, widen
+from llqr.typing import Array, Bool, Float, PRNGKeyArray, PyTree
 
 Divergence: TypeAlias = Callable[
     [Float[Array, "*rows classes"], Float[Array, "*rows classes"]], Float[Array, "*rows"]

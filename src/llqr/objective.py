@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import axis_devices, is_none, replicate, spread, widen
-from llqr._types import Array, Float, Int, Params, PyTree
+from llqr.tree import axis_devices, is_none, replicate, spread, widen
+from llqr.typing import Array, Float, Int, Params, PyTree
 
 
 @jax.tree_util.register_dataclass

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llqr._errors import unknown
+from llqr.errors import unknown
 
 _P = ParamSpec("_P")
 _Curve = Callable[[Any], Any]  # array of float steps -> array of values

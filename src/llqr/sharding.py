@@ -9,12 +9,12 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from llqr._mesh import AnyMesh, stack_axes
-from llqr._tree import is_none, leaf_names
-from llqr._types import Params, PyTree
 from llqr.refit.stream import StreamState
 from llqr.state import LLQRState, is_ours, visited
 from llqr.structures.block import Block
 from llqr.structures.plan import Plan
+from llqr.tree import is_none, leaf_names
+from llqr.typing import Params, PyTree
 
 Shard: TypeAlias = Literal["params", "blocks"]
 """Where P lies: like the parameters, or on each device blocks of its own. See `scale_by_llqr`."""

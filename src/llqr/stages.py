@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 
-from llqr._errors import unknown
-from llqr._types import PyTree
+from llqr.errors import unknown
+from llqr.typing import PyTree
 
 StageFunction: TypeAlias = Callable[[Any, PyTree], PyTree]
 """(parameters of the stage or None, state) -> next state; see `Member.reads`."""

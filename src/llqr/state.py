@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llqr._types import Array, Int, Params, PyTree
 from llqr.refit.record import RefitInfo
 from llqr.refit.setup import Blocks
 from llqr.structures import catalogue
 from llqr.structures import plan as plans
 from llqr.structures.rules import rule_table, slots
+from llqr.typing import Array, Int, Params, PyTree
 
 
 class LLQRState(NamedTuple):

@@ -9,10 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from llqr import _loops, _replicas, metrics
-from llqr._errors import check_choice, check_integer, check_range
-from llqr._tree import all_like, check_alike, check_inexact, freeze
-from llqr._types import Array, Bool, Int, Number, Params, PyTree
 from llqr.curvature.route import Route
+from llqr.errors import NoObjectiveError, check_choice, check_integer, check_range
 from llqr.graft import Graft, grafted
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
@@ -33,6 +31,8 @@ from llqr.state import LLQRState, blocks_of, check_container, note, product
 from llqr.structures import catalogue
 from llqr.structures import plan as plans
 from llqr.structures.rules import Rule, StructureLike, rule_table, slots
+from llqr.tree import all_like, check_alike, check_inexact, freeze
+from llqr.typing import Array, Bool, Int, Number, Params, PyTree
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +44,6 @@ class OnlyRefit:
     """
 
     reached: list[RefitInfo] = field(default_factory=list)
-
-
-class NoObjectiveError(ValueError):
-    """No objective arrived where a refit can happen."""
 
 
 Refresh: TypeAlias = bool | Bool[Array, ""] | OnlyRefit | None

@@ -8,12 +8,12 @@ import pytest
 
 import llqr
 from llqr import metrics
-from llqr._tree import freeze
 from llqr.refit.learn import learn
 from llqr.refit.record import no_refit
 from llqr.refit.setup import Inputs, Numbers, Setup
 from llqr.structures import plan as plans
 from llqr.structures.rules import rule_table
+from llqr.tree import freeze
 from tests import oracle
 
 M, H, K, ROWS = 4, 5, 3, 7

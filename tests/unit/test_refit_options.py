@@ -11,13 +11,13 @@ from jax.flatten_util import ravel_pytree
 
 import llqr
 from llqr import solvers
-from llqr._tree import freeze, vdot
 from llqr.refit.directions import directions
 from llqr.refit.learn import Linearized, phi_at
 from llqr.refit.record import no_refit
 from llqr.refit.setup import WHOLE, Inputs, Numbers, Setup, numbers_at
 from llqr.structures import plan as plans
 from llqr.structures.rules import rule_table
+from llqr.tree import freeze, vdot
 from tests.oracle import flat
 from tests.unit.test_refit import (
     OBJECTIVE,

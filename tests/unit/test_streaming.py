@@ -310,7 +310,7 @@ def test_one_relative_step_is_that_of_numpy() -> None:
         key = jax.random.fold_in(jax.random.key(0), number)
         key, noise = jax.random.split(key)
         h = probe(params, bound, options, number)[0]
-        isotropic = llqr._tree.normal_like(params, noise)
+        isotropic = llqr.tree.normal_like(params, noise)
         h = jax.tree.map(lambda x, n: x + np.sqrt(0.1 * LAMBDA) * n, h, isotropic)
         seen = part(bound, options, number)
         model = llqr.linearize(seen, params, METRIC, damping=LAMBDA, divergence_reduction="mean")

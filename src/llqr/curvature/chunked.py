@@ -15,7 +15,12 @@ import jax.numpy as jnp
 
 from llqr import _loops, metrics
 from llqr._replicas import AxisName
-from llqr._tree import (
+from llqr.curvature import derivatives
+from llqr.curvature.operators import LinearOperator, SymmetricOperator
+from llqr.curvature.route import Route
+from llqr.curvature.whole import GaussNewton, Hessian, Linearization, OutputHessian, Potential
+from llqr.objective import BoundObjective, Chunks, at_most, row, strided
+from llqr.tree import (
     Frozen,
     accurate_dtype,
     check_outputs,
@@ -25,12 +30,7 @@ from llqr._tree import (
     widen,
     zeros_like,
 )
-from llqr._types import Array, Bool, Float, Params, PyTree
-from llqr.curvature import derivatives
-from llqr.curvature.operators import LinearOperator, SymmetricOperator
-from llqr.curvature.route import Route
-from llqr.curvature.whole import GaussNewton, Hessian, Linearization, OutputHessian, Potential
-from llqr.objective import BoundObjective, Chunks, at_most, row, strided
+from llqr.typing import Array, Bool, Float, Params, PyTree
 
 
 def chunked(

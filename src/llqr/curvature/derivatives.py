@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
-from llqr._types import PyTree
 from llqr.curvature.operators import FunctionOperator, LinearOperator
+from llqr.typing import PyTree
 
 
 def linearize(function: Callable[[PyTree], PyTree], at: PyTree) -> tuple[PyTree, LinearOperator]:

@@ -28,10 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from llqr import _loops, _replicas, metrics
-from llqr._errors import check_choice, check_range
 from llqr._replicas import AxisName
-from llqr._tree import check_inexact, norm, normal_like, vdot
-from llqr._types import Array, Float, Number, Params, PyTree
 from llqr.curvature.chunked import chunked
 from llqr.curvature.operators import (
     LinearOperator,
@@ -41,8 +38,11 @@ from llqr.curvature.operators import (
 )
 from llqr.curvature.route import Route
 from llqr.curvature.whole import Linearization, whole
+from llqr.errors import check_choice, check_range
 from llqr.metrics import Reduction
 from llqr.objective import BoundObjective
+from llqr.tree import check_inexact, norm, normal_like, vdot
+from llqr.typing import Array, Float, Number, Params, PyTree
 
 POWER_STEPS = 8
 """Power iterations behind divergence_reduction="unit"."""

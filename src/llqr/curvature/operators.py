@@ -20,8 +20,8 @@ from jax.flatten_util import ravel_pytree
 
 from llqr import _replicas
 from llqr._replicas import AxisName
-from llqr._tree import vdot
-from llqr._types import Array, Float, Params, PyTree
+from llqr.tree import vdot
+from llqr.typing import Array, Float, Params, PyTree
 
 
 class LinearOperator(ABC):

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from llqr._errors import check_choice, check_integer
 from llqr._replicas import AxisName
+from llqr.errors import check_choice, check_integer
 
 Memory: TypeAlias = Literal["cached", "curvature_recomputed", "recomputed"]
 CheckpointPolicy: TypeAlias = Literal["none", "dots_no_batch_dims"]

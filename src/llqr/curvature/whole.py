@@ -12,12 +12,12 @@ import jax
 
 from llqr import metrics
 from llqr._replicas import AxisName
-from llqr._tree import Frozen, check_outputs, freeze, vdot, widen
-from llqr._types import Array, Float, Params, PyTree
 from llqr.curvature import derivatives
 from llqr.curvature.operators import LinearOperator, SymmetricOperator
 from llqr.curvature.route import Route
 from llqr.objective import BoundObjective
+from llqr.tree import Frozen, check_outputs, freeze, vdot, widen
+from llqr.typing import Array, Float, Params, PyTree
 
 
 class Linearization(NamedTuple):

@@ -1,6 +1,6 @@
 """The exact layerwise LQR: the reference against which every fast path is proven."""
 
-from llqr._linalg import NonConvexError
+from llqr.errors import NonConvexError
 from llqr.lqr import layerwise as _layerwise  # registers the layerwise route  # noqa: F401
 from llqr.lqr.cost import cost, cost_and_gradient, gradient
 from llqr.lqr.linearization import linearize

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import vdot
-from llqr._types import Array, Float
 from llqr.lqr.problem import Control, LQRProblem, Stage, Tangent
+from llqr.tree import vdot
+from llqr.typing import Array, Float
 
 
 def cost(problem: LQRProblem, controls: Control) -> Float[Array, ""]:

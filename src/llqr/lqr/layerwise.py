@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from llqr._types import Number, Params, PyTree
 from llqr.curvature.model import QuadraticModel, layerwise_model
 from llqr.curvature.operators import LinearOperator, SymmetricOperator
 from llqr.curvature.route import Route
@@ -15,6 +14,7 @@ from llqr.lqr.linearization import linearize
 from llqr.lqr.problem import LQRProblem
 from llqr.objective import BoundObjective
 from llqr.stages import StagedForward
+from llqr.typing import Number, Params, PyTree
 
 
 @layerwise_model.register

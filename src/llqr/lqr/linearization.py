@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from llqr import metrics
-from llqr._errors import check_choice, check_range, unknown
-from llqr._tree import check_inexact
-from llqr._types import Array, Float, Number, PyTree
 from llqr.curvature import derivatives
 from llqr.curvature.route import Memory
+from llqr.errors import check_choice, check_range, unknown
 from llqr.lqr.problem import LQRProblem, Stage, Tangent
 from llqr.metrics import Reduction
 from llqr.stages import Segment, StagedModel
+from llqr.tree import check_inexact
+from llqr.typing import Array, Float, Number, PyTree
 
 
 def linearize(

@@ -28,8 +28,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from llqr._types import Array, Float, Number, PyTree
 from llqr.curvature.operators import FunctionOperator
+from llqr.typing import Array, Float, Number, PyTree
 
 Tangent: TypeAlias = tuple[Float[Array, "..."], ...]
 """Perturbation of a state: one array for each inexact leaf, in flattening order."""

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
-from llqr._linalg import NonConvexError
 from llqr._linalg import solve as solve_quadratic
-from llqr._types import Array, Float, Number
+from llqr.errors import NonConvexError
 from llqr.lqr.cost import cost_and_gradient
 from llqr.lqr.problem import Control, LQRProblem, Stage
+from llqr.typing import Array, Float, Number
 
 MAX_SIZE = 4096
 """Largest state or control, flattened, that the recursion accepts by default."""

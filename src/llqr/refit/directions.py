@@ -21,13 +21,13 @@ import optax
 
 from llqr import _loops, _replicas, metrics
 from llqr._replicas import AxisName
-from llqr._tree import norm, normal_like
-from llqr._types import Array, Int, Params, PRNGKeyArray, PyTree
 from llqr.curvature.model import QuadraticModel
 from llqr.metrics import Reduction
 from llqr.objective import BoundObjective
 from llqr.refit.setup import Inputs, Seen, Setup
 from llqr.structures import plan as plans
+from llqr.tree import norm, normal_like
+from llqr.typing import Array, Int, Params, PRNGKeyArray, PyTree
 
 SUBSET = 0.25
 """Share of the refit batch's rows in one minibatch probe."""

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import all_finite, cosine, vdot
-from llqr._types import Array, Bool, Float, Int, Number
 from llqr.refit.objective import Phi
 from llqr.refit.record import STATUS
 from llqr.refit.setup import Blocks, Seen, Setup
@@ -22,6 +20,8 @@ from llqr.structures import plan as plans
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Plan, each
+from llqr.tree import all_finite, cosine, vdot
+from llqr.typing import Array, Bool, Float, Int, Number
 
 
 class Verdict(NamedTuple):

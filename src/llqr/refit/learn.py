@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from llqr import _loops, metrics
-from llqr._tree import accurate_dtype, widen
-from llqr._types import Array, Bool, Float, Int, PRNGKeyArray
 from llqr.curvature import model as quadratic
 from llqr.curvature.chunked import check_uncoupled
 from llqr.curvature.model import QuadraticModel
@@ -27,6 +25,8 @@ from llqr.refit.record import RefitInfo
 from llqr.refit.setup import Blocks, Inputs, Setup
 from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
+from llqr.tree import accurate_dtype, widen
+from llqr.typing import Array, Bool, Float, Int, PRNGKeyArray
 
 EVALUATION_PROBES = 4
 """Random directions on which a refit is judged: the same before and after it."""

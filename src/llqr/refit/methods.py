@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 
 import optax
 
-from llqr._tree import Frozen
-from llqr._types import Array, Int, Number, Params
 from llqr.curvature.route import Route
 from llqr.metrics import Reduction
 from llqr.objective import BoundObjective
@@ -17,6 +15,8 @@ from llqr.refit.record import RefitInfo
 from llqr.refit.setup import Blocks, Inputs, Setup, numbers_at
 from llqr.refit.stream import Streaming, StreamSetup
 from llqr.structures import plan as plans
+from llqr.tree import Frozen
+from llqr.typing import Array, Int, Number, Params
 
 
 class Method(NamedTuple):

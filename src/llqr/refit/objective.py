@@ -23,13 +23,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import vdot
-from llqr._types import Array, Bool, Float, Params
 from llqr.curvature.model import QuadraticModel
 from llqr.refit.directions import Directions, each
 from llqr.refit.setup import Blocks, Seen
 from llqr.structures import plan as plans
 from llqr.structures.plan import Plan
+from llqr.tree import vdot
+from llqr.typing import Array, Bool, Float, Params
 
 BENT = 1e-3
 """From which on Phi curves down along P h: curvature below minus this share of the slope."""

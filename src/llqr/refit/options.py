@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from llqr import metrics
-from llqr._errors import check_choice, check_integer, check_range
-from llqr._types import Array, Bool, Int, PyTree, Schedule
 from llqr.curvature.route import Route
+from llqr.errors import check_choice, check_integer, check_range
 from llqr.metrics import Reduction
+from llqr.typing import Array, Bool, Int, PyTree, Schedule
 
 Probe: TypeAlias = Literal["gradient", "minibatch", "gaussian", "fisher"]
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llqr._types import Array, Float, Int
+from llqr.typing import Array, Float, Int
 
 STATUS = ("none", "updated", "kept", "nonfinite", "inverted", "rejected", "flat", "indefinite")
 """What a refit did to a block (here one matrix: a member of a stack, or a part), by the number in

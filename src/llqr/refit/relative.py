@@ -5,8 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llqr._tree import all_finite, divide, norm, vdot
-from llqr._types import Array, Float, Number, Params, PRNGKeyArray
 from llqr.curvature import model as quadratic
 from llqr.curvature.model import QuadraticModel
 from llqr.refit.directions import floored
@@ -14,6 +12,8 @@ from llqr.refit.stream import StreamSetup, StreamState, dense_sides, kind_of
 from llqr.structures import plan as plans
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
+from llqr.tree import all_finite, divide, norm, vdot
+from llqr.typing import Array, Float, Number, Params, PRNGKeyArray
 
 NORM_STEPS = 4
 """Power steps behind |E|_2: with eta = 0.3, an estimate three times too small would still do."""

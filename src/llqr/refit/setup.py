@@ -5,8 +5,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import optax
 
-from llqr._tree import Frozen
-from llqr._types import Array, Int, Number, Params
 from llqr.curvature.route import Route
 from llqr.metrics import Reduction
 from llqr.objective import BoundObjective
@@ -14,6 +12,8 @@ from llqr.refit.options import LINE_SEARCHES, Refit
 from llqr.refit.record import RefitInfo
 from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Plan
+from llqr.tree import Frozen
+from llqr.typing import Array, Int, Number, Params
 
 Blocks: TypeAlias = tuple[Arrays, ...]
 """The arrays of every block of a plan."""

@@ -35,14 +35,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llqr._tree import divide, vdot
-from llqr._types import Array, Bool, Float, Number, PyTree
 from llqr.refit.objective import Phi
 from llqr.refit.options import DETERMINISTIC, LINE_SEARCHES, SOLVERS, SolverLike
 from llqr.structures import plan as plans
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Plan
+from llqr.tree import divide, vdot
+from llqr.typing import Array, Bool, Float, Number, PyTree
 
 __all__ = [
     "DETERMINISTIC",

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 
 from llqr import _loops
 from llqr._linalg import orthonormal
-from llqr._tree import all_finite, divide, replicate
-from llqr._types import Array, Bool, Float, Int, Number, Params
 from llqr.refit.stream import (
     MOMENTUM,
     SQUARES,
@@ -24,6 +22,8 @@ from llqr.structures import plan as plans
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Plan
+from llqr.tree import all_finite, divide, replicate
+from llqr.typing import Array, Bool, Float, Int, Number, Params
 
 WIDE_TURNS, WIDE_FOLLOWS = 5, 2
 """Wide sides turn at the first refits and then at every fifth, and follow every second gradient."""

@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from llqr import metrics
-from llqr._errors import check_integer, check_range
-from llqr._tree import Frozen
-from llqr._types import Array, Bool, Float, Int, Params, PyTree
 from llqr.curvature.route import Route
+from llqr.errors import check_integer, check_range
 from llqr.metrics import Reduction
 from llqr.refit.setup import WHOLE
 from llqr.structures import plan as plans
@@ -19,6 +17,8 @@ from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays, Structure
 from llqr.structures.plan import Plan
 from llqr.structures.rules import embedding_like
+from llqr.tree import Frozen
+from llqr.typing import Array, Bool, Float, Int, Params, PyTree
 
 DAMPING = 1e-4
 """Default lambda, in units of the largest curvature of each block."""

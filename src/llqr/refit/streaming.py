@@ -58,9 +58,6 @@ import jax
 import jax.numpy as jnp
 
 from llqr import _loops, metrics
-from llqr._tree import accurate_dtype, all_finite, cosine, normal_like
-from llqr._tree import widen as widened
-from llqr._types import Array, Bool, Float, Int, Number, Params
 from llqr.curvature import model as quadratic
 from llqr.curvature.model import QuadraticModel
 from llqr.objective import BoundObjective
@@ -95,6 +92,9 @@ from llqr.structures import plan as plans
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Plan
+from llqr.tree import accurate_dtype, all_finite, cosine, normal_like
+from llqr.tree import widen as widened
+from llqr.typing import Array, Bool, Float, Int, Number, Params
 
 
 def init(setup: StreamSetup, params: Params, slots: tuple[str, ...]) -> StreamState:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from llqr._errors import check_choice, check_integer, check_range
-from llqr._tree import accurate_dtype, check_inexact, leaf_names, norm, vdot, widen
-from llqr._types import Array, Bool, Float, Int, Number, Params, Schedule
 from llqr.accumulation import Axes, ValueAndGrad, mean_over_parts
+from llqr.errors import check_choice, check_integer, check_range
+from llqr.tree import accurate_dtype, check_inexact, leaf_names, norm, vdot, widen
+from llqr.typing import Array, Bool, Float, Int, Number, Params, Schedule
 
 from . import perturbation
 from .perturbation import Direction, Kind, Norm, Sign

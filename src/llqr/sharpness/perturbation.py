@@ -6,8 +6,8 @@ from typing import Literal, TypeAlias
 
 import jax.numpy as jnp
 
-from llqr._tree import divide, vdot
-from llqr._types import Array, Int, Number
+from llqr.tree import divide, vdot
+from llqr.typing import Array, Int, Number
 
 Direction: TypeAlias = Literal["ema_grad", "ema_precond_grad", "ema_direction"]
 Norm: TypeAlias = Literal["euclidean", "matrix_norm", "layer_euclidean", "layer_matrix_norm"]

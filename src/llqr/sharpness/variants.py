@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from llqr._types import Number, Schedule
+from llqr.typing import Number, Schedule
 
 from .oracle import Sharpness
 from .perturbation import Direction, Norm, Sign

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from llqr._mesh import over_devices, spread_stack, whole_stack
-from llqr._tree import replicate
-from llqr._types import Array, Float, PyTree
 from llqr.structures import matrix as mx
 from llqr.structures.matrix import Arrays, Structure
 from llqr.structures.view import Source
+from llqr.tree import replicate
+from llqr.typing import Array, Float, PyTree
 
 AT_ONCE = 2**26
 """Entries of matrices that run at once; more of them run one batch after the other."""

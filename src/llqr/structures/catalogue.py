@@ -33,7 +33,7 @@ diagonal; with sym_swm_kfac and asym_swm_kfac a square side of the same kind.
 
 from dataclasses import replace
 
-from llqr._errors import unknown
+from llqr.errors import unknown
 from llqr.structures.matrix import Structure
 
 DIAGONAL = Structure(name="diagonal", spectrum="full")

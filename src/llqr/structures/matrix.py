@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from llqr._errors import check_choice, unknown
-from llqr._types import Array, Float, PRNGKeyArray
+from llqr.errors import check_choice, unknown
 from llqr.structures.sides import SIDES, Side
+from llqr.typing import Array, Float, PRNGKeyArray
 
 Spectrum: TypeAlias = Literal["none", "full", "separable", "scalar"]
 View: TypeAlias = Literal["leaf", "vector", "module"]

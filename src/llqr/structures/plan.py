@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from llqr._mesh import spread_stack, whole_stack
-from llqr._tree import accurate_dtype, leaf_names, replicate, shard_like
-from llqr._types import Array, PRNGKeyArray, PyTree
 from llqr.structures import catalogue
 from llqr.structures import matrix as mx
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays, Structure
 from llqr.structures.rules import Rule, embedding_like
 from llqr.structures.view import Cut, Source, View
+from llqr.tree import accurate_dtype, leaf_names, replicate, shard_like
+from llqr.typing import Array, PRNGKeyArray, PyTree
 
 Plan: TypeAlias = tuple[Block, ...]
 

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from llqr._types import Array, Float
+from llqr.typing import Array, Float
 
 SideArrays = Mapping[str, Float[Array, "..."]]
 """Local name ("main", "values", ...) -> array."""

@@ -14,8 +14,8 @@ from typing import TypeAlias
 
 import jax.numpy as jnp
 
-from llqr._tree import replicate
-from llqr._types import Array, Float
+from llqr.tree import replicate
+from llqr.typing import Array, Float
 
 Axes: TypeAlias = tuple[int, ...]
 

@@ -6,7 +6,7 @@ import jax
 import optax
 
 import llqr
-from llqr._types import Params, PyTree
+from llqr.typing import Params, PyTree
 
 COUNT_ALL: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 """On CPU, what XLA hands to a kernel library as a whole hides its buffers: hand over nothing."""

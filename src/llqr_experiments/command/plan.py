@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import llqr
-from llqr._types import PyTree
+from llqr.typing import PyTree
 from llqr_experiments.command import memory
 from llqr_experiments.config import advice, build
 from llqr_experiments.config.options import Config

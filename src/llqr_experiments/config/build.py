@@ -12,9 +12,9 @@ import optax
 
 import llqr
 from llqr import schedules
-from llqr._tree import leaf_names
-from llqr._types import Schedule
 from llqr.structures import catalogue
+from llqr.tree import leaf_names
+from llqr.typing import Schedule
 from llqr_experiments.config import schedulers
 from llqr_experiments.config.option import BOUNDS, HOLDS, accepted, become, options
 from llqr_experiments.config.options import Config

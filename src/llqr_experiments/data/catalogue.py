@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from llqr._errors import unknown
+from llqr.errors import unknown
 from llqr_experiments.data import cifar, imagenet, sources
 from llqr_experiments.data.examples import Examples, Source
 from llqr_experiments.data.photos import CROP

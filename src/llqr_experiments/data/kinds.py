@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from llqr._errors import unknown
+from llqr.errors import unknown
 from llqr_experiments import data
 from llqr_experiments.config.option import become, plain
 from llqr_experiments.config.options import Config, Dataset

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from llqr._errors import unknown
+from llqr.errors import unknown
 from llqr_experiments.data import corpus, token_cache, tokenization
 from llqr_experiments.data.corpus import SPLITS, Corpus
 from llqr_experiments.data.lines import Lines

@@ -24,7 +24,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from llqr._errors import unknown
+from llqr.errors import unknown
 from llqr_experiments.errors import DataError
 
 LENGTH = 4

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from llqr._errors import check_choice
+from llqr.errors import check_choice
 from llqr_experiments.errors import DataError
 
 Partial = Literal["straddle", "pad", "drop"]

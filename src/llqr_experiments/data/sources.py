@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from llqr._errors import unknown
+from llqr.errors import unknown
 from llqr_experiments.data import cifar
 from llqr_experiments.data.dataset import Dataset, Split, validate
 from llqr_experiments.data.download import fetch

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llqr._errors import unknown
+from llqr.errors import unknown
 from llqr_experiments.data.optional import require
 from llqr_experiments.errors import DataError
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from llqr._errors import unknown
+from llqr.errors import unknown
 from llqr_experiments import capacity
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.models import (

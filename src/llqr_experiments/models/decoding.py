@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llqr._types import Array, Params, PyTree
+from llqr.typing import Array, Params, PyTree
 from llqr_experiments.errors import ConfigError
 
 PAD, END = 1, 2

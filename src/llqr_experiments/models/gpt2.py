@@ -5,8 +5,8 @@ from typing import Literal, get_args
 
 from flax import nnx
 
-from llqr._errors import check_choice
-from llqr._types import Array
+from llqr.errors import check_choice
+from llqr.typing import Array
 from llqr_experiments.models.staged import Part, Staged, log_softmax
 from llqr_experiments.models.transformer import (
     Attention,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from flax import nnx
 
-from llqr._types import Array
+from llqr.typing import Array
 from llqr_experiments.models.staged import Part, log_softmax
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from flax import nnx
 
-from llqr._types import Array
+from llqr.typing import Array
 from llqr_experiments.models.staged import Staged, call, classify, flat, log_softmax
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from llqr._types import Array
+from llqr.typing import Array
 from llqr_experiments.models.staged import Part, Staged
 
 

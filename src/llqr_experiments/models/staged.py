@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llqr._types import Array, Params, PyTree
 from llqr.integrations import nnx as staging
 from llqr.stages import StagedModel
+from llqr.typing import Array, Params, PyTree
 
 Part: TypeAlias = Any
 """What a stage does: a module or function x -> x, or (one of them, how) with how(it, x) -> x."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llqr._types import Array
+from llqr.typing import Array
 from llqr_experiments.models.staged import Part, add, fork, main
 
 EPSILON = 1e-5  # of layer norm

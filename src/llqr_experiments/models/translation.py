@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llqr._types import Array, Params
+from llqr.typing import Array, Params
 from llqr_experiments.models.decoding import PAD, Decoder
 from llqr_experiments.models.staged import Part, Staged, log_softmax
 from llqr_experiments.models.transformer import (

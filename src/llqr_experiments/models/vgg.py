@@ -5,7 +5,7 @@ from functools import partial
 
 from flax import nnx
 
-from llqr._errors import check_integer, check_range
+from llqr.errors import check_integer, check_range
 from llqr_experiments.models.images import flatten, image_shape
 from llqr_experiments.models.staged import Part, Staged, log_softmax
 

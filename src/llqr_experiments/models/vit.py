@@ -6,8 +6,8 @@ from functools import partial
 import jax.numpy as jnp
 from flax import nnx
 
-from llqr._errors import check_integer, check_range
-from llqr._types import Array
+from llqr.errors import check_integer, check_range
+from llqr.typing import Array
 from llqr_experiments.models.images import image_shape
 from llqr_experiments.models.staged import Part, Staged, fork, log_softmax, main
 

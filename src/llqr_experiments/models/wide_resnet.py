@@ -5,7 +5,7 @@ from functools import partial
 
 from flax import nnx
 
-from llqr._errors import check_integer, check_range
+from llqr.errors import check_integer, check_range
 from llqr_experiments.models.images import image_shape, preactivated_head
 from llqr_experiments.models.resnet import conv
 from llqr_experiments.models.staged import Part, Staged, add, fork, main, skip, twice

@@ -10,8 +10,8 @@ import optax
 from matplotlib.figure import Figure
 
 import llqr
-from llqr._tree import cosine, divide, norm
-from llqr._types import Array, Float, Params
+from llqr.tree import cosine, divide, norm
+from llqr.typing import Array, Float, Params
 from llqr_experiments.config import build
 from llqr_experiments.config.option import accepted, become
 from llqr_experiments.config.options import Config

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.markup import escape
 
-from llqr._tree import leaf_names
+from llqr.tree import leaf_names
 from llqr_experiments import devices
 from llqr_experiments.errors import ConfigError, DataError
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import llqr
-from llqr._types import Array, Params
+from llqr.typing import Array, Params
 from llqr_experiments import data
 from llqr_experiments.devices import Layout
 from llqr_experiments.task.tasks import STATISTICS, examples, keep, measure, sums_of

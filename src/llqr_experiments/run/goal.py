@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from llqr._errors import unknown
+from llqr.errors import unknown
 from llqr_experiments.config.options import Config
 from llqr_experiments.data.kinds import KINDS
 from llqr_experiments.data.material import Material

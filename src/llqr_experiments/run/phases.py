@@ -10,7 +10,7 @@ import numpy as np
 from rich.markup import escape
 
 import llqr
-from llqr._types import Array, Params, PyTree
+from llqr.typing import Array, Params, PyTree
 from llqr_experiments import devices
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.record import insight, measures

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from llqr._tree import leaf_names
+from llqr.tree import leaf_names
 from llqr_experiments import devices
 from llqr_experiments.config.options import Config
 from llqr_experiments.errors import TrainingError

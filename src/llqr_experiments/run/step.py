@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 import llqr
-from llqr._tree import norm, normal_like
-from llqr._types import Array, Int, Params
+from llqr.tree import norm, normal_like
+from llqr.typing import Array, Int, Params
 from llqr_experiments.config import build
 from llqr_experiments.devices import Layout
 from llqr_experiments.task.tasks import KEY, STATISTICS, Carry

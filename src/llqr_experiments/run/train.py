@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 import llqr
-from llqr._types import Array, Params
+from llqr.typing import Array, Params
 from llqr_experiments import devices
 from llqr_experiments.config import advice, build
 from llqr_experiments.config.options import Config

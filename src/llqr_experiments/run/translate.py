@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llqr._types import Params
+from llqr.typing import Params
 from llqr_experiments.config.option import become
 from llqr_experiments.config.options import TranslationEval
 from llqr_experiments.data import translation

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from llqr._types import Array, Params
+from llqr.typing import Array, Params
 from llqr_experiments import capacity
 from llqr_experiments.config import build
 from llqr_experiments.config.options import Config

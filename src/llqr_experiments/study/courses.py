@@ -21,7 +21,7 @@ import optax
 
 import llqr
 from llqr import lqr
-from llqr._types import Array, Params
+from llqr.typing import Array, Params
 from llqr_experiments.study.toy_functions import Toy
 
 LEAST_DAMPING, MOST_DAMPING = 1e-12, 1e20

@@ -11,7 +11,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from llqr._types import Array, Float, Params
+from llqr.typing import Array, Float, Params
 
 Loss = Callable[[Params], Float[Array, ""]]
 """A hashable pytree, such as an `llqr.BoundObjective`: its data are not compiled in."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import llqr
-from llqr._types import Array, Float
+from llqr.typing import Array, Float
 
 STRETCH = (1.0, 3.0)
 BOWL, DEPTH, WIDTH = 0.3, 0.4, 0.15

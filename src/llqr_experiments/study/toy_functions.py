@@ -13,7 +13,7 @@ import numpy as np
 
 import llqr
 from llqr import lqr
-from llqr._types import Array, Float
+from llqr.typing import Array, Float
 
 
 @dataclass(frozen=True, eq=False)  # equal by identity, hence hashable: static to jit

@@ -13,7 +13,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from llqr._types import Array
+from llqr.typing import Array
 from llqr_experiments.config import build
 from llqr_experiments.config.options import Config
 from llqr_experiments.errors import ConfigError

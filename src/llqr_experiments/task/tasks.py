@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import llqr
-from llqr._types import Array, Bool, Float, Params, PyTree
+from llqr.typing import Array, Bool, Float, Params, PyTree
 from llqr_experiments import models
 from llqr_experiments.config.options import Architecture, Config
 from llqr_experiments.data import IGNORE, kinds

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from llqr._errors import unknown
+from llqr.errors import unknown
 from llqr_experiments.data.translation import number_words
 from llqr_experiments.data.translation.batching import Bucketing, check_lengths
 from llqr_experiments.data.translation.corpus import Corpus, Pairs, number, read

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from llqr._errors import check_choice
+from llqr.errors import check_choice
 from llqr_experiments.data.translation.vocabulary import UNK, Vocabulary
 from llqr_experiments.errors import DataError
 

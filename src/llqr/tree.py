@@ -1,4 +1,4 @@
-"""Pytrees of parameters: names of leaves, inner products, static trees."""
+"""Pytrees of parameters: names of leaves, inner products, random directions, where leaves lie."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AxisType, PartitionSpec
 
-from llqr._types import Array, Float, PyTree
+from llqr.typing import Array, Float, PyTree
 
 _WRAPPER_KEYS = {"value", "raw_value"}  # how Flax NNX variables spell "the array in me"
 

@@ -1,10 +1,18 @@
-"""Checks of options: messages give the value, what is legal, and the nearest name."""
+"""What goes wrong, and checks of options: the value, what is legal, and the nearest name."""
 
 import difflib
 from collections.abc import Iterable
 from typing import Any
 
 import jax
+
+
+class NonConvexError(ValueError):
+    """The quadratic has no minimum: a direction of non-positive curvature was met."""
+
+
+class NoObjectiveError(ValueError):
+    """No objective arrived where a refit can happen."""
 
 
 def unknown(kind: str, value: object, legal: Iterable[str], *, see: str | None = None) -> str:
