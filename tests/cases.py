@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import llqr
+from llqr.structures.preconditioner import Preconditioner
 
 CATEGORICAL = (
     "newton",
@@ -338,3 +339,8 @@ def label(value: Any) -> str:
     if isinstance(value, dict):
         return "+".join(map(str, value.values()))
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def product(plan: Any, arrays: Any, x: Any) -> Any:
+    """Return P x, P of these arrays of blocks."""
+    return Preconditioner.on(plan, tuple(arrays), x).product(x)

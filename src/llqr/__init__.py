@@ -12,11 +12,12 @@ from llqr import metrics as metrics
 from llqr import stages as stages
 from llqr import tree as tree
 from llqr import typing as typing
-from llqr.access import blocks, install, precondition, refresh
+from llqr.access import blocks, install, precondition, preconditioner, refresh
 from llqr.accumulation import microbatched
+from llqr.approximation import Quality, quality
 from llqr.curvature import QuadraticModel, Route, linearize
 from llqr.curvature import model as quadratic
-from llqr.diagnostics import Description, Quality, Report, describe, inspect, quality
+from llqr.diagnostics import Description, Report, describe, inspect
 from llqr.exact import exact
 from llqr.metrics import Metric
 from llqr.objective import BoundObjective, Objective
@@ -79,6 +80,7 @@ __all__ = [
     "microbatched",
     "past_friendly_sam",
     "precondition",
+    "preconditioner",
     "quadratic",
     "quality",
     "refresh",

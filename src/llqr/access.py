@@ -11,11 +11,11 @@ from jax.typing import ArrayLike
 from llqr import _loops
 from llqr.errors import NoObjectiveError, unknown
 from llqr.objective import BoundObjective
-from llqr.refit.spectrum import turned
-from llqr.refit.stream import StreamState
-from llqr.state import LLQRState, blocks_of, find, is_ours, product, visited
-from llqr.structures import plan as plans
-from llqr.transform import OnlyRefit, check_unmasked
+from llqr.preconditioning import OnlyRefit, check_unmasked
+from llqr.state import LLQRState, blocks_of, closed, find, is_ours, opened, visited
+from llqr.structures import trees
+from llqr.structures.plan import labels
+from llqr.structures.preconditioner import Preconditioner
 from llqr.typing import Array, Float, Params, PyTree
 
 
@@ -116,11 +116,35 @@ def precondition(tx: optax.GradientTransformation, state: Any, vector: Params) -
       >>> llqr.precondition(tx, tx.init(params), params)["w"].tolist()  # P is I before a refit
       [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     """
+    return preconditioner(tx, state, vector).product(vector)
+
+
+def preconditioner(tx: optax.GradientTransformation, state: Any, params: Params) -> Preconditioner:
+    """Return P of the (first) preconditioner inside an optimizer, as a linear operator.
+
+    Args:
+      tx: an optimizer with `llqr` or `scale_by_llqr` in it, however it is composed.
+      state: its state.
+      params: the parameters, or a vector like them.
+
+    Returns:
+      A `llqr.operators.LinearOperator`: `product`, `as_matrix`, `in_structure`; a pytree.
+
+    Raises:
+      ValueError: there is no LLQR state in `state`, or `optax.masked` hides some of it.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, llqr
+      >>> tx = llqr.llqr(optax.sgd(0.1), structure="kfac")
+      >>> params = {"w": jnp.ones((2, 1))}
+      >>> llqr.preconditioner(tx, tx.init(params), params).as_matrix().tolist()
+      [[1.0, 0.0], [0.0, 1.0]]
+    """
     found = find(state)
     check_unmasked(found.blocks)
-    plan, scaling, _ = visited(tx, vector)[0]
-    blocks = blocks_of(plan, found, vector)
-    return product(plan, blocks, scaling, vector)
+    plan, learner, _ = visited(tx, params)[0]
+    arrays = blocks_of(plan, found, params)
+    return Preconditioner.on(plan, arrays, params, learner.setting.sigma)
 
 
 def blocks(
@@ -151,8 +175,8 @@ def blocks(
     found = find(state)
     plan = visited(tx, params)[0].plan
     arrays = blocks_of(plan, found, params)
-    apart = plans.per_matrix(plan, arrays)
-    return {label: dict(own) for label, own in zip(plans.labels(plan), apart, strict=True)}
+    apart = trees.per_matrix(plan, arrays)
+    return {label: dict(own) for label, own in zip(labels(plan), apart, strict=True)}
 
 
 def install(
@@ -183,10 +207,10 @@ def install(
       [[0.5], [0.5]]
     """
     found = find(state)
-    plan = visited(tx, params)[0].plan
-    known = {label: i for i, label in enumerate(plans.labels(plan))}
-    before = blocks_of(plan, found, params)
-    arrays = plans.per_matrix(plan, before)
+    plan, learner, _ = visited(tx, params)[0]
+    known = {label: i for i, label in enumerate(labels(plan))}
+    held = opened(learner, plan, found, params)
+    arrays = trees.per_matrix(plan, held.arrays)
     for name, slots in blocks.items():
         if name not in known:
             raise ValueError(unknown("block (path of its first leaf)", name, known))
@@ -203,9 +227,6 @@ def install(
                 raise ValueError(f"block {name!r}, slot {slot!r}: the array is not finite.")
         cast = {slot: jnp.asarray(array, own[slot].dtype) for slot, array in slots.items()}
         arrays[known[name]] = own | cast
-    after = plans.from_matrices(plan, arrays)
-    new = found._replace(blocks=plans.pack(plan, after, params, tuple(found.blocks)))
-    if isinstance(found.stream, StreamState):  # its momentum lies in the bases of P
-        statistics = turned(plan, found.stream.statistics, before, after, params)
-        new = new._replace(stream=found.stream._replace(statistics=statistics))
+    held = learner.reexpress(plan, held, tuple(trees.from_matrices(plan, arrays)))
+    new = closed(learner, plan, held, found, params)
     return jax.tree.map(lambda x: new if x is found else x, state, is_leaf=is_ours)

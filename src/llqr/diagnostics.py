@@ -1,8 +1,7 @@
-"""What a preconditioner is made of, and how near its step comes to the exact one."""
+"""What a preconditioner is made of, and what its last refit did."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,27 +9,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llqr import metrics
-from llqr._linalg import solve
 from llqr.advice import advise
-from llqr.curvature.model import QuadraticModel, linearize
-from llqr.metrics import MetricLike, Reduction
-from llqr.objective import BoundObjective
-from llqr.refit.learn import learn
-from llqr.refit.options import Refit, check_options
-from llqr.refit.record import STATUS, no_refit
-from llqr.refit.setup import WHOLE, Blocks, Inputs, Setup, numbers_at
-from llqr.state import blocks_of, find, is_ours, plans_of
+from llqr.refit.learner import Blocks
+from llqr.refit.record import STATUS
+from llqr.refit.remedies import PUBLISHED, Remedies
+from llqr.state import blocks_of, find, is_ours, visited
 from llqr.structures import matrix as mx
-from llqr.structures import plan as plans
+from llqr.structures import trees
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
-from llqr.structures.rules import StructureLike, rule_table
-from llqr.tree import cosine, freeze, leaf_names, norm, vdot
-from llqr.typing import Array, Float, Params, PyTree
-
-MAX_STEPS = 5000
-"""Of conjugate gradients in `quality`."""
+from llqr.structures.plan import Plan, apart, each, labels
+from llqr.tree import norm
+from llqr.typing import Array, Float, PyTree
 
 
 @dataclass(frozen=True)
@@ -54,14 +44,15 @@ class Description:
     """Blocks of a preconditioner; `print` it to read the table."""
 
     rows: tuple[Row, ...]
-    followed: int = 0  # bytes of what streaming refits remember besides P
+    followed: int = 0  # bytes of what is remembered besides P
+    remembers: str = ""  # what that is, in words
 
     def __str__(self) -> str:
         head = ("leaf", "shape", "seen as", "structure", "stored", "memory", "multiply-adds")
-        table = _table([head, *(_cells(row) for row in self.rows)], 4, _total(self.rows))
+        text = table([head, *(_cells(row) for row in self.rows)], 4, _total(self.rows))
         if not self.followed:
-            return table
-        return f"{table}\nand {_bytes(self.followed)} of momentum, second moments and curvature"
+            return text
+        return f"{text}\nand {_bytes(self.followed)} of {self.remembers}"
 
 
 def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
@@ -85,12 +76,12 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
       -----------------------------------------------------------------------
       15 parameters                                 40   160 B            183
     """
-    found = plans_of(tx, params)
+    found = visited(tx, params)
     if not found:
         raise ValueError("there is no llqr.llqr or llqr.scale_by_llqr in this optimizer.")
     rows = []
-    for plan in found:
-        for block in plans.apart(plan):
+    for plan, _, _ in found:
+        for block in apart(plan):
             source, count = block.sources[0], block.count
             shapes = mx.array_shapes(block.structure, block.shape).values()
             stored = count * sum(math.prod(shape) for shape in shapes)
@@ -111,7 +102,9 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
     state = jax.eval_shape(lambda p: tx.init(p), params)
     ours = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
     arrays = jax.tree.leaves([x.stream for x in ours])
-    return Description(tuple(rows), sum(x.size * x.dtype.itemsize for x in arrays))
+    words = dict.fromkeys(learner.remembers for _, learner, _ in found if learner.remembers)
+    followed = sum(x.size * x.dtype.itemsize for x in arrays)
+    return Description(tuple(rows), followed, " and ".join(words))
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -162,11 +155,12 @@ class Report:
     objective_after: float
     cosine: float  # of P h and h, all blocks together
     blocks: tuple[BlockReport, ...]
+    remedies: Remedies = PUBLISHED  # of the way in which P is learned
 
     @property
     def advice(self) -> tuple[str, ...]:
         """What looks wrong, and what to try, in sentences; empty if nothing does."""
-        return advise(self.refits, self.cosine, self.blocks)
+        return advise(self.refits, self.cosine, self.blocks, self.remedies)
 
     def __str__(self) -> str:
         head = ("leaf", "last refit", "cos(Ph, h)", "smallest", "largest", "norm")
@@ -175,7 +169,7 @@ class Report:
              f"{b.norm:.4g}")
             for b in self.blocks
         ]  # fmt: skip
-        return _table([head, *body], 2)
+        return table([head, *body], 2)
 
 
 def inspect(
@@ -209,12 +203,12 @@ def inspect(
       P was never refitted here: is a refit due, and does `objective` reach it?
     """
     ours = find(state)
-    plan = plans_of(tx, params)[0]
+    plan, learner, _ = visited(tx, params)[0]
     blocks = blocks_of(plan, ours, params)
     found, info = jax.device_get((_measure(plan, blocks, asymmetry), ours.refit))
     rows = []
     for label, status, angle, ((low, high, length), skews) in zip(
-        plans.labels(plan), info.status, info.cosines, plans.per_matrix(plan, found), strict=True
+        labels(plan), info.status, info.cosines, trees.per_matrix(plan, found), strict=True
     ):
         pairs = {slot: (float(a), float(b)) for slot, (a, b) in skews.items()}
         word = STATUS[int(status)]
@@ -231,7 +225,7 @@ def inspect(
         )
     before, after = float(info.objective_before), float(info.objective_after)
     counts = int(info.refits), int(info.steps)
-    return Report(*counts, before, after, float(info.cosine), tuple(rows))
+    return Report(*counts, before, after, float(info.cosine), tuple(rows), learner.remedies)
 
 
 def _asymmetric_sides(block: Block) -> tuple[str, ...]:
@@ -241,7 +235,7 @@ def _asymmetric_sides(block: Block) -> tuple[str, ...]:
 
 
 @partial(jax.jit, static_argnames=("plan", "asymmetry"))
-def _measure(plan: plans.Plan, blocks: Blocks, asymmetry: bool) -> Any:
+def _measure(plan: Plan, blocks: Blocks, asymmetry: bool) -> Any:
     """Of every matrix: (smallest, largest, norm) of its arrays, and asymmetry of its sides."""
 
     def one(block: Block, arrays: Arrays) -> Any:
@@ -251,7 +245,7 @@ def _measure(plan: plans.Plan, blocks: Blocks, asymmetry: bool) -> Any:
         slots = _asymmetric_sides(block) if asymmetry else ()
         return (low, high, norm(values)), {slot: _skew(arrays[slot]) for slot in slots}
 
-    return plans.each(plan, one, blocks)
+    return each(plan, one, blocks)
 
 
 def _skew(a: Float[Array, "d d"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -269,198 +263,3 @@ def _spectral_norm(a: Float[Array, "d d"]) -> Float[Array, ""]:
 
     v = jnp.full((a.shape[1],), a.shape[1] ** -0.5, a.dtype)
     return jnp.linalg.norm(a @ jax.lax.fori_loop(0, 25, step, v))
-
-
-@dataclass(frozen=True)
-class Part:
-    """How near a step comes to the exact one."""
-
-    cosine: float  # of the two steps
-    length: float  # |u| / |exact|
-
-
-@dataclass(frozen=True)
-class Approximation:
-    """One step u, compared with the minimiser of J."""
-
-    name: str
-    share: float  # J(u) / J(exact): 1 is exact, 0 no progress, negative makes J larger
-    best_share: float  # the same for the best multiple of u: what a learning rate could give
-    whole: Part
-    stages: dict[str, Part]  # by top-level entry of the parameters
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Approximations of one exact step; `print` it to read the table."""
-
-    rows: tuple[Approximation, ...]
-    objective: float  # J(exact), negative
-
-    def __str__(self) -> str:
-        stages = list(self.rows[0].stages)
-        head = (
-            "step",
-            "share of optimum",
-            "at best length",
-            "cosine",
-            "length",
-            *(f"cos {s}" for s in stages),
-        )
-        body = [
-            (row.name, _percent(row.share), _percent(row.best_share), f"{row.whole.cosine:.3f}",
-             f"{row.whole.length:.3g}", *(f"{row.stages[s].cosine:.3f}" for s in stages))
-            for row in self.rows
-        ]  # fmt: skip
-        return _table([head, *body], 1)
-
-
-def quality(
-    objective: BoundObjective,
-    params: Params,
-    *,
-    structures: Sequence[StructureLike] = ("diagonal", "kfac", "e-kfac"),
-    metric: MetricLike = "ngd",
-    damping: float = 1e-3,
-    divergence_reduction: Reduction = "sum",
-    identity_scaling: float = 1.0,
-    refit: Refit | None = None,
-    max_dim: int = 10_000,
-    tolerance: float = 1e-6,
-) -> Quality:
-    """Compare learned, block-diagonal and gradient steps with the exact step.
-
-    The exact step minimises J(u) = g.u + 1/2 u.(C + lambda I) u. "block-diagonal" minimises it
-    with every term between different stages removed from C: what is missing there is the
-    value of cross-layer coupling. A structure's step is P h after one refit from the
-    identity. Stages are the top-level entries of `params`.
-
-    Args:
-      objective: the curvature objective on a batch.
-      params: the current parameters.
-      structures: names or rule tables to learn.
-      metric: with a convex J at this damping.
-      damping: lambda > 0.
-      divergence_reduction: "sum", "mean" or "unit", see `scale_by_llqr`.
-      identity_scaling: sigma.
-      refit: how the structures are learned, on this one batch; None: the papers' 50 steps.
-      max_dim: see `scale_by_llqr`.
-      tolerance: relative residual of the exact solves (conjugate gradients).
-
-    Raises:
-      NonConvexError: J has no minimum.
-      ValueError: an exact solve did not converge; or an unknown name or a value out of range.
-
-    Example:
-      >>> import jax.numpy as jnp, llqr
-      >>> objective = llqr.Objective(
-      ...     forward=lambda p, x: x @ p["a"] + p["b"], loss=lambda z, x: jnp.mean((z - x) ** 2))
-      >>> params = {"a": jnp.zeros((2, 2)), "b": jnp.zeros(2)}
-      >>> found = llqr.quality(
-      ...     objective.bind(jnp.array([[1.0, 2.0], [0.0, 1.0]])), params,
-      ...     structures=["kfac"], metric="gauss_newton")
-      >>> [row.name for row in found.rows]
-      ['gradient', 'kfac', 'block-diagonal', 'exact']
-    """
-    model = linearize(
-        objective, params, metric, damping=damping, divergence_reduction=divergence_reduction
-    )
-    g = model.gradient
-    exact = _solve(model.product, g, tolerance)  # first: it fails where there is no minimum
-    optimum = float(model.value(exact))
-    steps: dict[str, Params] = {"gradient": jax.tree.map(jnp.negative, g)}
-    frozen = freeze(metrics.resolve(metric))
-    refit = Refit() if refit is None else replace(refit, fresh_batches=False)
-    check_options(refit, metrics.resolve(metric), divergence_reduction, WHOLE)
-    for chosen in structures:
-        name = chosen if isinstance(chosen, str) else f"rules {len(steps)}"
-        plan = plans.make_plan(params, rule_table(chosen), max_dim)
-        setup = Setup(plan, frozen, divergence_reduction, identity_scaling, refit)
-        setup.check()
-        numbers = numbers_at(refit, jnp.zeros((), jnp.int32), damping)
-        blocks = plans.identity(plan, 1.0)
-        inputs = Inputs(blocks, no_refit(plans.size(plan)), params, objective, numbers)
-        blocks, _ = learn(setup, inputs)
-        scaled = plans.multiply(plan, blocks, steps["gradient"])
-        steps[name] = jax.tree.map(lambda x: x / identity_scaling, scaled)
-    steps["block-diagonal"] = _block_diagonal_step(model, tolerance)
-    steps["exact"] = exact
-    rows = []
-    for name, u in steps.items():
-        slope, curved = float(vdot(g, u)), float(vdot(u, model.product(u)))
-        shares = (slope + curved / 2) / optimum, -(slope**2) / curved / 2 / optimum
-        rows.append(_approximation(name, shares, u, exact))
-    return Quality(tuple(rows), optimum)
-
-
-def _block_diagonal_step(model: QuadraticModel, tolerance: float) -> Params:
-    """The minimiser of J without the curvature between different stages."""
-    gradients, treedef = jax.tree.flatten(model.gradient)
-    step = [jnp.zeros_like(g) for g in gradients]
-    for members in _stages(model.gradient).values():
-
-        def product(part: list[Array], members: list[int] = members) -> list[Array]:
-            whole = [jnp.zeros_like(g) for g in gradients]
-            for i, u in zip(members, part, strict=True):
-                whole[i] = u
-            curved = jax.tree.leaves(model.product(treedef.unflatten(whole)))
-            return [curved[i] for i in members]
-
-        solved = _solve(product, [gradients[i] for i in members], tolerance)
-        for i, u in zip(members, solved, strict=True):
-            step[i] = u
-    return treedef.unflatten(step)
-
-
-def _stages(params: Params) -> dict[str, list[int]]:
-    """Top-level entry of the parameters -> positions of its leaves."""
-    stages: dict[str, list[int]] = {}
-    for i, name in enumerate(leaf_names(params)):
-        stages.setdefault(name.partition("/")[0], []).append(i)
-    return stages
-
-
-def _approximation(
-    name: str, shares: tuple[float, float], u: Params, exact: Params
-) -> Approximation:
-    us, es = jax.tree.leaves(u), jax.tree.leaves(exact)
-    stages = {
-        stage: _part([us[i] for i in members], [es[i] for i in members])
-        for stage, members in _stages(exact).items()
-    }
-    return Approximation(name, *shares, _part(us, es), stages)
-
-
-def _solve(product: Callable[[PyTree], PyTree], g: PyTree, tolerance: float) -> PyTree:
-    """-product^-1 g."""
-    found, _ = solve(product, g, tolerance=tolerance, max_steps=MAX_STEPS)
-    return jax.tree.map(jnp.negative, found)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:,.1f} %"
-
-
-def _part(u: PyTree, exact: PyTree) -> Part:
-    length = norm(u) / jnp.maximum(norm(exact), 1e-30)
-    return Part(float(cosine(u, exact)), float(length))
-
-
-def _table(
-    lines: Sequence[tuple[str, ...]], left: int, total: tuple[str, ...] | None = None
-) -> str:
-    """Align columns under a ruled head, the first `left` of them to the left."""
-    every = [*lines, total] if total else list(lines)
-    widths = [max(len(line[i]) for line in every) for i in range(len(lines[0]))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in every
-    ]
-    rule = "-" * max(map(len, text))
-    text.insert(1, rule)
-    if total:
-        text.insert(-1, rule)
-    return "\n".join(text)

@@ -1,12 +1,12 @@
-"""How long P g is: the length of the gradient, or a root mean square of its own."""
+"""How long a step is: as long as the gradient, or a root mean square of its own."""
 
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from llqr.structures import plan as plans
-from llqr.structures.rules import matrix_like
+from llqr.structures import trees
+from llqr.structures.plan import Plan, each
 from llqr.tree import accurate_dtype, divide, norm
 from llqr.typing import Params
 
@@ -17,31 +17,36 @@ RMS_MATRIX, RMS_VECTOR = 0.2, 0.05
 learning rates and weight decays carry over."""
 
 
-def grafted(
-    plan: plans.Plan, graft: Graft, scaled: Params, updates: Params, full: Params
-) -> Params:
-    """Return P g with another length; zero stays zero.
+class Step(NamedTuple):
+    """What P makes of a vector, before it has its length: trees like the parameters."""
+
+    direction: Params  # P v, or a part of it
+    full: Params  # as long as all of P v
+    vector: Params  # as long as v
+
+
+def grafted(plan: Plan, graft: Graft, step: Step) -> Params:
+    """Return a step with another length; zero stays zero.
 
     Args:
       plan: the blocks.
-      graft: "none": as it is; "global": the length of g; "block": of each block, that of the
-        block of g; "rms": of each leaf, a fixed root mean square.
-      scaled: P g.
-      updates: g.
-      full: what gets that length; where `scaled` is a part of it, it keeps its share.
+      graft: "none": as it is; "global": the length of v; "block": of each block, that of the
+        block of v; "rms": of each leaf, a fixed root mean square.
+      step: its direction keeps its share of what gets that length, `full`.
 
     Returns:
-      A tree like `scaled`, in its dtypes.
+      A tree like the direction, in its dtypes.
     """
+    direction, full, vector = step
     if graft == "none":
-        return scaled
+        return direction
     if graft == "rms":
-        return _to_rms(plan, scaled, full)
+        return _to_rms(plan, direction, full)
     if graft == "global":
-        return _as_long_as(updates, scaled, full)
-    seen = (plans.gather(plan, x) for x in (updates, scaled, full))
-    of = plans.each(plan, lambda _, *x: _as_long_as(*x), *seen)
-    return plans.scatter(plan, of, scaled)
+        return _as_long_as(vector, direction, full)
+    seen = (trees.gather(plan, x) for x in (vector, direction, full))
+    of = each(plan, lambda _, *x: _as_long_as(*x), *seen)
+    return trees.scatter(plan, of, direction)
 
 
 def _as_long_as(want: Params, have: Params, full: Params) -> Params:
@@ -49,13 +54,14 @@ def _as_long_as(want: Params, have: Params, full: Params) -> Params:
     return jax.tree.map(lambda x: (ratio * x).astype(x.dtype), have)
 
 
-def _to_rms(plan: plans.Plan, scaled: Params, full: Params) -> Params:
+def _to_rms(plan: Plan, scaled: Params, full: Params) -> Params:
     leaves, treedef = jax.tree.flatten(scaled)
     measured = jax.tree.leaves(full)
-    for view in [view for block in plan for source in block.sources for view in source.views]:
-        want = RMS_MATRIX if matrix_like(view.name, view.shape) else RMS_VECTOR
+    views = [view for block in plan for source in block.sources for view in source.views]
+    for view in views:
+        want = RMS_MATRIX if view.matrix else RMS_VECTOR
         x, whole = leaves[view.leaf], measured[view.leaf]
-        wide, whole = (y.astype(accurate_dtype(y)) for y in (x, whole))
+        wide, whole = x.astype(accurate_dtype(x)), whole.astype(accurate_dtype(whole))
         rms = jnp.sqrt(jnp.mean(whole * whole, axis=view.order[view.stack :], keepdims=True))
         leaves[view.leaf] = (divide(jnp.asarray(want, wide.dtype), rms) * wide).astype(x.dtype)
     return treedef.unflatten(leaves)

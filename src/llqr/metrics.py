@@ -393,6 +393,10 @@ def row_weights(
     return tuple(None if k is None else 1 / _count(k, axis_name) for k in kept)
 
 
+SAMPLED = "ngd, reverse_kl, renyi, bernoulli or gaussian"
+"""Metrics from which labels can be drawn, in words: of `METRICS`, those for which `can_sample`."""
+
+
 def can_sample(metric: PyTree) -> bool:
     """Whether `sample` can draw from a resolved metric."""
     leaves = jax.tree.leaves(metric)

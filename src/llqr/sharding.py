@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from llqr._mesh import AnyMesh, stack_axes
-from llqr.refit.stream import StreamState
+from llqr.refit.learner import Learner
 from llqr.state import LLQRState, is_ours, visited
 from llqr.structures.block import Block
 from llqr.structures.plan import Plan
@@ -78,19 +78,17 @@ def state_shardings(tx: optax.GradientTransformation, params: Params) -> PyTree:
     def of_ours(lies: Any, arrays: Any) -> Any:
         if not is_ours(arrays):
             return lies
-        plan, _, shard = next(inside)
-        return _with_trees(lies, lambda trees: trees_of(plan, shard, trees, params, mesh), arrays)
+        plan, learner, shard = next(inside)
+        change = lambda trees: trees_of(plan, shard, trees, params, mesh)  # noqa: E731
+        return _with_trees(learner, lies, change, arrays)
 
     return jax.tree.map(of_ours, found, state, is_leaf=is_ours)
 
 
-def _with_trees(state: LLQRState, change: Any, arrays: LLQRState) -> LLQRState:
+def _with_trees(learner: Learner, state: LLQRState, change: Any, arrays: LLQRState) -> LLQRState:
     """The state with the trees of its slots changed, as those of `arrays` say."""
-    state = state._replace(blocks=change(arrays.blocks))
-    if isinstance(state.stream, StreamState):
-        followed = change(arrays.stream.statistics)
-        state = state._replace(stream=state.stream._replace(statistics=followed))
-    return state
+    stream = learner.with_trees(state.stream, change(learner.trees(arrays.stream)))
+    return state._replace(blocks=change(arrays.blocks), stream=stream)
 
 
 def trees_of(
@@ -101,7 +99,7 @@ def trees_of(
     Args:
       plan: the blocks.
       shard: see `scale_by_llqr`.
-      trees: from `plans.pack`, arrays or shapes.
+      trees: from `trees.pack`, arrays or shapes.
       params: with shardings over `mesh`.
       mesh: the devices.
     """
@@ -133,7 +131,9 @@ def _placed(
     return matching(shape, param.shape, known)
 
 
-def place(plan: Plan, shard: str | None, state: LLQRState, params: Params) -> LLQRState:
+def place(
+    plan: Plan, learner: Learner, shard: str | None, state: LLQRState, params: Params
+) -> LLQRState:
     """Return a state whose arrays of P lie where `state_shardings` says, as far as that is known.
 
     Nothing changes without a mesh, nor over automatic axes inside `jax.jit`, where the shardings
@@ -141,6 +141,7 @@ def place(plan: Plan, shard: str | None, state: LLQRState, params: Params) -> LL
 
     Args:
       plan: the blocks.
+      learner: of the optimizer.
       shard: see `scale_by_llqr`.
       state: of the preconditioner.
       params: the parameters.
@@ -156,7 +157,7 @@ def place(plan: Plan, shard: str | None, state: LLQRState, params: Params) -> LL
     def moved(trees: dict[str, PyTree]) -> dict[str, PyTree]:
         return jax.tree.map(_move, trees, trees_of(plan, shard, trees, params, mesh))
 
-    return _with_trees(state, moved, state)
+    return _with_trees(learner, state, moved, state)
 
 
 def _known(leaf: Any) -> NamedSharding | None:

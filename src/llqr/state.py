@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llqr.refit.learner import Blocks, Held, Learner
 from llqr.refit.record import RefitInfo
-from llqr.refit.setup import Blocks
-from llqr.structures import catalogue
-from llqr.structures import plan as plans
+from llqr.refit.ways import name_of
+from llqr.structures import catalogue, trees
+from llqr.structures.plan import Plan, make_plan
 from llqr.structures.rules import rule_table, slots
-from llqr.typing import Array, Int, Params, PyTree
+from llqr.tree import all_like
+from llqr.typing import Array, Int, PyTree
 
 
 class LLQRState(NamedTuple):
@@ -55,24 +57,24 @@ def is_ours(x: Any) -> bool:
 class Visited(NamedTuple):
     """What a composed transformation does not show of an LLQR transformation inside."""
 
-    plan: plans.Plan
-    identity_scaling: float
-    shard: str | None = "params"
+    plan: Plan
+    learner: Learner
+    shard: str | None
 
 
 recorder: ContextVar[list[Visited] | None] = ContextVar("recorder", default=None)
 
 
-def note(plan: plans.Plan, identity_scaling: float, shard: str | None) -> None:
+def note(plan: Plan, learner: Learner, shard: str | None) -> None:
     """Tell whoever visits an optimizer of a preconditioner inside it.
 
     A function by itself: what `init` names is pickled with it, and a ContextVar cannot be.
     """
     if (found := recorder.get()) is not None:
-        found.append(Visited(plan, identity_scaling, shard))
+        found.append(Visited(plan, learner, shard))
 
 
-def plans_of(tx: optax.GradientTransformation, params: PyTree) -> tuple[plans.Plan, ...]:
+def plans_of(tx: optax.GradientTransformation, params: PyTree) -> tuple[Plan, ...]:
     """Return the plan of every LLQR transformation inside `tx`, however it is composed.
 
     A composed optax transformation does not show its parts; its `init` visits them all.
@@ -136,7 +138,44 @@ def _entries(state: Any) -> str:
     return f"with {sorted(map(str, state))}" if isinstance(state, dict) else "no such container"
 
 
-def blocks_of(plan: plans.Plan, state: LLQRState, like: PyTree) -> Blocks:
+def opened(learner: Learner, plan: Plan, state: LLQRState, like: PyTree) -> Held:
+    """Return what a state holds, by block.
+
+    Args:
+      learner: of the optimizer.
+      plan: likewise.
+      state: its state.
+      like: a tree with the structure of the parameters.
+
+    Raises:
+      ValueError: the state is of an optimizer with other options.
+    """
+    if not learner.owns(state.stream):
+        raise ValueError(
+            f"the optimizer has refit={learner.name}(...), and the state is of one with "
+            f"{name_of(state.stream)}(...). Begin anew with tx.init(params)."
+        )
+    arrays = blocks_of(plan, state, like)
+    return Held(arrays, learner.open(plan, state.stream, like), state.refit, [])
+
+
+def closed(learner: Learner, plan: Plan, held: Held, before: LLQRState, like: PyTree) -> LLQRState:
+    """Return the state with what is held: the inverse of `opened`.
+
+    Args:
+      learner: of the optimizer.
+      plan: likewise.
+      held: what it is to hold.
+      before: the state that was opened, with its count and shardings.
+      like: a tree with the structure of the parameters.
+    """
+    packed = trees.pack(plan, held.arrays, like, tuple(before.blocks))
+    stream = learner.close(plan, held.memory, like)
+    after = LLQRState(before.count, packed, held.info, stream)
+    return all_like(after, before)
+
+
+def blocks_of(plan: Plan, state: LLQRState, like: PyTree) -> Blocks:
     """Return the arrays of each block.
 
     Args:
@@ -150,7 +189,7 @@ def blocks_of(plan: plans.Plan, state: LLQRState, like: PyTree) -> Blocks:
     """
     why = None
     try:
-        found = plans.unpack(plan, state.blocks, like)
+        found = trees.unpack(plan, state.blocks, like)
     except (KeyError, ValueError, TypeError) as error:  # slots, or trees of other containers
         found, why = (), _first_line(error)
     if why is None:
@@ -170,20 +209,15 @@ def _first_line(error: Exception) -> str:
     return "its trees have other leaves or containers than the parameters here"
 
 
-@lru_cache(maxsize=64)
-def _expected(plan: plans.Plan) -> tuple[Any, ...]:
-    return jax.eval_shape(lambda: plans.identity(plan, 1.0))
-
-
-def _difference(plan: plans.Plan, found: Blocks) -> str | None:
+def _difference(plan: Plan, found: Blocks) -> str | None:
     """What of some block is not there, or has another shape."""
-    for block, own, expected in zip(plan, found, _expected(plan), strict=True):
+    for block, own in zip(plan, found, strict=True):
         for slot, array in own.items():
             name = f"leaf {block.names[0]!r}, slot {slot!r}"
             if array is None:
                 return f"{name}: there is no array"
-            if jnp.shape(array) != expected[slot].shape:
-                return f"{name}: the shape is {jnp.shape(array)}, not {expected[slot].shape}"
+            if jnp.shape(array) != block.shapes[slot]:
+                return f"{name}: the shape is {jnp.shape(array)}, not {block.shapes[slot]}"
     return None
 
 
@@ -193,9 +227,9 @@ def _made_with(state: LLQRState, like: PyTree) -> str:
         table = rule_table(name)
         if slots(table) != tuple(sorted(state.blocks)):
             continue
-        plan = plans.make_plan(like, table, 10_000)
+        plan = make_plan(like, table, 10_000)
         try:
-            found = plans.unpack(plan, state.blocks, like)
+            found = trees.unpack(plan, state.blocks, like)
         except (KeyError, ValueError, TypeError):
             continue
         if _difference(plan, found) is None:
@@ -203,20 +237,5 @@ def _made_with(state: LLQRState, like: PyTree) -> str:
     return f"a state with the slots {sorted(state.blocks)}"
 
 
-def _names(plan: plans.Plan) -> str:
+def _names(plan: Plan) -> str:
     return ", ".join(sorted({repr(block.structure.name) for block in plan}))
-
-
-def product(plan: plans.Plan, blocks: Blocks, identity_scaling: float, vector: Params) -> Params:
-    """Return P v, where sigma P is stored.
-
-    Args:
-      plan: the blocks.
-      blocks: their arrays, for sigma P.
-      identity_scaling: sigma > 0.
-      vector: v, like the parameters.
-    """
-    stored = plans.multiply(plan, blocks, vector)
-    if identity_scaling == 1:
-        return stored
-    return jax.tree.map(lambda u: (u / identity_scaling).astype(u.dtype), stored)

@@ -1,52 +1,23 @@
-"""The optax transformation: apply P at every step, refit it when due."""
+"""The optax transformations: P in front of an optimizer, around one, and a whole one."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from llqr import _loops, _replicas, metrics
+from llqr.bases import check_plain
 from llqr.curvature.route import Route
-from llqr.errors import NoObjectiveError, check_choice, check_integer, check_range
-from llqr.graft import Graft, grafted
+from llqr.errors import check_choice
+from llqr.graft import Graft
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
-from llqr.refit import methods
-from llqr.refit.options import Refit, check_options
-from llqr.refit.record import RefitInfo, no_refit
-from llqr.refit.setup import Blocks
-from llqr.refit.stream import (
-    DAMPING,
-    SQUARES,
-    Streaming,
-    StreamState,
-    check_streamable,
-    kind_of,
-)
-from llqr.sharding import Shard, place
-from llqr.state import LLQRState, blocks_of, check_container, note, product
-from llqr.structures import catalogue
-from llqr.structures import plan as plans
-from llqr.structures.rules import Rule, StructureLike, rule_table, slots
-from llqr.tree import all_like, check_alike, check_inexact, freeze
-from llqr.typing import Array, Bool, Int, Number, Params, PyTree
+from llqr.preconditioning import Preconditioning, Refresh, Request
+from llqr.refit.options import Refit, Streaming
+from llqr.refit.streaming import DAMPING
+from llqr.sharding import Shard
+from llqr.state import check_container
+from llqr.structures.rules import StructureLike
+from llqr.typing import Number, Params
 
-
-@dataclass(frozen=True, eq=False)
-class OnlyRefit:
-    """The value of `refresh` by which `llqr.refresh` asks for a refit and nothing else.
-
-    Attributes:
-      reached: what each preconditioner that heard of it did.
-    """
-
-    reached: list[RefitInfo] = field(default_factory=list)
-
-
-Refresh: TypeAlias = bool | Bool[Array, ""] | OnlyRefit | None
 Precondition: TypeAlias = Literal["gradient", "update"]
 
 BLOCK_SIZE = 1024
@@ -104,7 +75,7 @@ def scale_by_llqr(
         "blocks", how the state is arranged. `llqr.state_shardings` says where the arrays belong.
 
     Returns:
-      A transformation whose `update` takes three more keywords. `objective`: a
+      A transformation whose `update` takes three keywords. `objective`: a
       `BoundObjective`, required unless refresh=False or refits come from outside only
       (`Refit(every=None)`). `refresh`: None follows the schedule,
       a Python bool decides at trace time, a bool array at run time. `apply`, a Python bool:
@@ -135,31 +106,19 @@ def scale_by_llqr(
     References:
       Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
     """
-    refit = Refit() if refit is None else refit
-    route = Route() if route is None else route
-    streams = isinstance(refit, Streaming)
-    damping = (DAMPING if streams else 0.0) if damping is None else damping
-    reduction = divergence_reduction or ("unit" if streams else "sum")
-    graft = graft or ("rms" if streams else "none")
-    _check_options(damping, reduction, identity_scaling, max_dim, block_size, graft, refit, shard)
-    table, resolved = rule_table(structure), metrics.resolve(metric)
-    names = slots(table)
-    method = _method(table, resolved, damping, reduction, identity_scaling, route, refit)
-
-    def plan_of(params: Params) -> plans.Plan:
-        plan = plans.make_plan(params, table, max_dim, block_size)
-        return plans.owned(plan) if shard == "blocks" else plan
-
-    def init(params: Params) -> Any:
-        check_inexact(params)
-        plan = plan_of(params)
-        stream = method.init(plan, params, names)
-        note(plan, identity_scaling, shard)
-        blocks = plans.identity(plan, identity_scaling)
-        packed = plans.pack(plan, blocks, params, names)
-        info = no_refit(plans.size(plan))
-        state = LLQRState(jnp.zeros((), jnp.int32), packed, info, stream)
-        return place(plan, shard, state, params)
+    ours = Preconditioning.of(
+        structure=structure,
+        metric=metric,
+        damping=damping,
+        divergence_reduction=divergence_reduction,
+        identity_scaling=identity_scaling,
+        max_dim=max_dim,
+        block_size=block_size,
+        graft=graft,
+        route=route,
+        refit=refit,
+        shard=shard,
+    )
 
     def update(
         updates: Params,
@@ -169,80 +128,12 @@ def scale_by_llqr(
         objective: BoundObjective | None = None,
         refresh: Refresh = None,
         apply: bool = True,
-        base: tuple[optax.GradientTransformation, Any] | None = None,
         **extra: Any,
     ) -> tuple[Params, Any]:
         del extra
-        check_container(state, LLQRState, "scale_by_llqr")
-        check_inexact(updates)
-        if params is not None:
-            check_alike(updates, params, "the updates", "the parameters")
-        if streams != isinstance(state.stream, StreamState):
-            ways = ("llqr.Streaming", "llqr.Refit")
-            raise ValueError(
-                f"the optimizer has refit={ways[not streams]}(...), and the state is of one with "
-                f"{ways[streams]}(...). Begin anew with tx.init(params)."
-            )
-        if isinstance(refit, Streaming) and "spectrum" in names:
-            weighs = refit.signal_decay is not None
-            if weighs != (SQUARES in state.stream.statistics):
-                raise ValueError(
-                    f"the optimizer has Streaming(signal_decay={refit.signal_decay!r}), and the "
-                    f"state is of one with{'out' * weighs} weights by signal: give signal_decay="
-                    f"{'None' if weighs else '0.95'} to go on with it (a state of before 0.2.0 "
-                    "has no weights), or begin anew with tx.init(params)."
-                )
-        plan = plan_of(updates)
-        blocks, info, stream = blocks_of(plan, state, updates), state.refit, state.stream
-        only = refresh if isinstance(refresh, OnlyRefit) else None
-        observed, seen = updates if only is None else None, []
-        if observed is not None:
-            stream, seen = method.observe(plan, blocks, stream, observed, state.count)
-        if refresh is None and refit.every is None:  # from outside only
-            refresh = False
-        if refresh is not False:
-            bound = _check_refit_inputs(objective, params, refresh)
-            _replicas.check(route.axis_name)
+        return ours.update(updates, state, params, Request(objective, refresh, apply))
 
-            def run(*held: Any) -> tuple[Blocks, RefitInfo, Any, list[Array]]:
-                return method.refit(plan, held, params, bound, state.count, base, observed)
-
-            due = refit.is_due(state.count) if refresh is None else refresh
-            due = True if isinstance(due, OnlyRefit) else due
-            held = _loops.when(due, run, blocks, info, stream, seen)
-            blocks, info, stream, seen = held
-        packed = all_like(plans.pack(plan, blocks, updates, names), state.blocks)
-        if only is not None:
-            only.reached.append(info)
-            stream = all_like(stream, state.stream)
-            return updates, LLQRState(state.count, packed, info, stream)
-        scaled = full = vector = updates
-        if method.scale is not None:
-            found = method.scale(plan, blocks, stream, seen, updates, state.count)
-            stream, scaled, full, vector = found
-        elif apply:
-            scaled = full = product(plan, blocks, identity_scaling, updates)
-        stream = all_like(stream, state.stream)
-        if apply:
-            scaled = grafted(plan, graft, scaled, vector, full)
-            updates = jax.tree.map(lambda u, g: u.astype(g.dtype), scaled, updates)
-        return updates, LLQRState(_increment(state.count), packed, info, stream)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _method(
-    table: Sequence[Rule], metric: PyTree, damping: Number, reduction: Reduction, sigma: float,
-    route: Route, refit: Refit | Streaming,
-) -> methods.Method:  # fmt: skip
-    """How P is learned, its options checked."""
-    if isinstance(refit, Streaming):
-        structures = [catalogue.get(rule.structure) for rule in table]
-        check_streamable(structures, metric)
-        two_sided = any(kind_of(structure) == "sides" for structure in structures)
-        return methods.streamed(freeze(metric), damping, reduction, two_sided, route, refit)
-    check_options(refit, metric, reduction, route)
-    return methods.learned(freeze(metric), damping, reduction, sigma, route, refit)
+    return optax.GradientTransformationExtraArgs(ours.init, update)
 
 
 class ChainState(NamedTuple):
@@ -324,7 +215,9 @@ def llqr(
     References:
       Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
     """
-    preconditioner = scale_by_llqr(
+    check_choice("precondition", precondition, get_args(Precondition))
+    base, first = optax.with_extra_args_support(base), precondition == "gradient"
+    ours = Preconditioning.of(
         structure=structure,
         metric=metric,
         damping=damping,
@@ -336,22 +229,21 @@ def llqr(
         route=route,
         refit=refit,
         shard=shard,
+        base=None if first else base,
     )
-    check_choice("precondition", precondition, get_args(Precondition))
-    base, streams = optax.with_extra_args_support(base), isinstance(refit, Streaming)
-    if precondition == "update" and (streams or graft == "rms"):
+    learner = ours.learner
+    if not first and (learner.averages or graft == "rms"):
         raise ValueError(
             "precondition='update' lets P act behind the learning rate: "
-            + ("streaming refits" if streams else "graft='rms'")
+            + ("streaming refits" if learner.averages else "graft='rms'")
             + " would swallow it, and any schedule or weight decay with it. Use "
             "precondition='gradient', where P comes first."
         )
 
     def init(params: Params) -> Any:
-        base_state = base.init(params)
-        if streams:
-            _check_plain(base_state, refit)
-        return ChainState(preconditioner.init(params), base_state)
+        if learner.averages:
+            check_plain(base, params, momentum=learner.options.momentum)
+        return ChainState(ours.init(params), base.init(params))
 
     def update(
         updates: Params,
@@ -363,41 +255,19 @@ def llqr(
         apply: bool = True,
         **extra: Any,
     ) -> tuple[Params, Any]:
-        ours = {"objective": objective, "refresh": refresh, "apply": apply}
-        only = isinstance(refresh, OnlyRefit)
         check_container(state, ChainState, "llqr")
-        if precondition == "gradient":
-            updates, learned = preconditioner.update(updates, state.preconditioner, params, **ours)
-            if only:
-                return updates, ChainState(learned, state.base)
+        request, base_state = Request(objective, refresh, apply), state.base
+        act = request.only is None  # else the base is left alone
+        if act and not first:
             updates, base_state = base.update(updates, state.base, params, **extra)
-            return updates, ChainState(learned, base_state)
-        if not only:
-            updates, base_state = base.update(updates, state.base, params, **extra)
-        else:
-            base_state = state.base
-        updates, learned = preconditioner.update(
-            updates, state.preconditioner, params, base=(base, state.base), **ours
+        updates, ours_state = ours.update(
+            updates, state.preconditioner, params, request, state.base
         )
-        return updates, ChainState(learned, base_state)
+        if act and first:
+            updates, base_state = base.update(updates, state.base, params, **extra)
+        return updates, ChainState(ours_state, base_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check_plain(base_state: Any, refit: Any) -> None:
-    """Raise ValueError if the base behind a streaming P averages gradients itself."""
-    averages = (optax.ScaleByAdamState, optax.ScaleByRmsState, optax.TraceState)
-    is_one = lambda x: isinstance(x, averages)  # noqa: E731
-    for found in filter(is_one, jax.tree.leaves(base_state, is_leaf=is_one)):
-        if isinstance(found, optax.TraceState) and refit.momentum == 0:
-            continue
-        raise ValueError(
-            f"the base optimizer keeps a {type(found).__name__}, but with streaming refits P "
-            "multiplies the momentum and gives each leaf its length: what follows is the "
-            "learning rate and weight decay alone. Use llqr.streaming(rate, weight_decay=w), "
-            "optax.sgd(rate), or optax.chain(optax.add_decayed_weights(w), "
-            "optax.scale_by_learning_rate(rate))."
-        )
 
 
 def streaming_llqr(
@@ -473,82 +343,3 @@ def streaming_llqr(
         refit=Streaming() if refit is None else refit,
         shard=shard,
     )
-
-
-def _check_options(
-    damping: Any,
-    divergence_reduction: Any,
-    identity_scaling: Any,
-    max_dim: Any,
-    block_size: Any,
-    graft: Any,
-    refit: Any,
-    shard: Any,
-) -> None:
-    if not isinstance(refit, Refit | Streaming):
-        raise TypeError(f"refit must be an llqr.Refit or an llqr.Streaming, got {refit!r}.")
-    if isinstance(refit, Streaming):
-        check_range("damping (with streaming refits)", damping, low=0, open_low=True)
-        if identity_scaling != 1:
-            raise ValueError(
-                "identity_scaling belongs to refits that learn by steps (llqr.Refit): leave it at "
-                f"1 with streaming refits, not {identity_scaling!r}."
-            )
-    if callable(damping):
-        raise TypeError(
-            "damping must be a number or an array, not a function; for a schedule wrap the "
-            "transformation: optax.inject_hyperparams(llqr.scale_by_llqr, static_args=...)."
-        )
-    for name, value in (
-        ("identity_scaling", identity_scaling), ("max_dim", max_dim), ("block_size", block_size),
-    ):  # fmt: skip
-        if isinstance(value, jax.Array):
-            raise TypeError(
-                f"{name} must be a Python number: it decides what is compiled. Under "
-                f"optax.inject_hyperparams, name it in static_args."
-            )
-    check_range("damping", damping, low=0)
-    check_range("identity_scaling", identity_scaling, low=0, open_low=True)
-    check_integer("max_dim", max_dim, low=1)
-    if block_size is not None:
-        check_integer("block_size", block_size, low=1)
-    check_choice("divergence_reduction", divergence_reduction, get_args(Reduction))
-    check_choice("graft", graft, get_args(Graft))
-    if shard is not None:
-        check_choice("shard", shard, get_args(Shard))
-
-
-def _check_refit_inputs(objective: Any, params: Any, refresh: Any) -> BoundObjective:
-    if isinstance(refresh, str):
-        raise TypeError(f"refresh must be None, a bool or a bool array, got {refresh!r}.")
-    if objective is None:
-        raise NoObjectiveError(
-            "update() needs objective=objective.bind(batch) where a refit can happen, and none "
-            "arrived. Pass it, or pass refresh=False and refit with llqr.refresh(tx, state, "
-            "params, objective). Where what calls update() passes no keywords on (Flax Linen's "
-            "TrainState, training loops of other libraries), make refits come from outside only: "
-            "refit=llqr.Refit(every=None), and llqr.refresh when one is due."
-        )
-    if not isinstance(objective, BoundObjective):
-        raise TypeError(
-            f"objective must be an llqr.Objective bound to a batch, objective.bind(batch); got "
-            f"{type(objective).__name__}."
-        )
-    if params is None:
-        raise ValueError("update() needs params where a refit can happen.")
-    check_unmasked(params)
-    return objective
-
-
-def check_unmasked(tree: Any) -> None:
-    """Raise ValueError if a wrapper of optax hides leaves of a tree like the parameters."""
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-    if any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked))):
-        raise ValueError(
-            "optax.masked and optax.partition hide parameters, and LLQR needs them all. Put "
-            "LLQR outside, llqr.llqr(optax.partition(...)), and choose leaves by its rules."
-        )
-
-
-def _increment(count: Int[Array, ""]) -> Int[Array, ""]:
-    return jnp.asarray(optax.safe_increment(count))

@@ -31,7 +31,10 @@ def _name(path: tuple[Any, ...]) -> str:
 
 def check_inexact(params: PyTree) -> None:
     """Raise TypeError, naming the leaf, if a leaf cannot be differentiated."""
-    for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
+    for i, leaf in enumerate(jax.tree.leaves(params)):
+        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        name = leaf_names(params)[i]
         if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
             raise TypeError(
                 f"parameter {name!r} is no array but a {type(leaf).__name__}: pass the parameters "
@@ -56,6 +59,8 @@ def check_alike(tree: PyTree, like: PyTree, what: str, of_what: str) -> None:
       what: name of the tree in the message.
       of_what: name of the other.
     """
+    if jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, like):
+        return
     shapes, expected = (
         dict(zip(leaf_names(x), map(jnp.shape, jax.tree.leaves(x)), strict=True))
         for x in (tree, like)
@@ -95,8 +100,11 @@ def vdot(a: PyTree, b: PyTree) -> Float[Array, ""]:
 
 def accurate_dtype(tree: PyTree) -> Any:
     """The widest dtype of a tree, float32 at least: in which to sum half-precision numbers."""
-    kinds = [jnp.result_type(x) for x in jax.tree.leaves(tree)]
-    return max([jnp.dtype(jnp.float32), *kinds], key=lambda kind: kind.itemsize)
+    widest = jnp.dtype(jnp.float32)
+    for leaf in jax.tree.leaves(tree):
+        kind = jnp.result_type(leaf)
+        widest = kind if kind.itemsize > widest.itemsize else widest
+    return widest
 
 
 def widen(tree: PyTree) -> PyTree:

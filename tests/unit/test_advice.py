@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import llqr
-from llqr import advice
+from llqr.refit.remedies import PUBLISHED
 
 
 def report(objective, **options):
@@ -49,4 +49,4 @@ def test_a_p_that_does_nothing():
 
 @pytest.mark.parametrize("status", [s for s in llqr.STATUS if s not in ("none", "updated")])
 def test_every_status_that_is_not_well_has_its_words(status):
-    assert status in advice.TRY
+    assert status in PUBLISHED.by_status

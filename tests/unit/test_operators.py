@@ -59,7 +59,7 @@ def test_every_operator_keeps_the_interface(route: str, metric: str) -> None:
         np.testing.assert_allclose(
             operator.bilinear(u, w), flat(u) @ dense @ flat(w), rtol=1e-9, atol=1e-10
         )
-        assert jax.tree.structure(operator.domain) == jax.tree.structure(params)
+        assert operator.in_structure == operator.out_structure == jax.tree.map(jax.typeof, params)
     dense = np.asarray(model.curvature.as_matrix())
     np.testing.assert_allclose(model.as_matrix(), dense + 0.3 * np.eye(len(dense)), atol=1e-10)
 
@@ -78,6 +78,25 @@ def test_the_jacobian_is_that_of_the_outputs() -> None:
 
 def test_a_linear_function_is_an_operator() -> None:
     a = np.arange(6.0).reshape(2, 3)
-    operator = FunctionOperator(lambda t: {"y": jnp.asarray(a) @ t["x"]}, {"x": jnp.zeros(3)})
+    operator = FunctionOperator.at(lambda t: {"y": jnp.asarray(a) @ t["x"]}, {"x": jnp.zeros(3)})
     np.testing.assert_array_equal(operator.as_matrix(), a)
     np.testing.assert_array_equal(operator.vjp({"y": jnp.ones(2)})["x"], a.sum(axis=0))
+
+
+@pytest.mark.parametrize("structure", ["kfac", "e-kfac", "diagonal", "sym_swm_kfac", "dense"])
+def test_a_preconditioner_is_an_operator(structure: str) -> None:
+    """Of any structure, symmetric or not, and with sigma: as the dense matrices of its blocks."""
+    params = {"a": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    tx = llqr.scale_by_llqr(structure=structure, identity_scaling=4.0)
+    rng, state = np.random.default_rng(0), tx.init(params)
+    draw = lambda x: jnp.asarray(x + 0.3 * rng.normal(size=x.shape))  # noqa: E731
+    state = state._replace(blocks=jax.tree.map(draw, state.blocks))
+    p = llqr.preconditioner(tx, state, params)
+    assert p.in_structure == jax.tree.map(jax.typeof, params)
+    assert hash(jax.tree.structure(p)) == hash(jax.tree.structure(p))
+    dense = np.asarray(p.as_matrix())
+    v = jax.tree.map(lambda x: draw(0 * x), params)
+    np.testing.assert_allclose(flat(p.product(v)), dense @ flat(v), atol=1e-12)
+    np.testing.assert_allclose(flat(llqr.precondition(tx, state, v)), dense @ flat(v), atol=1e-12)
+    np.testing.assert_allclose(flat(p.vjp(v)), dense.T @ flat(v), atol=1e-12)
+    np.testing.assert_allclose(flat(jax.jit(lambda p, v: p.jvp(v))(p, v)), dense @ flat(v))

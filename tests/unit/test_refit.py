@@ -8,13 +8,15 @@ import pytest
 
 import llqr
 from llqr import metrics
-from llqr.refit.learn import learn
+from llqr.refit.published import learn
 from llqr.refit.record import no_refit
 from llqr.refit.setup import Inputs, Numbers, Setup
 from llqr.structures import plan as plans
+from llqr.structures import trees
 from llqr.structures.rules import rule_table
 from llqr.tree import freeze
 from tests import oracle
+from tests.cases import product
 
 M, H, K, ROWS = 4, 5, 3, 7
 
@@ -170,7 +172,7 @@ def test_two_refits_equal_numpy(structure, metric, steps, clip):
     options = {"steps": steps, "learning_rate": 5e-4, "momentum": 0.8, "clip_norm": clip}
     params, bound, plan, static = prepare(structure, metric, ema_decay=0.95, **options)
     spec, damping = np_blocks(structure), 0.2
-    blocks, info = plans.identity(plan, 1.0), no_refit(len(plan))
+    blocks, info = trees.identity(plan, 1.0), no_refit(len(plan))
     expected = [np_identity(kind, shape) for kind, shape, *_ in spec]
     for count in (1, 2):
         g, c = dense_model(params, bound, metric, damping)
@@ -195,7 +197,7 @@ def test_two_refits_equal_numpy(structure, metric, steps, clip):
 def test_scan_and_python_loop_agree(structure):
     params, bound, plan, static = prepare(structure, steps=20)
     args = (
-        plans.identity(plan, 1.0),
+        trees.identity(plan, 1.0),
         no_refit(len(plan)),
         params,
         bound,
@@ -213,11 +215,11 @@ def test_scan_and_python_loop_agree(structure):
 )
 def test_a_refit_lowers_the_objective(structure, metric):
     params, bound, plan, static = prepare(structure, metric)
-    start = plans.identity(plan, 1.0)
+    start = trees.identity(plan, 1.0)
     blocks, info = run_refit(static, start, no_refit(len(plan)), params, bound, hyper(static.refit))
     model = llqr.linearize(bound, params, metric)
     h = jax.tree.map(jnp.negative, model.gradient)
-    before, after = (model.value(plans.multiply(plan, b, h)) for b in (start, blocks))
+    before, after = (model.value(product(plan, b, h)) for b in (start, blocks))
     assert after < before
     np.testing.assert_allclose(info.objective_before, before, rtol=1e-6)
     np.testing.assert_allclose(info.objective_after, after, rtol=1e-6)
@@ -240,9 +242,9 @@ def test_identity_scaling_moves_the_refit_but_not_its_start():
 def test_cold_start_forgets_the_current_blocks():
     params, bound, plan, static = prepare("diagonal", warm_start=False, steps=3)
     info = no_refit(len(plan))
-    wild = jax.tree.map(lambda a: 7.0 * a, plans.identity(plan, 1.0))
+    wild = jax.tree.map(lambda a: 7.0 * a, trees.identity(plan, 1.0))
     cold = run_refit(static, wild, info, params, bound, hyper(static.refit))[0]
-    fresh = run_refit(static, plans.identity(plan, 1.0), info, params, bound, hyper(static.refit))[
+    fresh = run_refit(static, trees.identity(plan, 1.0), info, params, bound, hyper(static.refit))[
         0
     ]
     jax.tree.map(np.testing.assert_array_equal, cold, fresh)
@@ -252,7 +254,7 @@ def test_normalized_direction_is_the_unit_gradient():
     params, bound, plan, static = prepare("scalar", normalize_gradient=True, steps=1)
     info = run_refit(
         static,
-        plans.identity(plan, 1.0),
+        trees.identity(plan, 1.0),
         no_refit(len(plan)),
         params,
         bound,
@@ -267,7 +269,7 @@ def test_elementwise_clipping():
     params, bound, plan, static = prepare(
         "diagonal", steps=1, solver="sgd", clip_norm=None, clip_value=1e-3, learning_rate=1.0
     )
-    start = plans.identity(plan, 1.0)
+    start = trees.identity(plan, 1.0)
     blocks = run_refit(static, start, no_refit(len(plan)), params, bound, hyper(static.refit))[0]
     moves = np.concatenate([np.ravel(1 - b["spectrum"]) for b in blocks])
     assert np.abs(moves).max() == pytest.approx(1e-3)
@@ -277,7 +279,7 @@ def test_an_optax_transformation_as_solver_is_used_as_it_is():
     solver = optax.sgd(1e-3, momentum=0.5, nesterov=True)
     params, bound, plan, static = prepare("diagonal", steps=4, solver=solver, learning_rate=123.0,
                                         clip_norm=None)  # fmt: skip
-    start = plans.identity(plan, 1.0)
+    start = trees.identity(plan, 1.0)
     blocks = run_refit(static, start, no_refit(len(plan)), params, bound, hyper(static.refit))[0]
     g, c = dense_model(params, bound, "ngd", 0.0)
     d, state = jnp.ones(g.size), None
@@ -295,7 +297,7 @@ class TestGuards:
 
     def learn(self, structure="diagonal", start=None, hyper_=None, **options):
         params, bound, plan, static = prepare(structure, **options)
-        old = plans.identity(plan, 1.0) if start is None else start(plan)
+        old = trees.identity(plan, 1.0) if start is None else start(plan)
         hyper_ = hyper(static.refit) if hyper_ is None else hyper_
         return old, *run_refit(static, old, no_refit(len(plan)), params, bound, hyper_)
 
@@ -316,7 +318,7 @@ class TestGuards:
         np.testing.assert_array_equal(new[2]["left"], old[2]["left"])
 
     def test_allow_grad_inversion_lifts_clamp_and_guard(self):
-        start = lambda plan: jax.tree.map(lambda a: -0.01 * a, plans.identity(plan, 1.0))  # noqa: E731
+        start = lambda plan: jax.tree.map(lambda a: -0.01 * a, trees.identity(plan, 1.0))  # noqa: E731
         _, clamped, _ = self.learn(start=start, learning_rate=1e-9, steps=1)
         assert min(float(b["spectrum"].min()) for b in clamped) == 1e-8
         _, free, info = self.learn(
@@ -335,7 +337,7 @@ class TestGuards:
     def test_a_zero_gradient_installs_nothing_and_breaks_nothing(self):
         params, _, plan, static = prepare("e-kfac")
         flat = llqr.Objective(lambda p, b: 0.0 * forward(p, b), loss).bind(problem()[1].batch)
-        old = plans.identity(plan, 1.0)
+        old = trees.identity(plan, 1.0)
         new, info = run_refit(static, old, no_refit(len(plan)), params, flat, hyper(static.refit))
         jax.tree.map(np.testing.assert_array_equal, old, new)
         assert int(info.count("inverted")) == 0
@@ -343,7 +345,7 @@ class TestGuards:
     def test_nan_in_the_batch_keeps_every_block(self):
         params, bound, plan, static = prepare("kfac")
         batch = {**bound.batch, "x": bound.batch["x"].at[0, 0].set(jnp.nan)}
-        old = plans.identity(plan, 1.0)
+        old = trees.identity(plan, 1.0)
         new, info = run_refit(
             static,
             old,

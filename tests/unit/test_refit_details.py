@@ -14,7 +14,7 @@ from llqr.refit import solvers
 from llqr.refit.directions import FISHER_FLOOR, directions
 from llqr.refit.record import no_refit
 from llqr.refit.setup import Inputs, Numbers
-from llqr.structures import STRUCTURES
+from llqr.structures import STRUCTURES, trees
 from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
 from llqr.structures.rules import rule_table
@@ -31,7 +31,7 @@ def test_every_refit_draws_other_probes() -> None:
     first = no_refit(len(plan))
     later = first._replace(refits=jnp.asarray(1, jnp.int32))
     found = [
-        flat(run_refit(static, plans.identity(plan, 1.0), info, params, bound, numbers)[0])
+        flat(run_refit(static, trees.identity(plan, 1.0), info, params, bound, numbers)[0])
         for info in (first, first, later)
     ]
     np.testing.assert_array_equal(found[0], found[1])
@@ -102,7 +102,7 @@ def test_a_memory_is_kept_from_refit_to_refit(warm: bool) -> None:
     )
     params, bound = problem()
     numbers = Numbers(0.05, 0.0, 0.2, 30)
-    blocks, info = plans.identity(plan, 1.0), no_refit(len(plan))
+    blocks, info = trees.identity(plan, 1.0), no_refit(len(plan))
     blocks, info = run_refit(static, blocks, info, params, bound, numbers)
     first = np.asarray(blocks[0]["left"])
     blocks, info = run_refit(static, blocks, info, params, bound, numbers)

@@ -12,12 +12,15 @@ from jax.flatten_util import ravel_pytree
 import llqr
 from llqr import solvers
 from llqr.refit.directions import directions
-from llqr.refit.learn import Linearized, phi_at
+from llqr.refit.learner import WHOLE
+from llqr.refit.published import Linearized, phi_at
 from llqr.refit.record import no_refit
-from llqr.refit.setup import WHOLE, Inputs, Numbers, Setup, numbers_at
+from llqr.refit.setup import Inputs, Numbers, Setup, numbers_at
 from llqr.structures import plan as plans
+from llqr.structures import trees
 from llqr.structures.rules import rule_table
 from llqr.tree import freeze, vdot
+from tests.cases import product
 from tests.oracle import flat
 from tests.unit.test_refit import (
     OBJECTIVE,
@@ -45,7 +48,7 @@ def make(structure: Any = "diagonal", metric: Any = "ngd", route: Any = None, **
 
 def learn(plan, static, bound=None, blocks=None, damping=0.2, base_state=()):
     params, own = problem()
-    blocks = plans.identity(plan, 1.0) if blocks is None else blocks
+    blocks = trees.identity(plan, 1.0) if blocks is None else blocks
     hyper = numbers_at(static.refit, jnp.zeros((), jnp.int32), damping)
     return run_refit(static, blocks, no_refit(len(plan)), params, bound or own, hyper, base_state)
 
@@ -291,7 +294,7 @@ def test_probes_tend_to_the_inverse(probe: str) -> None:
                             solver=optax.adam(schedule), allow_grad_inversion=True)  # fmt: skip
         params, own = problem()
         hyper = Numbers(1.0, 0.0, 1.0, 1)
-        start = plans.identity(plan, 1.0), no_refit(1)
+        start = trees.identity(plan, 1.0), no_refit(1)
         run = jax.jit(lambda p: run_refit(static, *start, p, own, hyper))
         blocks, info = run(params)
     found, inverse = np.asarray(blocks[0]["left"]), np.linalg.inv(a)
@@ -385,7 +388,7 @@ def test_graft_keeps_lengths(graft: Any) -> None:
     state = llqr.refresh(tx, tx.init(params), params, bound)
     grads = jax.grad(bound)(params)
     updates, _ = tx.update(grads, state, params, refresh=False)
-    plain = plans.multiply(*_plan_and_blocks(tx, state, params), grads)
+    plain = product(*_plan_and_blocks(tx, state, params), grads)
     length = lambda t: float(jnp.sqrt(vdot(t, t)))  # noqa: E731
     np.testing.assert_allclose(vdot(updates, plain) / length(updates) / length(plain), 1,
                                rtol=1e-12 if graft != "block" else 0.5)  # fmt: skip
@@ -404,7 +407,7 @@ def _plan_and_blocks(tx: Any, state: Any, params: Any) -> Any:
     from llqr.state import plans_of
 
     plan = plans_of(tx, params)[0]
-    return plan, plans.unpack(plan, state.blocks, params)
+    return plan, trees.unpack(plan, state.blocks, params)
 
 
 def test_unit_reduction_makes_damping_relative() -> None:

@@ -12,9 +12,10 @@ from jax.extend.core import jaxprs_in_params
 
 import llqr
 from llqr._linalg import orthonormal
-from llqr.structures import block
+from llqr.structures import block, trees
 from llqr.structures import plan as plans
 from llqr.structures.rules import rule_table
+from tests.cases import product
 
 LAYERS, WIDTH, ROWS = 3, 4, 7
 AXES = (0, 1)
@@ -161,15 +162,15 @@ def test_any_axes_are_rows_and_columns() -> None:
     rng = np.random.default_rng(0)
     draw = lambda n: jnp.asarray(rng.normal(size=(3, n, n)))  # noqa: E731
     arrays = [{"left": draw(2), "right": draw(20)}]
-    found = plans.multiply(plan, arrays, x)["qkv"]
+    found = product(plan, arrays, x)["qkv"]
     for i in range(3):
         matrix = np.asarray(x["qkv"])[:, i].reshape(2, 20)
         left, right = (np.asarray(arrays[0][side])[i] for side in ("left", "right"))
         expected = left @ matrix @ right.T
         np.testing.assert_allclose(found[:, i].reshape(2, 20), expected, rtol=1e-12)
-    trees = plans.pack(plan, arrays, x, ("left", "right"))
-    assert trees["left"]["qkv"].shape == (3, 2, 2)
-    for own, again in zip(arrays, plans.unpack(plan, trees, x), strict=True):
+    packed = trees.pack(plan, arrays, x, ("left", "right"))
+    assert packed["left"]["qkv"].shape == (3, 2, 2)
+    for own, again in zip(arrays, trees.unpack(plan, packed, x), strict=True):
         jax.tree.map(np.testing.assert_array_equal, own, again)
 
 
@@ -179,7 +180,7 @@ def test_rows_after_columns() -> None:
     rule = llqr.Rule(match="*", structure="kfac", rows=(1,), columns=(0,))
     plan = plans.make_plan(x, rule_table([rule]), 100)
     left = jnp.diag(jnp.array([1.0, 2.0, 3.0]))
-    found = plans.multiply(plan, [{"left": left, "right": jnp.eye(2)}], x)["w"]
+    found = product(plan, [{"left": left, "right": jnp.eye(2)}], x)["w"]
     np.testing.assert_array_equal(found, x["w"] * jnp.array([1.0, 2.0, 3.0]))
 
 
@@ -282,7 +283,7 @@ def test_parts_multiply_as_a_block_matrix() -> None:
     eyes = jnp.broadcast_to(jnp.eye(3), (6, 3, 3))
     arrays = [{"left": jnp.arange(1.0, 7)[:, None, None] * eyes, "right": eyes}]
     factors = np.kron(np.arange(1.0, 7).reshape(2, 3), np.ones((3, 3)))[:5, :7]
-    found: Any = plans.multiply(plan, arrays, x)
+    found: Any = product(plan, arrays, x)
     np.testing.assert_allclose(found["w"], factors * x["w"], rtol=1e-15)
 
 
@@ -302,7 +303,7 @@ def test_nothing_lies_behind_the_ends_of_parts() -> None:
     x = {"w": jnp.asarray(np.random.default_rng(4).normal(size=(5, 4)))}
     (block,) = plans.make_plan(x, rule_table("kfac"), 100, block_size=3)
     arrays = {"left": jnp.ones((4, 3, 3)), "right": jnp.ones((4, 2, 2))}
-    found = block.multiply(arrays, block.gather([x["w"]]))
+    found = block.product(arrays, block.gather([x["w"]]))
     assert block.shape == (3, 2)
     inside = np.ones((4, 3, 2), bool)
     inside[2:, 2] = False  # the lower parts have two rows
@@ -508,14 +509,14 @@ def test_arrays_come_apart_as_they_were_put_together(structure: str) -> None:
     rng = np.random.default_rng(8)
     arrays = [
         {slot: jnp.asarray(rng.normal(size=x.shape)) for slot, x in own.items()}
-        for own in plans.identity(plan, 1.0)
+        for own in trees.identity(plan, 1.0)
     ]
     merged = plans.merge(plan)
     assert len(merged) < len(plan)
-    together = plans.merged(plan, arrays)
-    back = plans.separated(plan, together), plans.per_matrix(merged, together)
+    together = trees.merged(plan, arrays)
+    back = trees.separated(plan, together), trees.per_matrix(merged, together)
     for found in back:
         jax.tree.map(np.testing.assert_array_equal, list(found), arrays)
-    again = plans.from_matrices(merged, arrays)
+    again = trees.from_matrices(merged, arrays)
     jax.tree.map(np.testing.assert_array_equal, again, list(together))
-    close(plans.multiply(merged, together, params), plans.multiply(plan, arrays, params))
+    close(product(merged, together, params), product(plan, arrays, params))

@@ -1,5 +1,6 @@
 """Streaming refits against a numpy loop, closed forms and the dense inverse."""
 
+import dataclasses
 import itertools
 import math
 from functools import partial
@@ -14,8 +15,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import llqr
 from llqr import metrics
-from llqr.refit.stream import Streaming
+from llqr.refit.options import Streaming
 from llqr.structures import plan as plans
+from llqr.structures import trees
 from llqr.structures.rules import rule_table
 from tests import cases
 from tests.cases import Case
@@ -218,7 +220,7 @@ def test_the_spectrum_converges_to_the_inverse_curvature_in_fixed_bases() -> Non
         np.sort(spectrum.ravel()), np.sort((1 / (c + 0.1)).ravel()), rtol=1e-9
     )
     plan = plans.make_plan(params, rule_table("e-kfac"), 10)
-    found = plan[0].as_matrix(plans.unpack(plan, state.blocks, params)[0])
+    found = plan[0].as_matrix(trees.unpack(plan, state.blocks, params)[0])
     model = llqr.linearize(objective, params, SIGNS, damping=0.1)
     np.testing.assert_allclose(found, np.linalg.inv(model.as_matrix()), rtol=0, atol=1e-9)
     np.testing.assert_allclose(
@@ -285,7 +287,7 @@ def test_kfac_converges_to_the_inverse_of_a_kronecker_product() -> None:
 
     state = refits(tx.init(params))
     plan = plans.make_plan(params, rule_table("kfac"), 10)
-    found = np.asarray(plan[0].as_matrix(plans.unpack(plan, state.blocks, params)[0]))
+    found = np.asarray(plan[0].as_matrix(trees.unpack(plan, state.blocks, params)[0]))
     model = llqr.linearize(objective, params, "gaussian", divergence_reduction="mean")
     c = np.asarray(model.as_matrix())
     top = np.linalg.eigvalsh(c).max()
@@ -373,8 +375,7 @@ def test_what_is_not_finite_is_not_installed(structure: str) -> None:
     broken = batch(1) | {"x": batch(1)["x"].at[:, 0].set(jnp.inf)}
     _, after = update(bad, state, params, objective=OBJECTIVE.bind(broken))
     assert np.isfinite(flat(after.blocks)).all()
-    followed = {k: v for k, v in after.stream.statistics.items() if k != "momentum"}
-    assert np.isfinite(flat(followed)).all()
+    assert np.isfinite(flat(after.stream.statistics)).all()
     assert "nonfinite" in after.refit.words
     assert int(after.refit.guarded) > 0
 
@@ -685,6 +686,90 @@ def test_squares_that_are_not_finite_are_left_out() -> None:
         grads = {"w": jnp.full((3, 2), size, jnp.float32)}
         _, state = tx.update(grads, state, params, refresh=False)
     np.testing.assert_allclose(state.stream.statistics["squares"]["w"], 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("structure", ["e-kfac", "kfac", "diagonal"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_a_gradient_that_is_not_finite_leaves_no_trace(structure: str, nesterov: bool) -> None:
+    """Its step is not finite, for whoever looks; what is remembered is that of the others."""
+    params = parameters()
+    options = Streaming(nesterov=nesterov, every=None)
+    tx = llqr.scale_by_llqr(structure=structure, metric=METRIC, refit=options)
+    step = jax.jit(tx.update)
+    gradients = [jax.grad(OBJECTIVE)(params, batch(i)) for i in range(3)]
+    bad = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(jnp.nan), gradients[0])
+
+    def after(sequence: list[Any]) -> Any:
+        state, updates = tx.init(params), None
+        for g in sequence:
+            updates, state = step(g, state, params)
+        return updates, state
+
+    updates, _ = after([gradients[0], bad])
+    assert not any(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+    _, expected = after(gradients)
+    updates, found = after([gradients[0], bad, *gradients[1:]])
+    assert np.isfinite(flat(updates)).all()
+    for slot in ("momentum", "left", "right"):
+        if slot in expected.stream.statistics:
+            x, y = (flat(state.stream.statistics[slot]) for state in (found, expected))
+            np.testing.assert_array_equal(x, y)
+
+
+def test_moments_that_are_not_finite_are_left_out() -> None:
+    """A gradient whose products overflow, though it is finite itself."""
+    params = {"w": jnp.ones((3, 2), jnp.float32)}
+    tx = llqr.scale_by_llqr(structure="e-kfac", refit=Streaming())
+    state = tx.init(params)
+    for size in (1.0, 1e25, 1.0):
+        grads = {"w": jnp.full((3, 2), size, jnp.float32)}
+        updates, state = tx.update(grads, state, params, refresh=False)
+    assert np.isfinite(flat(state.stream.statistics)).all()
+    assert np.isfinite(flat(updates)).all()
+
+
+def test_a_rule_says_what_is_seldom_and_how_long_steps_are() -> None:
+    """By name, an "embedding" is seldom and a "bias" as long as a vector: names only begin."""
+    params = {"table": jnp.ones((6, 4)), "bias": jnp.ones((4, 3)), "embedding": jnp.ones((6, 4))}
+    table = [
+        llqr.Rule(match="table", structure="e-kfac", seldom=True),
+        llqr.Rule(match="bias", structure="e-kfac", length="matrix"),
+        llqr.Rule(match="embedding", structure="e-kfac", seldom=False, length="vector"),
+        ("*", "diagonal"),
+    ]
+    tx = llqr.scale_by_llqr(structure=table, refit=Streaming(signal_decay=0.9))
+    state = tx.init(params)
+    kept = state.stream.statistics["squares"]
+    assert {name for name, x in kept.items() if x is None} == {"table"}
+    plain = llqr.scale_by_llqr(structure=table, refit=Streaming(signal_decay=None))
+    grads = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), params)
+    updates, _ = plain.update(grads, plain.init(params), params, refresh=False)
+    rms = {k: float(jnp.sqrt(jnp.mean(u**2))) for k, u in updates.items()}
+    assert rms == pytest.approx({"table": 0.2, "bias": 0.2, "embedding": 0.05})
+    with pytest.raises(ValueError, match="length"):
+        llqr.Rule(match="x", structure="kfac", length="long")  # pyright: ignore
+
+
+def test_a_family_of_sides_of_ones_own_streams_where_its_form_allows() -> None:
+    sides = llqr.structures.Side
+    dense = llqr.structures.sides.SIDES["dense"]
+    llqr.structures.register_side("test-dense", dataclasses.replace(dense, cost=lambda d, r: 2 * d))
+    llqr.structures.register_side("test-rigid", dataclasses.replace(dense, streams=None))
+    assert isinstance(dense, sides)
+    own = llqr.Structure(name="own", left="test-dense", right="dense", spectrum="full")
+    params, bound = parameters(), OBJECTIVE.bind(batch(0))
+    grads = jax.grad(bound)(params)
+    found = []
+    for structure in (own, "e-kfac"):
+        tx = llqr.scale_by_llqr(structure=structure, metric=METRIC, refit=Streaming())
+        updates, _ = tx.update(grads, tx.init(params), params, objective=bound, refresh=True)
+        found.append(flat(updates))
+    np.testing.assert_array_equal(*found)
+    rigid = dataclasses.replace(own, left="test-rigid")
+    with pytest.raises(ValueError, match="'own' cannot be streamed"):
+        llqr.scale_by_llqr(structure=rigid, refit=Streaming())
+    with pytest.raises(ValueError, match="'dense' already"):
+        llqr.structures.register_side("dense", dataclasses.replace(dense, square=False))
 
 
 def test_nothing_to_train_is_no_error() -> None:

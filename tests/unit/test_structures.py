@@ -11,8 +11,10 @@ import pytest
 import llqr
 from llqr.structures import matrix as mx
 from llqr.structures import plan as plans
+from llqr.structures import trees
 from llqr.structures.rules import row_axes, rule_table, slots
 from tests import oracle
+from tests.cases import product
 from tests.oracle import close
 
 LEAVES = {  # matrix views of one shape: every new shape is a compilation
@@ -186,8 +188,8 @@ def test_slots(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_identity_at_init(name, scale):
     plan, x = plan_of(name), tree()
-    arrays = plans.identity(plan, scale)
-    out = plans.multiply(plan, arrays, x)
+    arrays = trees.identity(plan, scale)
+    out = product(plan, arrays, x)
     jax.tree.map(lambda a, b: close(a, scale * np.asarray(b)), out, x)
     structure = llqr.STRUCTURES[name]
     made = mx.init(structure, shape_of(structure), scale, jnp.float64)
@@ -202,7 +204,7 @@ class TestProduct:
         arrays, shape = random(structure, seed), shape_of(structure)
         x = np.random.default_rng(seed).normal(size=shape)
         expected = oracle.product(structure.name, arrays, x)
-        close(mx.multiply(structure, jaxed(arrays), jnp.asarray(x)), expected)
+        close(mx.product(structure, jaxed(arrays), jnp.asarray(x)), expected)
         dense = oracle.kronecker(structure.name, arrays, shape)
         close(matrix_of(structure, arrays), dense)
         close(dense @ x.ravel(), expected.ravel())
@@ -217,7 +219,7 @@ class TestProduct:
         x, y = rng.normal(size=shape), rng.normal(size=shape)
 
         def inner(learned):
-            out = mx.multiply(structure, mx.install(structure, jaxed(arrays), learned), x)
+            out = mx.product(structure, mx.install(structure, jaxed(arrays), learned), x)
             return jnp.vdot(jnp.asarray(y), out)
 
         found = jax.grad(inner)(jaxed(learned))
@@ -240,7 +242,7 @@ class TestProduct:
         x = jnp.asarray(np.random.default_rng(4).normal(size=shape_of(structure)))
         a, b = (fresh(structure, arrays, seed) for seed in (0, 1))
         p_a, p_b, p_both = (
-            mx.multiply(structure, mx.install(structure, jaxed(arrays), jaxed(v)), x)
+            mx.product(structure, mx.install(structure, jaxed(arrays), jaxed(v)), x)
             for v in (a, b, {slot: 2 * a[slot] - b[slot] for slot in a})
         )
         error = float(jnp.max(jnp.abs(p_both - (2 * p_a - p_b))))
@@ -327,7 +329,7 @@ class TestProject:
 def test_gradient_is_finite_where_a_norm_is_zero(name):
     structure = llqr.STRUCTURES[name]
     zero = jax.tree.map(jnp.zeros_like, jaxed(random(structure)))
-    gradient = jax.grad(lambda a: jnp.sum(mx.multiply(structure, a, jnp.ones((4, 3)))))(zero)
+    gradient = jax.grad(lambda a: jnp.sum(mx.product(structure, a, jnp.ones((4, 3)))))(zero)
     assert all(np.isfinite(g).all() for g in gradient.values())
 
 
@@ -416,7 +418,7 @@ class TestLeaves:
         plan = plan_of(name, params=params)
         arrays = random_arrays(plan)
         assert sorted(leaf for block in plan for leaf in block.names) == sorted(LEAVES)
-        out = jax.tree.leaves(plans.multiply(plan, arrays, params))
+        out = jax.tree.leaves(product(plan, arrays, params))
         xs = jax.tree.leaves(params)
         assert [(y.shape, y.dtype) for y in out] == [(x.shape, x.dtype) for x in xs]
         rtol = 1e-12 if dtype == "float64" else 2**-8
@@ -470,11 +472,11 @@ class TestLeaves:
         table = rule_table(name)
         plan = plan_of(name)
         arrays = random_arrays(plan)
-        packed = plans.pack(plan, arrays, params, slots(table))
+        packed = trees.pack(plan, arrays, params, slots(table))
         none = lambda v: v is None  # noqa: E731
         for slot_tree in packed.values():
             assert jax.tree.structure(slot_tree, is_leaf=none) == jax.tree.structure(params)
-        back = plans.unpack(plan, packed, params)
+        back = trees.unpack(plan, packed, params)
         jax.tree.map(np.testing.assert_array_equal, back, arrays)
 
     def test_a_module_keeps_its_arrays_at_its_first_leaf(self):
@@ -484,7 +486,7 @@ class TestLeaves:
         }
         plan = plan_of("dense", params=params)
         assert [block.names for block in plan] == [("a/bias", "a/kernel"), ("b/kernel",)]
-        packed = plans.pack(plan, plans.identity(plan, 1.0), params, ("left",))
+        packed = trees.pack(plan, trees.identity(plan, 1.0), params, ("left",))
         assert packed["left"]["a"]["bias"].shape == (8, 8)
         assert packed["left"]["a"]["kernel"] is None
         assert packed["left"]["b"]["kernel"].shape == (4, 4)
@@ -565,7 +567,7 @@ class TestMaxDim:
         shapes = mx.array_shapes(block.structure, block.shape)
         assert all(shapes[side] == (lengths[side],) for side in long)
         made, (arrays,) = block.init(3.0), random_arrays([block])
-        once, out = (plans.multiply((block,), [own], params)["kernel"] for own in (made, arrays))
+        once, out = (product((block,), [own], params)["kernel"] for own in (made, arrays))
         close(once, 3 * np.asarray(params["kernel"]))
         close(np.ravel(out), expected_product(block, arrays, [params["kernel"]]))
 

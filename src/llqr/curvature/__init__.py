@@ -4,8 +4,8 @@
 """
 
 from llqr.curvature.model import POWER_STEPS, QuadraticModel, linearize
-from llqr.curvature.operators import FunctionOperator, LinearOperator, SymmetricOperator
 from llqr.curvature.route import Route
+from llqr.operators import FunctionOperator, LinearOperator, SymmetricOperator
 
 __all__ = [
     "POWER_STEPS",

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from llqr import _loops, metrics
 from llqr._replicas import AxisName
 from llqr.curvature import derivatives
-from llqr.curvature.operators import LinearOperator, SymmetricOperator
 from llqr.curvature.route import Route
 from llqr.curvature.whole import GaussNewton, Hessian, Linearization, OutputHessian, Potential
 from llqr.objective import BoundObjective, Chunks, at_most, row, strided
+from llqr.operators import LinearOperator, SymmetricOperator, structure_of
 from llqr.tree import (
     Frozen,
     accurate_dtype,
@@ -122,7 +122,7 @@ def _curvature(
     output_hessian = OutputHessian(potential)
     if metrics.is_full(metric):
         costate = jax.grad(potential)(outputs)
-        return Hessian(_Hessian(jacobian, costate, output_hessian), jacobian.domain)
+        return Hessian(_Hessian(jacobian, costate, output_hessian), freeze(jacobian.in_structure))
     return GaussNewton(jacobian, output_hessian)
 
 
@@ -134,8 +134,13 @@ class Chunked(LinearOperator):
     compiles: ClassVar[bool] = False
 
     chunks: Chunks
-    domain: Params
+    params: Params
     rows: tuple[int, ...] = field(metadata={"static": True})
+
+    @property
+    def in_structure(self) -> PyTree:
+        """Of the parameters."""
+        return structure_of(self.params)
 
     def outputs(self) -> PyTree:
         """Return the outputs of the whole batch."""
@@ -147,12 +152,12 @@ class Chunked(LinearOperator):
 
     def vjp(self, w: PyTree) -> Params:
         """Return J^T w."""
-        return self.sum(_vjp_chunk, (), (w,), self.domain)
+        return self.sum(_vjp_chunk, (), (w,), self.params)
 
     def _stacked(self, function: Any, *shared: PyTree) -> PyTree:
         """Stack function(chunk, params, *shared) over the chunks."""
-        one = lambda i: function(self.chunks[i], self.domain, *shared)  # noqa: E731
-        python = _loops.in_python(self.domain, shared)
+        one = lambda i: function(self.chunks[i], self.params, *shared)  # noqa: E731
+        python = _loops.in_python(self.params, shared)
         return _loops.stacked(one, len(self.chunks), python=python)
 
     def sum(
@@ -170,9 +175,9 @@ class Chunked(LinearOperator):
 
         def one(i: Any) -> PyTree:
             own = [jax.tree.map(lambda x: row(x, i), tree) for tree in cut]
-            return function(self.chunks[i], self.domain, *shared, *own)
+            return function(self.chunks[i], self.params, *shared, *own)
 
-        python = _loops.in_python(self.domain, shared, rows)
+        python = _loops.in_python(self.params, shared, rows)
         return _loops.total(one, len(self.chunks), like, python=python)
 
     def _concatenate(self, stacked: PyTree) -> PyTree:
@@ -229,18 +234,18 @@ class _GaussNewton(SymmetricOperator):
     metric: Frozen = field(metadata={"static": True})
 
     @property
-    def domain(self) -> Params:
-        return self.jacobian.domain
+    def in_structure(self) -> PyTree:
+        return self.jacobian.in_structure
 
     def product(self, u: Params) -> Params:
         function = partial(_gauss_newton_chunk, self.metric)
-        return self.jacobian.sum(function, (self.weights, u), (self.kept,), self.domain)
+        return self.jacobian.sum(function, (self.weights, u), (self.kept,), self.jacobian.params)
 
     def bilinear(self, u: Params, w: Params) -> Float[Array, ""]:
         pair = (u,) if u is w else (u, w)
         function = partial(_bilinear_chunk, self.metric)
-        outputs = jax.eval_shape(_forward_chunk, self.jacobian.chunks[0], self.domain)
-        first = jax.tree.leaves(self.domain)[0]
+        outputs = jax.eval_shape(_forward_chunk, self.jacobian.chunks[0], self.jacobian.params)
+        first = jax.tree.leaves(self.jacobian.params)[0]
         zero = zeros_like(jnp.sum(first)).astype(accurate_dtype(outputs))
         return self.jacobian.sum(function, (self.weights, pair), (self.kept,), zero)
 
@@ -308,4 +313,4 @@ class _Hessian:
 
     def __call__(self, u: Params) -> Params:
         q = self.output_hessian(self.jacobian.jvp(u))
-        return self.jacobian.sum(_hessian_chunk, (u,), (self.costate, q), self.jacobian.domain)
+        return self.jacobian.sum(_hessian_chunk, (u,), (self.costate, q), self.jacobian.params)

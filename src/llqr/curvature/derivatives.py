@@ -5,14 +5,15 @@ one is met, J u is the transpose of w -> J^T w: the same numbers, for two sweeps
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
-from llqr.curvature.operators import FunctionOperator, LinearOperator
+from llqr.operators import FunctionOperator, LinearOperator, structure_of
+from llqr.tree import Frozen, freeze
 from llqr.typing import PyTree
 
 
@@ -29,8 +30,8 @@ def linearize(function: Callable[[PyTree], PyTree], at: PyTree) -> tuple[PyTree,
         if not _lacks_rule(error):
             raise
         value, pull = jax.vjp(function, at)
-        return value, TransposeOperator(pull, at, value)
-    return value, FunctionOperator(tangent, at)
+        return value, TransposeOperator(pull, value, freeze(structure_of(at)))
+    return value, FunctionOperator.at(tangent, at)
 
 
 def jvp(function: Callable[[PyTree], PyTree], at: PyTree, u: PyTree) -> PyTree:
@@ -87,17 +88,22 @@ class TransposeOperator(LinearOperator):
 
     Attributes:
       pull: w -> (J^T w,).
-      domain: a point of the domain.
-      range: a point of the range.
+      outputs: a point of what J gives.
+      structure: of what J acts on, flattened by `freeze`.
     """
 
     pull: Callable[[PyTree], tuple[PyTree]]
-    domain: PyTree
-    range: PyTree
+    outputs: PyTree
+    structure: Frozen = field(metadata={"static": True})
+
+    @property
+    def in_structure(self) -> PyTree:
+        """Of what J acts on."""
+        return self.structure.tree
 
     def jvp(self, u: PyTree) -> PyTree:
         """Return J u: the transpose of J^T, which is linear in w, so that w = 0 will do."""
-        zeros = jax.tree.map(jnp.zeros_like, self.range)
+        zeros = jax.tree.map(jnp.zeros_like, self.outputs)
         return _explained(lambda: jax.vjp(lambda w: self.pull(w)[0], zeros)[1](u)[0])
 
     def vjp(self, w: PyTree) -> PyTree:

@@ -30,17 +30,17 @@ import jax.numpy as jnp
 from llqr import _loops, _replicas, metrics
 from llqr._replicas import AxisName
 from llqr.curvature.chunked import chunked
-from llqr.curvature.operators import (
-    LinearOperator,
-    ReplicatedCurvature,
-    ReplicatedJacobian,
-    SymmetricOperator,
-)
 from llqr.curvature.route import Route
 from llqr.curvature.whole import Linearization, whole
 from llqr.errors import check_choice, check_range
 from llqr.metrics import Reduction
 from llqr.objective import BoundObjective
+from llqr.operators import (
+    LinearOperator,
+    ReplicatedCurvature,
+    ReplicatedJacobian,
+    SymmetricOperator,
+)
 from llqr.tree import check_inexact, norm, normal_like, vdot
 from llqr.typing import Array, Float, Number, Params, PyTree
 
@@ -91,9 +91,9 @@ class QuadraticModel(SymmetricOperator):
     top_eigenvalue: Number = 1.0
 
     @property
-    def domain(self) -> Params:
-        """The parameters' space."""
-        return self.gradient
+    def in_structure(self) -> PyTree:
+        """Of the parameters."""
+        return self.jacobian.in_structure
 
     @property
     def scale(self) -> Float[Array, ""]:
@@ -171,7 +171,7 @@ def linearize(
     check_choice("divergence_reduction", divergence_reduction, get_args(Reduction))
     metric = metrics.resolve(metric)
     route = Route() if route is None else route
-    rows, everywhere = metrics.over_rows(divergence_reduction), params
+    rows = metrics.over_rows(divergence_reduction)
     params = _replicas.own(params, route.axis_name)
     if route.layerwise:
         forward = objective.objective.forward
@@ -182,7 +182,7 @@ def linearize(
         model = _model(objective, whole(objective, params, metric, rows, route), damping)
     if route.axis_name:
         adds = rows == "sum" and not metrics.uses_loss(metric)
-        model = _of_all(model, everywhere, route.axis_name, adds=adds)
+        model = _of_all(model, route.axis_name, adds=adds)
     return with_unit_top(model) if divergence_reduction == "unit" else model
 
 
@@ -196,16 +196,14 @@ def _model(
     return QuadraticModel(loss, gradient, outputs, cotangent, jacobian, curvature, damping)
 
 
-def _of_all(
-    model: QuadraticModel, params: Params, axis_name: AxisName, *, adds: bool
-) -> QuadraticModel:
+def _of_all(model: QuadraticModel, axis_name: AxisName, *, adds: bool) -> QuadraticModel:
     """The model of the whole batch, from that of each replica's own part."""
     return replace(
         model,
         loss=_replicas.mean(model.loss, axis_name),
         gradient=_replicas.mean(model.gradient, axis_name),
-        jacobian=ReplicatedJacobian(model.jacobian, params, axis_name),
-        curvature=ReplicatedCurvature(model.curvature, params, axis_name, adds),
+        jacobian=ReplicatedJacobian(model.jacobian, axis_name),
+        curvature=ReplicatedCurvature(model.curvature, axis_name, adds),
     )
 
 

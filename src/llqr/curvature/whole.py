@@ -13,9 +13,9 @@ import jax
 from llqr import metrics
 from llqr._replicas import AxisName
 from llqr.curvature import derivatives
-from llqr.curvature.operators import LinearOperator, SymmetricOperator
 from llqr.curvature.route import Route
 from llqr.objective import BoundObjective
+from llqr.operators import LinearOperator, SymmetricOperator, structure_of
 from llqr.tree import Frozen, check_outputs, freeze, vdot, widen
 from llqr.typing import Array, Float, Params, PyTree
 
@@ -47,10 +47,11 @@ def whole(
         outputs, jacobian = derivatives.linearize(objective.outputs, params)
     check_outputs(outputs)
     potential = Potential(objective, outputs, freeze(metric), reduction, route.axis_name)
-    if full and route.memory == "cached":
-        curvature = Hessian(derivatives.symmetric(jax.grad(potential.of_params), params), params)
-    elif full:
-        curvature = Hessian(_HessianRecomputed(potential, params), params)
+    if full:
+        kept = route.memory == "cached"
+        second = derivatives.symmetric(jax.grad(potential.of_params), params) if kept else None
+        second = _HessianRecomputed(potential, params) if second is None else second
+        curvature = Hessian(second, freeze(structure_of(params)))
     elif route.memory == "cached":
         curvature = GaussNewton(jacobian, derivatives.symmetric(jax.grad(potential), outputs))
     else:
@@ -90,14 +91,18 @@ class _Recomputed(LinearOperator):
     """J linearised again at each use."""
 
     objective: BoundObjective
-    domain: Params
+    params: Params
     route: Route = field(metadata={"static": True})
 
+    @property
+    def in_structure(self) -> PyTree:
+        return structure_of(self.params)
+
     def jvp(self, u: Params) -> PyTree:
-        return derivatives.jvp(self._forward(), self.domain, u)
+        return derivatives.jvp(self._forward(), self.params, u)
 
     def vjp(self, w: PyTree) -> Params:
-        return jax.vjp(self._forward(), self.domain)[1](w)[0]
+        return jax.vjp(self._forward(), self.params)[1](w)[0]
 
     def _forward(self) -> Callable[[Params], PyTree]:
         if self.route.checkpoint_policy == "none":
@@ -119,9 +124,9 @@ class GaussNewton(SymmetricOperator):
     output_hessian: Callable[[PyTree], PyTree]
 
     @property
-    def domain(self) -> Params:
-        """The parameters."""
-        return self.jacobian.domain
+    def in_structure(self) -> PyTree:
+        """Of the parameters."""
+        return self.jacobian.in_structure
 
     def product(self, u: Params) -> Params:
         """Return C u."""
@@ -145,7 +150,12 @@ class Hessian(SymmetricOperator):
     """C as one linear map."""
 
     apply: Callable[[Params], Params]
-    domain: Params
+    structure: Frozen = field(metadata={"static": True})  # of the parameters
+
+    @property
+    def in_structure(self) -> PyTree:
+        """Of the parameters."""
+        return self.structure.tree
 
     def product(self, u: Params) -> Params:
         """Return C u."""

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from llqr.curvature.model import QuadraticModel, layerwise_model
-from llqr.curvature.operators import LinearOperator, SymmetricOperator
 from llqr.curvature.route import Route
 from llqr.lqr.cost import cost_and_gradient, final_state, gradient
 from llqr.lqr.linearization import linearize
 from llqr.lqr.problem import LQRProblem
 from llqr.objective import BoundObjective
+from llqr.operators import LinearOperator, SymmetricOperator, structure_of
 from llqr.stages import StagedForward
 from llqr.typing import Number, Params, PyTree
 
@@ -66,8 +66,8 @@ class _Jacobian(LinearOperator):
     outputs: Any = field(metadata={"static": True})  # their tree structure
 
     @property
-    def domain(self) -> Params:
-        return self.problem.params
+    def in_structure(self) -> PyTree:
+        return structure_of(self.problem.params)
 
     def jvp(self, u: Params) -> PyTree:
         return jax.tree.unflatten(self.outputs, final_state(self.problem, u))
@@ -86,8 +86,8 @@ class _Curvature(SymmetricOperator):
     problem: LQRProblem
 
     @property
-    def domain(self) -> Params:
-        return self.problem.params
+    def in_structure(self) -> PyTree:
+        return structure_of(self.problem.params)
 
     def product(self, u: Params) -> Params:
         return cost_and_gradient(self.problem, u)[1]

@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from llqr.curvature.operators import FunctionOperator
+from llqr.operators import FunctionOperator
 from llqr.typing import Array, Float, Number, PyTree
 
 Tangent: TypeAlias = tuple[Float[Array, "..."], ...]
@@ -79,35 +79,35 @@ class Stage:
     def A(self) -> FunctionOperator:
         """The map delta_i -> delta_{i+1}; the first stage with a control has none."""
         self._needs_state("A")
-        return FunctionOperator(lambda d: self.dynamics(d, _zeros(self.control)), self.state)
+        return FunctionOperator.at(lambda d: self.dynamics(d, _zeros(self.control)), self.state)
 
     @property
     def B(self) -> FunctionOperator:
         """The map u_i -> delta_{i+1}."""
-        return FunctionOperator(lambda u: self.dynamics(_zeros(self.state), u), self.control)
+        return FunctionOperator.at(lambda u: self.dynamics(_zeros(self.state), u), self.control)
 
     @property
     def R(self) -> FunctionOperator:
         """The map u_i -> control, without damping."""
-        return FunctionOperator(lambda u: self._curved(_zeros(self.state), u)[1], self.control)
+        return FunctionOperator.at(lambda u: self._curved(_zeros(self.state), u)[1], self.control)
 
     @property
     def Q(self) -> FunctionOperator:
         """The map delta_i -> state cotangent, without the metric's W_i."""
         self._needs_state("Q")
-        return FunctionOperator(lambda d: self._curved(d, _zeros(self.control))[0], self.state)
+        return FunctionOperator.at(lambda d: self._curved(d, _zeros(self.control))[0], self.state)
 
     @property
     def M(self) -> FunctionOperator:
         """The map delta_i -> control."""
         self._needs_state("M")
-        return FunctionOperator(lambda d: self._curved(d, _zeros(self.control))[1], self.state)
+        return FunctionOperator.at(lambda d: self._curved(d, _zeros(self.control))[1], self.state)
 
     @property
     def W(self) -> FunctionOperator:
         """The map delta_{i+1} -> cotangent: the metric placed on this stage's output."""
         metric = self.metric
-        return FunctionOperator(_zeros if metric is None else metric, self.output)
+        return FunctionOperator.at(_zeros if metric is None else metric, self.output)
 
     def _curved(self, delta: Any, u: Control) -> tuple[Any, Control]:
         if self.curvature is None:

@@ -24,8 +24,9 @@ from llqr._replicas import AxisName
 from llqr.curvature.model import QuadraticModel
 from llqr.metrics import Reduction
 from llqr.objective import BoundObjective
-from llqr.refit.setup import Inputs, Seen, Setup
-from llqr.structures import plan as plans
+from llqr.refit.learner import Seen
+from llqr.refit.setup import Inputs, Setup
+from llqr.structures import trees
 from llqr.tree import norm, normal_like
 from llqr.typing import Array, Int, Params, PRNGKeyArray, PyTree
 
@@ -65,7 +66,7 @@ def directions(
         return Directions(*(jax.vmap(toward) if refit.per_example else toward)(model.gradient))
 
     def draw(key: PRNGKeyArray) -> Seen:
-        return plans.gather(setup.plan, _draw(setup, model, objective, key))
+        return trees.gather(setup.plan, _draw(setup, model, objective, key))
 
     h = over(model, draw, jax.random.split(key, probes))
     return Directions(h, jax.tree.map(jnp.negative, h))
@@ -82,13 +83,13 @@ def base_direction(setup: Setup, inputs: Inputs, gradient: Params) -> tuple[Seen
     Returns:
       Both as the matrices of each block.
     """
-    g = plans.gather(setup.plan, gradient)
+    g = trees.gather(setup.plan, gradient)
     if setup.base is None:
         direction = [-x for x in g]
     else:
         base = optax.with_extra_args_support(setup.base)
         update: Params = base.update(gradient, inputs.base_state, inputs.params)[0]
-        direction = plans.gather(setup.plan, update)
+        direction = trees.gather(setup.plan, update)
     if setup.refit.normalize_gradient:
         length = jnp.maximum(norm(direction), 1e-9)
         direction = [h / length.astype(h.dtype) for h in direction]

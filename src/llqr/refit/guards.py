@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llqr.refit.learner import Blocks, Seen
 from llqr.refit.objective import Phi
 from llqr.refit.record import STATUS
-from llqr.refit.setup import Blocks, Seen, Setup
+from llqr.refit.setup import Setup
 from llqr.structures import matrix as mx
-from llqr.structures import plan as plans
+from llqr.structures import trees
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Plan, each
@@ -66,7 +67,7 @@ def judge(
     new = tuple(each(plan, project, new))
     upright = [jnp.ones_like(f) for f in finite]
     if not refit.allow_grad_inversion:
-        upright = each(plan, _upright, xs, plans.products(plan, new, xs))
+        upright = each(plan, _upright, xs, trees.product(plan, new, xs))
     keep = [f & u for f, u in zip(finite, upright, strict=True)]
     proposed = tuple(each(plan, lambda _, *choice: _choose(*choice), keep, new, old))
     before = phi.value(phi.blocks) if before is None else before
@@ -81,11 +82,11 @@ def judge(
         return _status(finite, upright, decreased, flat, down, _same(new, old))
 
     found = each(plan, status, finite, upright, new, old, shared=(decreased, flat, down))
-    pxs = plans.products(plan, installed, xs)
+    pxs = trees.product(plan, installed, xs)
     angles = each(plan, lambda _, x, px: cosine(x, px), xs, pxs)
     return Verdict(
-        installed, before, after, plans.in_order(plan, found), cosine(xs, pxs),
-        plans.in_order(plan, angles),
+        installed, before, after, trees.in_order(plan, found), cosine(xs, pxs),
+        trees.in_order(plan, angles),
     )  # fmt: skip
 
 

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 
 from llqr.curvature.model import QuadraticModel
 from llqr.refit.directions import Directions, each
-from llqr.refit.setup import Blocks, Seen
-from llqr.structures import plan as plans
+from llqr.refit.learner import Blocks, Seen
+from llqr.structures import trees
 from llqr.structures.plan import Plan
 from llqr.tree import vdot
 from llqr.typing import Array, Bool, Float, Params
@@ -39,10 +39,10 @@ BENT = 1e-3
 class Phi:
     """Phi on given directions.
 
-    A refit moves what it *learns* (`plans.start`): the arrays of P themselves, or fresh vectors
+    A refit moves what it *learns* (`trees.start`): the arrays of P themselves, or fresh vectors
     that are folded into them. `value` takes arrays; all else takes what is learned.
 
-    All but products with C happens where P acts, on the matrices of blocks (`plans.gather`): of
+    All but products with C happens where P acts, on the matrices of blocks (`trees.gather`): of
     leaves there may be hundreds.
 
     Attributes:
@@ -72,7 +72,7 @@ class Phi:
         """
 
         def one(model: QuadraticModel, h: Seen, linear: Seen) -> tuple[Array, ...]:
-            u = plans.products(self.plan, blocks, h)
+            u = trees.product(self.plan, blocks, h)
             leaves, squared = self._tree(model, u), vdot(u, u)
             bare, slope = model.curvature.bilinear(leaves, leaves), vdot(linear, u)
             bent = bare / model.top_eigenvalue
@@ -118,21 +118,21 @@ class Phi:
             return _controls(self.plan, self.batched, self.blocks, moved, self.directions.h)
 
         def one(model: QuadraticModel, pair: Any, linear: Seen) -> tuple[Array, Array, Array]:
-            (u, du), trees = pair, [self._tree(model, x) for x in pair]
-            value = _phi(linear, u, model.bilinear(trees[0], trees[0]))
-            slope = vdot(linear, du) + model.bilinear(*trees)
-            return value, slope, model.bilinear(trees[1], trees[1])
+            (u, du), (tu, tdu) = pair, [self._tree(model, x) for x in pair]
+            value = _phi(linear, u, model.bilinear(tu, tu))
+            slope = vdot(linear, du) + model.bilinear(tu, tdu)
+            return value, slope, model.bilinear(tdu, tdu)
 
         pair = jax.jvp(controls, (t,), (jnp.ones_like(t),))
         value, slope, curved = self._each(one, pair)
         return self._mean(value), self._mean(slope), self._mean(curved)
 
     def _tree(self, model: QuadraticModel, u: Seen) -> Params:
-        return plans.scatter(self.plan, u, model.gradient)
+        return trees.scatter(self.plan, u, model.gradient)
 
     def _product(self, model: QuadraticModel, u: Seen) -> Seen:
         """(C / top + lambda I) u."""
-        curved = plans.gather(self.plan, model.curvature.product(self._tree(model, u)))
+        curved = trees.gather(self.plan, model.curvature.product(self._tree(model, u)))
         return [
             (c / model.top_eigenvalue + model.damping * x).astype(c.dtype)
             for c, x in zip(curved, u, strict=True)
@@ -160,8 +160,8 @@ def _phi(linear: Seen, u: Seen, curved: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def _controls(plan: Plan, batched: bool, blocks: Blocks, learned: Blocks, h: Seen) -> Seen:
-    arrays = plans.install(plan, blocks, learned)
-    multiply = partial(plans.products, plan, arrays)
+    arrays = trees.install(plan, blocks, learned)
+    multiply = partial(trees.product, plan, arrays)
     return jax.vmap(multiply)(h) if batched else multiply(h)
 
 

@@ -1,4 +1,4 @@
-"""When and how a preconditioner is learned: the options of a refit."""
+"""When and how a preconditioner is learned: the options of refits, published and streaming."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
@@ -156,16 +156,129 @@ class Refit:
         """Whether there are several directions at once, on a leading axis."""
         return self.per_example or self.probe != "gradient"
 
-    def is_due(self, count: Int[Array, ""]) -> Bool[Array, ""]:
-        """Return whether a refit is due before update call number `count`, counted from 0."""
+    def is_due(self, count: int | Int[Array, ""]) -> bool | Bool[Array, ""]:
+        """Return whether a refit is due before update call number `count`, counted from 0.
+
+        For an int a Python bool, for an array an array.
+        """
         every = self.every
         if every is None:
-            return jnp.zeros_like(count, dtype=bool)
-        if callable(every):  # a schedule gives floats
-            every = jnp.maximum(jnp.round(every(count)), 1).astype(count.dtype)
+            return _never(count)
+        if callable(every) and isinstance(count, int):
+            with jax.ensure_compile_time_eval():
+                every = max(round(float(every(count))), 1)
+        elif callable(every):  # a schedule gives floats
+            every = jnp.maximum(jnp.round(every(count)), 1).astype(jnp.result_type(count))
         offset = count - self.start
         due = (offset >= 0) & (offset % every == 0)
         return due if self.until is None else due & (count < self.until)
+
+
+def _never(count: int | Int[Array, ""]) -> bool | Bool[Array, ""]:
+    return False if isinstance(count, int) else jnp.zeros_like(count, dtype=bool)
+
+
+WIDE_TURNS, WIDE_FOLLOWS = 5, 2
+"""Wide sides turn at the first refits and then at every fifth, and follow every second gradient: a
+QR factorisation of a side of 784 takes as long as 30 gradients of a small network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streaming:
+    """How P follows the training: `refit=llqr.Streaming()` in place of `llqr.Refit`.
+
+    A step with a refit costs one more gradient, of a quarter of the batch, so that the default
+    takes 1.03 gradients a step. It works for the structures e-kfac (with its embedding rules,
+    e-kfac-gpt), diagonal and kfac, which takes 1.08; the metric must be one from which labels
+    can be drawn.
+
+    Args:
+      every: k, steps from refit to refit, after the warm-up. None: none by themselves, not even
+        in the warm-up; they come from outside only (`llqr.refresh`), and `update` needs no
+        objective.
+      warmup: so many steps from `start` on have a refit each.
+      start: no refit before this count.
+      until: no refit at or after this count; None: never stops.
+      momentum: mu in [0, 1); P multiplies the momentum m.
+      nesterov: it multiplies G + mu m instead.
+      basis_decay: b in [0, 1), of the second moments of the gradient.
+      spectrum_decay: a in [0, 1], of the curvature c: a mean over the first refits, and then a
+        running mean; 1: the mean over all.
+      signal_decay: in [0, 1), of the squares of the gradient in the bases. Each entry of P m is
+        weighed by the share of the gradient that agrees from step to step, |mean| by root mean
+        square; embeddings count as agreeing, and matrices of kfac are not weighed. None: none is.
+      probes: h drawn at each refit.
+      probe_share: in (0, 1], of the examples of the batch on which they are drawn, another part
+        of them at each refit: a probe sums over examples with random signs, and what it says of
+        the curvature is hardly less uncertain with all of them. Where examples lie, the
+        objective's `batch_axes` say. All examples are taken where the arrays of a batch do not
+        agree on their number, and with divergence_reduction="sum", whose scale depends on it.
+      wide: sides longer than this turn and follow more rarely.
+      rate: eta in (0, 1), of kfac.
+      seed: of the probes; the number of the refit is folded into it.
+
+    Raises:
+      ValueError: a value outside its range.
+      TypeError: a value of a wrong type.
+
+    Example:
+      >>> import optax, llqr
+      >>> tx = llqr.llqr(optax.sgd(0.01), structure="e-kfac", refit=llqr.Streaming())
+      >>> [step for step in range(50) if llqr.Streaming().is_due(step) and step >= 20]
+      [20, 30, 40]
+
+    References:
+      Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230, for the
+      objective. Vyas et al., SOAP, arXiv 2409.11321, for the bases. Li, Preconditioned
+      Stochastic Gradient Descent, arXiv 1512.04202, for kfac's relative steps.
+    """
+
+    every: int | None = 10
+    warmup: int = 10
+    start: int = 0
+    until: int | None = None
+    momentum: float = 0.9
+    nesterov: bool = True
+    basis_decay: float = 0.95
+    spectrum_decay: float = 0.9
+    signal_decay: float | None = 0.95
+    probes: int = 1
+    probe_share: float = 0.25
+    wide: int = 256
+    rate: float = 0.3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("every", 1), ("warmup", 0), ("start", 0), ("until", 0),
+                          ("probes", 1), ("wide", 1), ("seed", 0)):  # fmt: skip
+            check_integer(f"Streaming: {name}", getattr(self, name), low=low)
+        check_range("Streaming: probe_share", self.probe_share, low=0, open_low=True, high=1)
+        for name, high in (("momentum", 1), ("basis_decay", 1), ("spectrum_decay", 1),
+                           ("signal_decay", 1), ("rate", 1)):  # fmt: skip
+            value = getattr(self, name)
+            if name == "signal_decay" and value is None:
+                continue
+            check_range(f"Streaming: {name}", value, low=0, high=high)
+            if value == 1 and name != "spectrum_decay":
+                raise ValueError(f"Streaming: {name} must be below 1, got {value!r}.")
+        if self.until is not None and self.until < self.start:
+            raise ValueError(f"Streaming: until={self.until} lies before start={self.start}.")
+
+    def is_due(self, count: int | Int[Array, ""]) -> bool | Bool[Array, ""]:
+        """Return whether step number `count`, from 0, has a refit; for an int, a Python bool."""
+        if self.every is None:
+            return _never(count)
+        offset = count - self.start
+        due = (offset >= 0) & ((offset < self.warmup) | (offset % self.every == 0))
+        return due if self.until is None else due & (count < self.until)
+
+    def turns_wide(self, number: Int[Array, ""]) -> Bool[Array, ""]:
+        """Return whether wide sides turn at refit `number`, from 1: the first, then every fifth."""
+        return (number < WIDE_TURNS) | ((number - 1) % WIDE_TURNS == 0)
+
+    def follows_wide(self, count: Int[Array, ""]) -> Bool[Array, ""]:
+        """Return whether wide sides follow the gradient of step `count`, from 0: every second."""
+        return (count < self.start + self.warmup) | (count % WIDE_FOLLOWS == 0)
 
 
 def check_options(refit: Refit, metric: PyTree, reduction: Reduction, route: Route) -> None:
@@ -182,10 +295,7 @@ def check_options(refit: Refit, metric: PyTree, reduction: Reduction, route: Rou
     """
     why = None
     if refit.probe == "fisher" and not metrics.can_sample(metric):
-        why = (
-            "probe='fisher' needs a metric from which labels can be drawn: ngd, reverse_kl, "
-            "renyi, bernoulli or gaussian"
-        )
+        why = f"probe='fisher' needs a metric from which labels can be drawn: {metrics.SAMPLED}"
     elif refit.per_example and route.chunk_size is not None:
         why = "per_example splits the batch already: chunk_size must be None"
     elif refit.per_example and route.axis_name:

@@ -1,27 +1,19 @@
 """What a refit is given: the part that stays the same over a run, and the part that changes."""
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import optax
 
 from llqr.curvature.route import Route
 from llqr.metrics import Reduction
 from llqr.objective import BoundObjective
+from llqr.refit.learner import WHOLE, Blocks
 from llqr.refit.options import LINE_SEARCHES, Refit
 from llqr.refit.record import RefitInfo
-from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Plan
 from llqr.tree import Frozen
 from llqr.typing import Array, Int, Number, Params
-
-Blocks: TypeAlias = tuple[Arrays, ...]
-"""The arrays of every block of a plan."""
-
-Seen: TypeAlias = list[Array]
-"""A vector like the parameters, as the matrices of each block (`plans.gather`)."""
-
-WHOLE = Route()
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,10 @@ import optax
 
 from llqr.refit.objective import Phi
 from llqr.refit.options import DETERMINISTIC, LINE_SEARCHES, SOLVERS, SolverLike
-from llqr.structures import plan as plans
+from llqr.structures import trees
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
-from llqr.structures.plan import Plan
+from llqr.structures.plan import Plan, each
 from llqr.tree import divide, vdot
 from llqr.typing import Array, Bool, Float, Number, PyTree
 
@@ -142,7 +142,7 @@ def _each_matrix(tx: optax.GradientTransformation, plan: Plan) -> optax.Gradient
     def one(_: Block, g: Arrays, s: Arrays) -> Any:
         return tx.update(g, optax.EmptyState(), s)[0]
 
-    return optax.stateless(lambda g, s: tuple(plans.each(plan, one, g, s)))
+    return optax.stateless(lambda g, s: tuple(each(plan, one, g, s)))
 
 
 def _by_matrix(
@@ -152,13 +152,13 @@ def _by_matrix(
     tx = optax.with_extra_args_support(tx)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        apart, at = plans.per_matrix(plan, updates), plans.per_matrix(plan, params)
+        apart, at = trees.per_matrix(plan, updates), trees.per_matrix(plan, params)
         moved: Any
         moved, state = tx.update(tuple(apart), state, tuple(at), **extra)
-        return tuple(plans.from_matrices(plan, moved)), state
+        return tuple(trees.from_matrices(plan, moved)), state
 
     return optax.GradientTransformationExtraArgs(
-        lambda params: tx.init(tuple(plans.per_matrix(plan, params))), update
+        lambda params: tx.init(tuple(trees.per_matrix(plan, params))), update
     )
 
 

@@ -1,58 +1,19 @@
 r"""Streaming refits: P follows the training, a little at every step, instead of stopping for it.
 
-  symbol      meaning                                                       shape
-  G, m        gradient of the step, and its momentum                        [r, n]
-  h           Fisher probe: gradient for labels drawn from the model,       [r, n]
-              E h h^T = C
-  S_L, S_R    running second moments of G: G G^T, G^T G                     [r, r], [n, n]
-  V_L, V_R    bases: orthogonal, from S                                     like S
-  c, D        curvature and spectrum of P in those bases                    [r, n]
-  top         largest c of a block; 1 where C is not scaled                 []
-  lambda      damping                                                       []
-  q, s        mean square of G in the bases; signal: 1 for noise            [r, n]
+At every step each matrix observes the gradient; every k steps a refit draws probes h, gradients for
+labels drawn from the model, and each matrix follows them; the step is P times the momentum. What
+happens to one matrix is told in `eigen`, for those with a spectrum between bases, and in `factors`,
+for kfac. With divergence_reduction="unit", each block of C is taken in units of its own largest
+entry, so that lambda says how ill-conditioned a block may be at most; how long its update is, the
+graft decides.
 
-    every step    S_L <- b S_L + (1 - b) G G^T,  S_R likewise,  m <- mu m + G,  v = G + mu m
-    every k       V_L <- qr(S_L V_L), V_R <- qr(S_R V_R)
-                  c <- a c + (1 - a) (V_L^T h V_R)^2,   D = 1 / (c / top + lambda)
-    P v           = V_L (D * (V_L^T v V_R)) V_R^T
-    every step    q <- e q + (1 - e) (V_L^T G V_R)^2
-                  s = min(1, (1 - mu) |V_L^T m V_R| / sqrt(q)) / sqrt((1 - mu) / (1 + mu))
-    update        u = V_L (s * D * (V_L^T v V_R)) V_R^T, times what gives P v its length
-
-with v = m where `nesterov` is off. For fixed bases, D is the minimiser of the objective of a probe
-(`llqr.refit.objective`), E[1/2 u.(C / top + lambda I) u - h.u] with u = P h, wherever C couples no
-two entries there: each entry is 1/2 D^2 c (c + lambda) - D c, c in units of top. No inner loop and
-no product with C are needed, and P is positive by construction. A matrix without bases (structure
-"diagonal", and vectors) has V = I. With divergence_reduction="unit", each block of C is taken in
-units of its own largest entry, so that lambda says how ill-conditioned a block may be at most; how
-long its update is, the graft decides.
-
-The weight s is where gradients say what labels drawn from the model cannot: whether an entry of
-the mean gradient is known. An entry on which gradients agree keeps up to sqrt((1 + mu) / (1 - mu))
-times the length that one of noise has; one that swings from step to step, because the step is too
-long for it, gets shorter at once, without waiting for the learning rate to decay. As the length
-(the graft) is given before, a whole leaf becomes shorter too. `signal_decay=None` leaves s at 1.
-
-A QR factorisation of a side of 784 takes as long as 30 gradients of a small network, so sides
-longer than `wide` turn at the first refits and then at every fifth only, and follow every second
-gradient.
-
-Structure "kfac" has no spectrum. There P = Q^T Q with Q = A x B, and with w = Q h, u = Q^T w,
-r = (C / top + lambda) u - h, a = Q r:
-
-    A <- (I - eta E / s) A,  E = sym(a w^T),  s = max(|E|_2, |w|^2 / rows)      B with a^T w
-
-These are the relative coordinates of Q, in which the step is like Newton's near the solution; with
-eta < 1 no side can lose its rank or sign. There, `top` is the largest eigenvalue of C by one
-warm-started power step for each refit.
-
-Sources: Layerwise LQR (arXiv 2605.04230) for the objective; bases as in SOAP (arXiv 2409.11321);
-relative steps as in preconditioned SGD on matrix Lie groups (Li, arXiv 1512.04202).
+Sources: Layerwise LQR (arXiv 2605.04230) for the objective; bases as in SOAP (arXiv 2409.11321).
 """
 
-from dataclasses import replace
-from functools import partial
-from typing import Any
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,286 +21,384 @@ import jax.numpy as jnp
 from llqr import _loops, metrics
 from llqr.curvature import model as quadratic
 from llqr.curvature.model import QuadraticModel
+from llqr.errors import check_range
+from llqr.graft import Step
 from llqr.objective import BoundObjective
-from llqr.refit.directions import fisher_probe
+from llqr.refit import eigen, factors
+from llqr.refit.directions import fisher_probe, floored
+from llqr.refit.learner import Asked, Blocks, Defaults, Held, Setting
+from llqr.refit.momentum import MOMENTUM
+from llqr.refit.options import Streaming
 from llqr.refit.record import STATUS, RefitInfo
-from llqr.refit.relative import power_step, relative_step
-from llqr.refit.setup import Blocks
-from llqr.refit.spectrum import (
-    WIDE_FOLLOWS,
-    closed_objective,
-    follow,
-    into,
-    largest,
-    observed,
-    solved,
-    tops_of,
-    weighed,
-)
-from llqr.refit.stream import (
-    MOMENTUM,
-    SQUARES,
-    StreamSetup,
-    StreamState,
-    bases_of,
-    kind_of,
-    pack,
-    statistics_of,
-    unpack,
-)
-from llqr.structures import matrix as mx
-from llqr.structures import plan as plans
+from llqr.refit.remedies import STREAMING
+from llqr.structures import trees
 from llqr.structures.block import Block
-from llqr.structures.matrix import Arrays
-from llqr.structures.plan import Plan
-from llqr.tree import accurate_dtype, all_finite, cosine, normal_like
-from llqr.tree import widen as widened
-from llqr.typing import Array, Bool, Float, Int, Number, Params
+from llqr.structures.matrix import Arrays, Structure
+from llqr.structures.plan import Plan, each, merge
+from llqr.tree import accurate_dtype, all_finite, cosine, norm, normal_like, replicate, vdot, widen
+from llqr.typing import Array, Bool, Float, Int, Number, Params, PyTree
+
+DAMPING = 1e-4
+"""Default lambda, in units of the largest curvature of each block."""
 
 
-def init(setup: StreamSetup, params: Params, slots: tuple[str, ...]) -> StreamState:
-    """Return the state before the first step.
+class StreamState(NamedTuple):
+    """What streaming refits remember besides P: arrays only, float32 at least."""
 
-    Args:
-      setup: of the run.
-      params: the parameters.
-      slots: of the preconditioner's state, so that trees of both are alike.
+    # slot -> tree shaped like params, an array or None: the momentum and, where signal_decay is
+    # given, q ("squares"), both in the bases; S_L and S_R ("left", "right"), c ("spectrum"); for
+    # kfac A and B, and m as it is
+    statistics: dict[str, Any]
+    power: Params | None  # C v / |v| of the last power step, like params; None without kfac
+    top: Float[Array, ""]  # by which C was last divided: the largest of all blocks
 
-    Returns:
-      Zeros; for kfac A and B the identity, and a normal draw for the power steps.
+
+class Memory(NamedTuple):
+    """A `StreamState` that is open."""
+
+    blocks: Blocks
+    power: Params | None
+    top: Float[Array, ""]
+
+
+@lru_cache(maxsize=256)
+def kind_of(structure: Structure) -> Any:
+    """Return how matrices of a structure are followed: `eigen`, `factors`, or None for not at all.
+
+    Example:
+      >>> from llqr.structures import STRUCTURES
+      >>> [kind_of(STRUCTURES[name]) for name in ("e-kfac", "sym-kfac")] == [eigen, None]
+      True
     """
-
-    def first(block: Block, slot: str, shape: tuple[int, ...]) -> Array:
-        side = kind_of(block.structure) == "sides" and slot != MOMENTUM
-        return jnp.eye(*shape, dtype=block.dtype) if side else jnp.zeros(shape, block.dtype)
-
-    arrays = [
-        {
-            slot: block.repeated(first(block, slot, shape))
-            for slot, shape in statistics_of(setup.options, block).items()
-        }
-        for block in setup.plan
-    ]
-    weighs = setup.options.signal_decay is not None and "spectrum" in slots
-    names = (*slots, MOMENTUM, *[SQUARES] * weighs)
-    packed = plans.pack(setup.plan, arrays, params, names)
-    power = normal_like(_wide_zeros(params), jax.random.key(0)) if setup.two_sided else None
-    return StreamState(packed, power, jnp.ones((), jnp.float32))
+    plain = not (structure.positive or structure.normalize) and structure.view == "leaf"
+    if not plain or any(side.streams is None for side in structure.sides.values()):
+        return None
+    return {"full": eigen, "none": factors}.get(structure.spectrum)
 
 
-def _wide_zeros(params: Params) -> Params:
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accurate_dtype(p)), params)
+@dataclass(frozen=True)
+class Streamed:
+    """The streaming way: statistics at every step, a probe now and then. A `Learner`."""
+
+    options: Streaming
+    setting: Setting
+
+    name = "llqr.Streaming"
+    defaults = Defaults(damping=DAMPING, reduction="unit", graft="rms")
+    remedies = STREAMING
+    remembers = "momentum, second moments and curvature"
+    averages = True
+
+    def __post_init__(self) -> None:
+        if self.setting.sigma != 1:
+            raise ValueError(
+                "identity_scaling belongs to refits that learn by steps (llqr.Refit): leave it at "
+                f"1 with streaming refits, not {self.setting.sigma!r}."
+            )
+        if not metrics.can_sample(self.setting.metric.tree):
+            raise ValueError(
+                "streaming refits need a metric from which labels can be drawn: "
+                f"{metrics.SAMPLED} (gaussian for a mean of squares, gauss_newton times a number)."
+            )
+        for structure in self.setting.structures:
+            if kind_of(structure) is None:
+                raise ValueError(
+                    f"structure {structure.name!r} cannot be streamed: the closed form needs one "
+                    "spectrum between fixed bases (e-kfac, e-kfac-gpt, diagonal), and the relative "
+                    "steps two sides (kfac). Use one of these, or refits that learn any structure, "
+                    "llqr.Refit."
+                )
+
+    def check_damping(self, damping: Number) -> None:
+        """Raise ValueError unless lambda is positive."""
+        check_range("damping (with streaming refits)", damping, low=0, open_low=True)
+
+    @cached_property
+    def moves(self) -> bool:
+        """Whether there may be matrices of two sides, which take products with C."""
+        return any(kind_of(structure) is factors for structure in self.setting.structures)
+
+    @cached_property
+    def slots(self) -> tuple[str, ...]:
+        """Of the trees of the state: they follow from the rules, not from the parameters."""
+        found = {slot for structure in self.setting.structures for slot in structure.slots}
+        weighs = "spectrum" in found and self.options.signal_decay is not None
+        return (*sorted(found), MOMENTUM, *[eigen.SQUARES] * weighs)
+
+    # --- the state ------------------------------------------------------------------------------
+
+    def init(self, plan: Plan, params: Params) -> StreamState:
+        """Return zeros; for kfac A and B the identity, and a normal draw for power steps."""
+        made = [(block, kind_of(block.structure).init(self.options, block)) for block in plan]
+        blocks = [{slot: block.repeated(x) for slot, x in own.items()} for block, own in made]
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accurate_dtype(p)), params)
+        power = normal_like(zeros, jax.random.key(0)) if self.moves else None
+        return self.close(plan, Memory(tuple(blocks), power, jnp.ones((), jnp.float32)), params)
+
+    @staticmethod
+    def owns(kept: Any) -> bool:
+        """Whether this is the state of streaming refits."""
+        return isinstance(kept, StreamState)
+
+    def open(self, plan: Plan, kept: StreamState, like: PyTree) -> Memory:
+        """Return the state with the arrays of blocks in place of trees."""
+        weighs = eigen.SQUARES in self.slots
+        if weighs != (eigen.SQUARES in kept.statistics):
+            raise ValueError(
+                f"the optimizer has Streaming(signal_decay={self.options.signal_decay!r}), and the "
+                f"state is of one with{'out' * weighs} weights by signal: give signal_decay="
+                f"{'None' if weighs else '0.95'} to go on with it (a state of before 0.2.0 has no "
+                "weights), or begin anew with tx.init(params)."
+            )
+        slots_of = lambda block: kind_of(block.structure).slots(self.options, block)  # noqa: E731
+        blocks = trees.unpack(plan, kept.statistics, like, slots_of)
+        return Memory(blocks, kept.power, kept.top)
+
+    def close(self, plan: Plan, memory: Memory, like: PyTree) -> StreamState:
+        """Return the state with trees in place of the arrays of blocks."""
+        statistics = trees.pack(plan, memory.blocks, like, self.slots)
+        return StreamState(statistics, memory.power, memory.top)
+
+    def trees(self, kept: StreamState) -> dict[str, PyTree]:
+        """Return the statistics, which lie as P does."""
+        return kept.statistics
+
+    def with_trees(self, kept: StreamState, trees: dict[str, PyTree]) -> StreamState:
+        """Return the state with other statistics."""
+        return kept._replace(statistics=trees)
+
+    # --- a step ---------------------------------------------------------------------------------
+
+    def observe(self, plan: Plan, held: Held, gradient: Params, count: Int[Array, ""]) -> Held:
+        """Return what is held after one more gradient: momentum, moments, V_L^T G V_R as seen."""
+
+        def one(wide: Array, block: Block, *own: Any) -> tuple[Arrays, Array]:
+            return kind_of(block.structure).observe(self.options, wide, block, *own)
+
+        wide, x = self.options.follows_wide(count), trees.gather(plan, gradient)
+        found = each(plan, one, held.arrays, held.memory.blocks, x, shared=(wide,))
+        blocks, seen = _columns(found, 2)
+        return held._replace(memory=held.memory._replace(blocks=tuple(blocks)), seen=seen)
+
+    def step(
+        self, plan: Plan, held: Held, vector: Params, count: Int[Array, ""], apply: bool
+    ) -> tuple[Held, Step]:
+        """Return what is held, and P v weighed by signal, v = G + mu m or m."""
+        del apply  # squares follow all the same
+
+        def one(count: Array, block: Block, *own: Any) -> tuple[Arrays, Array, Array, Array]:
+            return kind_of(block.structure).step(self.options, count, block, *own)
+
+        found = each(plan, one, held.arrays, held.memory.blocks, held.seen, shared=(count,))
+        blocks, direction, full, v = _columns(found, 4)
+        direction = [block.within(x) for block, x in zip(plan, direction, strict=True)]
+        held = held._replace(memory=held.memory._replace(blocks=tuple(blocks)))
+        like = widen(vector)
+        return held, Step(*(trees.scatter(plan, x, like) for x in (direction, full, v)))
+
+    def reexpress(self, plan: Plan, held: Held, arrays: Blocks) -> Held:
+        """Return what is held with other arrays of P, the momentum where it was."""
+
+        def one(block: Block, old: Arrays, new: Arrays, own: Arrays) -> Arrays:
+            m = kind_of(block.structure).reexpress(block, old, new, own[MOMENTUM])
+            return own | {MOMENTUM: m}
+
+        blocks = each(plan, one, held.arrays, arrays, held.memory.blocks)
+        return held._replace(arrays=arrays, memory=held.memory._replace(blocks=tuple(blocks)))
+
+    # --- a refit --------------------------------------------------------------------------------
+
+    def refit(self, plan: Plan, held: Held, asked: Asked) -> Held:
+        """Return what is held after one refit: new bases, one more probe, the spectrum.
+
+        A block whose probe is not finite keeps its curvature.
+        """
+        python = _loops.in_python(asked.params)
+        run = _loops.compiled if python and not self.setting.route.layerwise else _loops.direct
+        return run(_refit, (self, plan), held, asked)
 
 
-def observe(
-    setup: StreamSetup, blocks: Blocks, stream: StreamState, gradient: Params, count: Int[Array, ""]
-) -> tuple[StreamState, list[Array]]:
-    """Return the state after one more gradient, momentum and second moments, and V_L^T G V_R.
-
-    A block whose gradient is not finite keeps its moments.
-
-    Args:
-      setup: of the run.
-      blocks: the arrays of P.
-      stream: the state so far.
-      gradient: G, like the parameters.
-      count: steps so far.
-
-    Returns:
-      The state, and the gradient of each block in its bases, float32 at least.
-    """
-    options, statistics = setup.options, unpack(setup, stream.statistics, gradient)
-    often = (count < options.start + options.warmup) | (count % WIDE_FOLLOWS == 0)
-    x, run = plans.gather(setup.plan, gradient), partial(observed, options)
-    found = plans.each(setup.plan, run, blocks, statistics, x, shared=(often,))
-    new, seen = ([pair[i] for pair in found] for i in (0, 1))
-    return stream._replace(statistics=pack(setup, new, stream, gradient)), seen
+def _columns(rows: list[tuple[Any, ...]], count: int) -> list[list[Any]]:
+    """For each block a tuple -> for each entry of the tuple, a list of blocks'."""
+    return [[row[i] for row in rows] for i in range(count)]
 
 
-def scale(
-    setup: StreamSetup, blocks: Blocks, stream: StreamState, seen: list[Array], gradient: Params,
-    count: Int[Array, ""],
-) -> tuple[StreamState, Params, Params, Params]:  # fmt: skip
-    """Return the state, P v weighed by signal, and trees as long as P v itself and as v.
-
-    Args:
-      setup: of the run.
-      blocks: the arrays of P.
-      stream: the state, this step's gradient in its momentum.
-      seen: the gradient of each block in its bases.
-      gradient: G, like the parameters.
-      count: steps so far.
-    """
-    plan, like = setup.plan, widened(gradient)
-    if not plan:
-        return stream, like, like, like
-    statistics, run = unpack(setup, stream.statistics, gradient), partial(weighed, setup.options)
-    each = plans.each(plan, run, blocks, statistics, seen, shared=(count,))
-    new, found, lengths, vector = zip(*each, strict=True)
-    stream = stream._replace(statistics=pack(setup, list(new), stream, gradient))
-    found = [block.within(x) for block, x in zip(plan, found, strict=True)]
-    return stream, *(plans.scatter(plan, x, like) for x in (found, lengths, vector))
+def _refit(static: tuple[Streamed, Plan], held: Held, asked: Asked) -> Held:
+    """A refit in which like matrices are one block, and the gradient in the bases after it."""
+    (learner, plan), memory = static, held.memory
+    joined = memory._replace(blocks=trees.merged(plan, memory.blocks))
+    found = held._replace(arrays=trees.merged(plan, held.arrays), memory=joined)
+    found = _follow(learner, merge(plan), found, asked)
+    arrays = trees.separated(plan, found.arrays)
+    memory = found.memory._replace(blocks=trees.separated(plan, found.memory.blocks))
+    seen = held.seen
+    if asked.gradient is not None:
+        inside = lambda block, *own: kind_of(block.structure).project(block, *own)  # noqa: E731
+        seen = each(plan, inside, arrays, trees.gather(plan, asked.gradient))
+    return Held(arrays, memory, found.info, seen)
 
 
-def refit(
-    setup: StreamSetup, blocks: Blocks, info: RefitInfo, stream: StreamState, seen: list[Array],
-    gradient: Params | None, params: Params, objective: BoundObjective, damping: Number,
-) -> tuple[Blocks, RefitInfo, StreamState, list[Array]]:  # fmt: skip
-    """Return P after one refit: new bases, one more probe, the spectrum that follows.
+def _follow(learner: Streamed, plan: Plan, held: Held, asked: Asked) -> Held:
+    """What all matrices do at a refit, one after the other."""
+    options, setting, damping = learner.options, learner.setting, asked.damping
+    was, info = held.memory.blocks, held.info
+    model, probes, noise = _draw(learner, info.refits, asked)
+    # Block -> what it sees of each probe.
+    seen = [list(hs) for hs in zip(*(trees.gather(plan, h) for h in probes), strict=True)]
+    # Labels drawn say nothing of these matrices: to follow would only lengthen their steps.
+    flat = each(plan, lambda _, hs: _all_zero(hs), seen)
+    usable = each(plan, lambda _, hs: all_finite(hs) & ~_all_zero(hs), seen)
 
-    Args:
-      setup: of the run.
-      blocks: the arrays of P.
-      info: the record so far.
-      stream: the state, this step's gradient in it.
-      seen: that gradient in the bases.
-      gradient: like the parameters; None: there is none, and nothing was seen.
-      params: the current parameters.
-      objective: on the training batch.
-      damping: lambda > 0.
+    def follow(number: Array, block: Block, *own: Any) -> tuple[Arrays, Arrays]:
+        return kind_of(block.structure).follow(options, number, block, *own)
 
-    Returns:
-      The arrays of P, the record, the state, and the gradient in the new bases; a block whose
-      probe is not finite keeps its curvature.
-    """
-    python = _loops.in_python(params)
-    run = _loops.compiled if python and not setup.route.layerwise else _loops.direct
-    return run(_merged, setup, blocks, info, stream, seen, gradient, params, objective, damping)
+    found = each(plan, follow, held.arrays, was, seen, usable, shared=(info.refits + 1,))
+    arrays, blocks = _columns(found, 2)
+    tops = [_top(setting, block, own) for block, own in zip(plan, blocks, strict=True)]
+    power, top, values = held.memory.power, _largest(tops), None
+    if learner.moves:
+        power, top = _power_step(setting, model, held.memory)
+        model = replace(model, top_eigenvalue=top)
+        arrays, blocks, values = _move(options, plan, model, arrays, blocks, probes[0], noise)
+    blocks = each(plan, _unless, flat, was, blocks)
 
+    def solved(damping: Number, block: Block, *own: Any) -> Arrays:
+        return kind_of(block.structure).solved(damping, *own)
 
-def _merged(
-    setup: StreamSetup, blocks: Blocks, info: RefitInfo, stream: StreamState, seen: list[Array],
-    gradient: Params | None, *inputs: Any,
-) -> tuple[Blocks, RefitInfo, StreamState, list[Array]]:  # fmt: skip
-    """A refit in which like matrices are one block."""
-    plan, inside = setup.plan, lambda block, arrays, x: into(bases_of(block, arrays), x)
-    setup = replace(setup, plan=plans.merge(plan))
-    blocks, info, stream = _refit(setup, plans.merged(plan, blocks), info, stream, *inputs)
-    blocks = plans.separated(plan, blocks)
-    if gradient is not None:
-        seen = plans.each(plan, inside, blocks, plans.gather(plan, gradient))
-    return blocks, info, stream, seen
+    def value(damping: Number, block: Block, *own: Any) -> Array:
+        return kind_of(block.structure).objective(damping, *own)
+
+    new = each(plan, solved, arrays, blocks, tops, shared=(damping,))
+    if values is None:
+        both = [each(plan, value, x, blocks, tops, shared=(damping,)) for x in (arrays, new)]
+        values = tuple(jnp.sum(trees.in_order(plan, x)) for x in both)
+    arrays = tuple(each(plan, _unless, flat, held.arrays, new))
+    info = _record(plan, arrays, blocks, info, usable, flat, values)
+    return Held(arrays, Memory(tuple(blocks), power, jnp.asarray(top, jnp.float32)), info, [])
 
 
-def _refit(
-    setup: StreamSetup, blocks: Blocks, info: RefitInfo, stream: StreamState, params: Params,
-    objective: BoundObjective, damping: Number,
-) -> tuple[Blocks, RefitInfo, StreamState]:  # fmt: skip
-    options, plan = setup.options, setup.plan
-    sides = setup.two_sided
-    if setup.reduction != "sum":
-        objective = _part(setup, params, objective, info.refits)
-    model = _linearize(setup, params, objective, damping, widen=sides)
-    key = jax.random.fold_in(jax.random.key(options.seed), info.refits)
-    key, noise = jax.random.split(key)
-    keys = jax.random.split(key, options.probes)
+def _draw(
+    learner: Streamed, number: Int[Array, ""], asked: Asked
+) -> tuple[QuadraticModel, list[Params], Array]:
+    """The model on the part of the batch that probes see, the probes, and a key for noise."""
+    options, setting, params, objective = (
+        learner.options, learner.setting, asked.params, asked.objective
+    )  # fmt: skip
+    if setting.reduction != "sum":
+        objective = _part(options, params, objective, number)
+    if learner.moves:  # products with C in half precision would lose what a step changes
+        if setting.route.layerwise:
+            params = widen(params)
+        else:
+            objective, params = objective.widened(params)
+    model = quadratic.linearize(
+        objective, params, setting.metric.tree, damping=asked.damping,
+        divergence_reduction=metrics.over_rows(setting.reduction), route=setting.route,
+    )  # fmt: skip
+    key, noise = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), number))
+    keys, axis_name = jax.random.split(key, options.probes), setting.route.axis_name
+    probe = partial(fisher_probe, setting.metric.tree, setting.reduction, model, objective)
     # One after the other, not a vmap: one probe is the rule, and a batch of pull-backs through
     # convolutions is slower than as many of them.
-    probes = [
-        fisher_probe(setup.metric.tree, setup.reduction, model, objective, k, setup.route.axis_name)
-        for k in keys
-    ]
-    was = unpack(setup, stream.statistics, params)
-    # Block -> what it sees of each probe.
-    seen = [list(hs) for hs in zip(*(plans.gather(plan, h) for h in probes), strict=True)]
-    # Labels drawn say nothing of these matrices: to follow would only lengthen their steps.
-    flat = plans.each(plan, lambda _, hs: _all_zero(hs), seen)
-    keep = plans.each(plan, lambda _, hs: all_finite(hs) & ~_all_zero(hs), seen)
-    number, turn = info.refits + 1, partial(follow, options)
-    followed = plans.each(plan, turn, blocks, was, seen, keep, shared=(number,))
-    new, statistics = ([pair[i] for pair in followed] for i in (0, 1))
-    tops = tops_of(setup, statistics)
-    power, top = stream.power, largest(tops)
-    if sides:
-        power, top = power_step(setup, model, stream)
-        model = replace(model, top_eigenvalue=top)
-        new, statistics, before, after = relative_step(
-            setup,
-            model,
-            new,
-            statistics,
-            probes[0],
-            noise,
-        )
-    old = new
-    statistics = plans.each(plan, _unless, flat, was, statistics)
-    new = plans.each(plan, solved, new, statistics, tops, shared=(damping,))
-    if not sides:
-        before, after = (
-            closed_objective(plan, arrays, statistics, tops, damping) for arrays in (old, new)
-        )
-    stream = stream._replace(
-        statistics=pack(setup, statistics, stream, params), power=power,
-        top=jnp.asarray(top, jnp.float32),
-    )  # fmt: skip
-    new = plans.each(plan, _unless, flat, blocks, new)
-    record = _record(plan, new, statistics, info, keep, flat, before, after)
-    return tuple(new), record, stream
-
-
-def _unless(_: Block, flat: Bool[Array, ""], old: Arrays, new: Arrays) -> Arrays:
-    return {slot: jnp.where(flat, old[slot], new[slot]) for slot in new}
-
-
-def _all_zero(arrays: list[Array]) -> Bool[Array, ""]:
-    return jnp.all(jnp.stack([jnp.all(x == 0) for x in arrays]))
+    return model, [probe(k, axis_name) for k in keys], noise
 
 
 def _part(
-    setup: StreamSetup, params: Params, objective: BoundObjective, number: Int[Array, ""]
+    options: Streaming, params: Params, objective: BoundObjective, number: Int[Array, ""]
 ) -> BoundObjective:
     """Return the objective on the examples of one refit's probes."""
-    share = setup.options.probe_share
-    part = objective.part(share, number)
+    part = objective.part(options.probe_share, number)
     if part is not objective:
         try:
             jax.eval_shape(part.outputs, params)
         except Exception as error:
             error.add_note(
                 f"llqr: the model failed on the part of a batch that probes see (probe_share="
-                f"{share:g}). Objective(batch_axes=...) says where the examples are; with "
-                "Streaming(probe_share=1.0) probes see the whole batch."
+                f"{options.probe_share:g}). Objective(batch_axes=...) says where the examples are; "
+                "with Streaming(probe_share=1.0) probes see the whole batch."
             )
             raise
     return part
 
 
-def _linearize(
-    setup: StreamSetup, params: Params, objective: BoundObjective, damping: Number, *, widen: bool
-) -> QuadraticModel:
-    if widen:  # products with C in half precision would lose what a step changes
-        if setup.route.layerwise:
-            params = widened(params)
-        else:
-            objective, params = objective.widened(params)
-    rows = metrics.over_rows(setup.reduction)
-    return quadratic.linearize(
-        objective, params, setup.metric.tree, damping=damping, divergence_reduction=rows,
-        route=setup.route,
-    )  # fmt: skip
+def _all_zero(arrays: list[Array]) -> Bool[Array, ""]:
+    return jnp.all(jnp.stack([jnp.all(x == 0) for x in arrays]))
+
+
+def _unless(_: Block, flat: Bool[Array, ""], old: Arrays, new: Arrays) -> Arrays:
+    return {slot: jnp.where(flat, old[slot], new[slot]) for slot in new}
+
+
+def _top(setting: Setting, block: Block, own: Arrays) -> Array:
+    """By what the curvature of matrices is divided: its largest entry; 1 where there is none.
+
+    Parts of one matrix are divided by the largest entry of all of them.
+    """
+    if setting.reduction != "unit":
+        return block.repeated(jnp.ones((), block.dtype))
+    top = block.each(kind_of(block.structure).top, own)
+    cut = block.sources[0].cut
+    if cut is not None:  # all sources are cut alike
+        top = jnp.max(replicate(top).reshape(-1, math.prod(cut.grid)), axis=1)
+        top = jnp.repeat(top, math.prod(cut.grid))
+    return jnp.where(top > 0, top, 1.0)
+
+
+def _largest(tops: list[Array]) -> Float[Array, ""]:
+    """The largest of what matrices are divided by: for the record."""
+    found = [replicate(top).ravel().astype(jnp.float32) for top in tops]
+    return jnp.max(jnp.concatenate(found), initial=0.0) if found else jnp.zeros(())
+
+
+def _power_step(setting: Setting, model: QuadraticModel, memory: Memory) -> tuple[Params, Number]:
+    """One step of the power iteration; its length estimates the largest eigenvalue."""
+    if setting.reduction != "unit":
+        return memory.power, 1.0
+    power = quadratic.power_step(None, model.curvature, memory.power)
+    length = norm(power)
+    usable = jnp.isfinite(length) & (length > 0)
+    power = jax.tree.map(lambda new, old: jnp.where(usable, new, old), power, memory.power)
+    return power, jnp.where(usable, length, memory.top.astype(length.dtype))
+
+
+def _move(
+    options: Streaming, plan: Plan, model: QuadraticModel, arrays: list[Arrays],
+    blocks: list[Arrays], h: Params, noise: Array,
+) -> tuple[list[Arrays], list[Arrays], tuple[Array, ...]]:  # fmt: skip
+    """Move what has two sides by relative steps; and Phi of the probe before and after."""
+    h = floored(model, h, noise)
+    seen = trees.gather(plan, h)
+
+    def phi(arrays: list[Arrays]) -> tuple[Params, Float[Array, ""]]:
+        u = trees.scatter(plan, trees.product(plan, arrays, seen), h)
+        return u, 0.5 * model.bilinear(u, u) - vdot(h, u)
+
+    def move(block: Block, *own: Any) -> tuple[Arrays, Arrays]:
+        return kind_of(block.structure).moved(options, block, *own)
+
+    u, before = phi(arrays)
+    residual = trees.gather(plan, jax.tree.map(jnp.subtract, model.product(u), h))
+    new, found = _columns(each(plan, move, arrays, blocks, residual, seen), 2)
+    return new, found, tuple(x.astype(jnp.float32) for x in (before, phi(new)[1]))
 
 
 def _record(
-    plan: Plan, blocks: list[Arrays], statistics: list[Arrays], info: RefitInfo,
-    keep: list[Bool[Array, "..."]], flat: list[Bool[Array, "..."]], before: Float[Array, ""],
-    after: Float[Array, ""],
+    plan: Plan, arrays: Blocks, blocks: list[Arrays], info: RefitInfo, usable: list[Array],
+    flat: list[Array], values: tuple[Array, ...],
 ) -> RefitInfo:  # fmt: skip
-    def product(block: Block, arrays: Arrays, m: Array) -> Array:  # cosines are those of P m and m
-        if kind_of(block.structure) == "spectrum":
-            return arrays["spectrum"] * m
-        return mx.multiply(block.structure, arrays, m)
-
-    ms = [own[MOMENTUM] for own in statistics]
-    pms = plans.each(plan, product, blocks, ms)
+    """What the refit did; cosines are those of P m and m."""
+    inside = lambda block, *own: kind_of(block.structure).product(block, *own)  # noqa: E731
+    ms = [own[MOMENTUM] for own in blocks]
+    pms = each(plan, inside, arrays, ms)
     code = {word: i for i, word in enumerate(STATUS)}
-    kept, zero = plans.in_order(plan, keep), plans.in_order(plan, flat)
+    kept, zero = trees.in_order(plan, usable), trees.in_order(plan, flat)
     status = jnp.where(kept, code["updated"], jnp.where(zero, code["flat"], code["nonfinite"]))
-    cosines = plans.in_order(plan, plans.each(plan, lambda _, pm, m: cosine(pm, m), pms, ms))
+    cosines = trees.in_order(plan, each(plan, lambda _, pm, m: cosine(pm, m), pms, ms))
     return RefitInfo(
         refits=info.refits + 1,
         steps=jnp.ones((), jnp.int32),
-        objective_before=before,
-        objective_after=after,
+        objective_before=values[0],
+        objective_after=values[1],
         cosine=cosine(pms, ms).astype(jnp.float32),
         status=status.astype(jnp.int32),
         cosines=cosines.astype(jnp.float32),

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -42,12 +42,12 @@ class Block:
     shape: tuple[int, ...]
     owned: bool = False
 
-    @property
+    @cached_property
     def leaves(self) -> tuple[int, ...]:
         """Positions in the flattened parameters."""
-        return tuple(view.leaf for source in self.sources for view in source.views)
+        return tuple([view.leaf for source in self.sources for view in source.views])
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Paths of the leaves."""
         return tuple(view.name for source in self.sources for view in source.views)
@@ -62,21 +62,39 @@ class Block:
         """Position in the plan's list of matrices, of each."""
         return [source.first + i for source in self.sources for i in range(source.count)]
 
-    @property
+    @cached_property
     def count(self) -> int:
         """How many matrices there are."""
-        return sum(source.count for source in self.sources)
+        return sum([source.count for source in self.sources])
 
-    @property
+    @cached_property
+    def seldom(self) -> bool:
+        """Whether a batch may have few of the rows of its leaves, as of embeddings."""
+        return self.sources[0].seldom  # alike in all of them
+
+    @cached_property
     def batched(self) -> bool:
         """Whether arrays have an axis of matrices."""
         return self.sources[0].stacked or len(self.sources) > 1
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether arrays and what P acts on have the axes of their leaves, sharded or not."""
         whole = all(len(source.grid) <= 1 for source in self.sources)
         return whole and self.structure.elementwise and self.structure.spectrum == "full"
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each of its arrays, by slot."""
+        found = mx.array_shapes(self.structure, self.shape).items()
+        return {slot: (self.count, *s) if self.batched else s for slot, s in found}
+
+    @cached_property
+    def bases(self) -> dict[str, int]:
+        """Sides that may be any square matrix, and their lengths: streaming refits turn them."""
+        sides = self.structure.sides.items()
+        free = [slot for slot, side in sides if side.streams == "basis"]
+        return {slot: self.shape[slot == "right"] for slot in free}
 
     def gather(self, leaves: Sequence[Float[Array, "..."]]) -> Float[Array, "..."]:
         """Return what P acts on, in the block's dtype: [*shape], or [count, *shape].
@@ -193,26 +211,27 @@ class Block:
         own = keys[jnp.asarray(self.numbers, jnp.int32)] if self.batched else keys[self.numbers[0]]
         return self.each(lambda a, k: mx.start(self.structure, a, self.shape, k), arrays, own)
 
-    def multiply(self, arrays: Arrays, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Return P x.
+    def product(self, arrays: Arrays, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return P x of every matrix.
 
         Args:
           arrays: of the block.
           x: as from `gather`.
         """
-        if self._fills():
+        if self._fills:
             return self.each(self._product, arrays, x, *self._lengths())
-        return self.each(partial(mx.multiply, self.structure), arrays, x)
+        return self.each(partial(mx.product, self.structure), arrays, x)
 
     def within(self, y: Array) -> Array:
         """Zero behind the ends of matrices that were cut."""
-        return self.each(self._inside, y, *self._lengths()) if self._fills() else y
+        return self.each(self._inside, y, *self._lengths()) if self._fills else y
 
+    @cached_property
     def _fills(self) -> bool:
-        return any(s.cut and s.cut.fills for s in self.sources)
+        return any(s.cut is not None and s.cut.fills for s in self.sources)
 
     def _product(self, arrays: Arrays, x: Array, rows: Array, columns: Array) -> Array:
-        return self._inside(mx.multiply(self.structure, arrays, x), rows, columns)
+        return self._inside(mx.product(self.structure, arrays, x), rows, columns)
 
     def _inside(self, y: Array, rows: Array, columns: Array) -> Array:
         inside = (jnp.arange(self.shape[0]) < rows)[:, None] & (jnp.arange(self.shape[1]) < columns)

@@ -16,6 +16,7 @@ vectors; `install` turns what was learned into arrays again.
 
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
 import jax
@@ -27,7 +28,7 @@ from llqr.structures.sides import SIDES, Side
 from llqr.typing import Array, Float, PRNGKeyArray
 
 Spectrum: TypeAlias = Literal["none", "full", "separable", "scalar"]
-View: TypeAlias = Literal["leaf", "vector", "module"]
+Extent: TypeAlias = Literal["leaf", "vector", "module"]
 Arrays: TypeAlias = dict[str, Float[Array, "..."]]
 """Slot -> array, see `Structure.slots`."""
 
@@ -45,12 +46,14 @@ class Structure:
 
     Args:
       name: shown in tables.
-      left: side acting on the rows of the matrix view; a name of `sides.SIDES`.
+      left: side acting on the rows of the matrix view; a name of `sides.SIDES`, or of a family
+        of your own (`llqr.structures.register_side`).
       right: side acting on its columns.
       spectrum: "none"; "full", one number for each entry; "separable", an outer product
         of two vectors; "scalar", one number.
       positive: D is stored as r, D = r^2 + 1e-12.
-      normalize: D is divided by its root mean square ("rms") or its largest entry ("max").
+      normalize: D is divided by its root mean square ("rms") or the largest absolute value of
+        its entries ("max"); where that is zero, by 1.
       scaled: a learned number multiplies the normalised D.
       view: what forms a block: "leaf", one leaf in its matrix view; "vector", one leaf as a
         column; "module", all leaves of one parent in the tree, as one column.
@@ -82,7 +85,7 @@ class Structure:
     positive: bool = False
     normalize: Literal["rms", "max"] | None = None
     scaled: bool = False
-    view: View = "leaf"
+    view: Extent = "leaf"
     rank: int = 8
     diagonal: tuple[tuple[str, str], ...] = ()
 
@@ -91,7 +94,7 @@ class Structure:
             if side not in SIDES:
                 raise ValueError(unknown("side", side, SIDES))
         check_choice("spectrum", self.spectrum, get_args(Spectrum))
-        check_choice("view", self.view, get_args(View))
+        check_choice("view", self.view, get_args(Extent))
         if self.normalize is not None:
             check_choice("normalize", self.normalize, ("rms", "max"))
         why = None
@@ -115,20 +118,20 @@ class Structure:
         sides = [slot for pattern, slot in self.diagonal if re.search(pattern, path)]
         return replace(self, **dict.fromkeys(sides, "diagonal")) if sides else self
 
-    @property
+    @cached_property
     def elementwise(self) -> bool:
         """Whether P multiplies entry by entry, without a matrix view."""
         if self.left != "identity" or self.right != "identity":
             return False
         return self.spectrum == "scalar" or (self.spectrum == "full" and self.view == "leaf")
 
-    @property
+    @cached_property
     def sides(self) -> dict[str, Side]:
         """The sides that are not the identity, by slot."""
         named = {"left": self.left, "right": self.right}
         return {slot: SIDES[name] for slot, name in named.items() if name != "identity"}
 
-    @property
+    @cached_property
     def slots(self) -> tuple[str, ...]:
         """Names of the arrays that this structure stores."""
         return tuple(array_shapes(self, (1, 1)))
@@ -275,7 +278,7 @@ def install(structure: Structure, arrays: Arrays, learned: Arrays) -> Arrays:
     return out
 
 
-def multiply(
+def product(
     structure: Structure, arrays: Arrays, x: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
     """Return P X, sigma included.

@@ -1,31 +1,26 @@
-"""From a rule table and the parameters' shapes to blocks: who is preconditioned by what.
+"""Who gets what: from a rule table and the parameters' shapes to blocks.
 
 A `Plan` is static and hashable. It says which leaves form a block, which structure the
-block has and how its leaves are seen as one matrix. The arrays themselves live outside,
-one tree for each slot in the shape of the parameters (`pack`, `unpack`); a block over
-several leaves keeps its arrays at its first leaf, and the matrices of one leaf (members of a
-stack, parts of a matrix: `view`) are kept in one array, stacked. So are those of many leaves where
-each device holds some of them (`owned`).
+block has and how its leaves are seen as one matrix. The arrays themselves live outside
+(`trees`), one tree for each slot in the shape of the parameters.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from llqr._mesh import spread_stack, whole_stack
 from llqr.structures import catalogue
-from llqr.structures import matrix as mx
 from llqr.structures.block import Block
-from llqr.structures.matrix import Arrays, Structure
-from llqr.structures.rules import Rule, embedding_like
+from llqr.structures.matrix import Structure
+from llqr.structures.rules import Rule
 from llqr.structures.view import Cut, Source, View
-from llqr.tree import accurate_dtype, leaf_names, replicate, shard_like
-from llqr.typing import Array, PRNGKeyArray, PyTree
+from llqr.tree import accurate_dtype, leaf_names
+from llqr.typing import PyTree
 
 Plan: TypeAlias = tuple[Block, ...]
 
@@ -45,18 +40,35 @@ def make_plan(
     Raises:
       ValueError: a rule's axes do not fit a leaf that it decides.
     """
+    leaves, treedef = jax.tree.flatten(params)
+    types = tuple(zip(map(jnp.shape, leaves), map(jnp.result_type, leaves), strict=True))
+    try:
+        return _make_plan(treedef, types, tuple(table), max_dim, block_size)
+    except TypeError:  # a container, or a rule's function, that cannot be hashed
+        return _make_plan.__wrapped__(treedef, types, tuple(table), max_dim, block_size)
+
+
+@lru_cache(maxsize=256)  # asked at every update that is traced or not compiled
+def _make_plan(
+    treedef: Any,
+    types: tuple[tuple[tuple[int, ...], Any], ...],
+    table: tuple[Rule, ...],
+    max_dim: int,
+    block_size: int | None,
+) -> Plan:
     groups: dict[Any, tuple[Rule, list[int]]] = {}
-    leaves, names = jax.tree.leaves(params), leaf_names(params)
-    for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
-        which = next(k for k, rule in enumerate(table) if rule.matches(name, jnp.shape(leaf)))
+    shapes = [shape for shape, _ in types]
+    names = leaf_names(treedef.unflatten(range(len(types))))
+    for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+        which = next(k for k, rule in enumerate(table) if rule.matches(name, shape))
         whole = catalogue.get(table[which].structure).view == "module"
         key = (which, name.rpartition("/")[0]) if whole else i
         groups.setdefault(key, (table[which], []))[1].append(i)
     plan: list[Block] = []
     first = 0
     for rule, members in groups.values():
-        views = [rule.view(i, names[i], jnp.shape(leaves[i])) for i in members]
-        dtype = accurate_dtype(leaves[members[0]]).name
+        views = [rule.view(i, names[i], shapes[i]) for i in members]
+        dtype = accurate_dtype(jax.ShapeDtypeStruct(*types[members[0]])).name
         plan.append(_block(rule, views, dtype, max_dim, block_size, first))
         first += plan[-1].count
     return tuple(plan)
@@ -132,35 +144,32 @@ def each(
       *arguments: a tree of arrays for each block.
       shared: what all matrices see: arrays that `function` must not close over.
     """
+    found = []
+    for block, *own in zip(plan, *arguments, strict=True):
 
-    def of(block: Block) -> Callable[..., Any]:
-        return lambda *xs: function(*xs[: len(shared)], block, *xs[len(shared) :])
+        def one(*xs: Any, block: Block = block) -> Any:
+            return function(*xs[: len(shared)], block, *xs[len(shared) :])
 
-    return [
-        block.each(of(block), *own, shared=shared)
-        for block, *own in zip(plan, *arguments, strict=True)
-    ]
+        found.append(block.each(one, *own, shared=shared))
+    return found
 
 
 @lru_cache(maxsize=64)
 def merge(plan: Plan) -> Plan:
-    """Return a plan in which matrices of one structure, shape and dtype are one block.
+    """Return a plan in which like matrices are one block: of one structure, shape and dtype.
 
-    A refit does much with few matrices, and a deep network has many that are alike: as one
-    program, its size does not grow with depth. To apply P they stay apart, since each step would
-    have to bring their arrays together.
+    From sources of one kind too (`Source.kind`): parts of matrices are joined with parts of as
+    many, rows that are seldom in a batch with their like. A refit does much with few matrices, and
+    a deep network has many that are alike: as one program, its size does not grow with depth. To
+    apply P they stay apart, since each step would have to bring their arrays together.
 
     Args:
       plan: the blocks.
     """
-    alike: dict[Any, list[Block]] = {}
+    alike: dict[Hashable, list[Block]] = {}
     for block in plan:
         for source in block.sources:
-            shapes, cut = [view.shape for view in source.views], source.cut
-            what = tuple(shapes) if len(shapes) > 1 else None
-            # What streaming refits keep of an embedding is not what they keep of a kernel.
-            seldom = any(embedding_like(view.name) for view in source.views)
-            key = (block.structure, block.shape, block.dtype, what, cut and cut.grid, seldom)
+            key = (block.structure, block.shape, block.dtype, source.kind)
             alike.setdefault(key, []).append(replace(block, sources=(source,)))
     return tuple(
         replace(blocks[0], sources=tuple(block.sources[0] for block in blocks))
@@ -192,92 +201,6 @@ def apart(plan: Plan) -> Plan:
     return tuple(sorted(found, key=lambda block: block.sources[0].first))
 
 
-def merged(plan: Plan, arrays: Sequence[Arrays]) -> tuple[Arrays, ...]:
-    """Return the arrays of `merge(plan)`.
-
-    Args:
-      plan: the blocks, of one source each, or owned.
-      arrays: of each block.
-    """
-    at = {block.sources[0].leaf: own for block, own in zip(plan, arrays, strict=True)}
-
-    def joined(block: Block) -> Arrays:
-        first = at[block.sources[0].leaf]
-        if block.owned:
-            return first
-        return {
-            slot: block.concatenated([at[source.leaf][slot] for source in block.sources])
-            for slot in first
-        }
-
-    return tuple(map(joined, merge(plan)))
-
-
-def separated(plan: Plan, arrays: Sequence[Arrays]) -> tuple[Arrays, ...]:
-    """Return the arrays of each block: the inverse of `merged`.
-
-    Args:
-      plan: the blocks, of one source each, or owned.
-      arrays: of each block of `merge(plan)`.
-    """
-    at: dict[int, Arrays] = {source.leaf: {} for block in plan for source in block.sources}
-    for block, own in zip(merge(plan), arrays, strict=True):
-        if block.owned:
-            at[block.sources[0].leaf] = own
-            continue
-        for slot, x in own.items():
-            for source, part in zip(block.sources, block.split(x), strict=True):
-                at[source.leaf][slot] = part
-    return tuple(at[block.sources[0].leaf] for block in plan)
-
-
-def in_order(plan: Plan, values: Sequence[Array]) -> Array:
-    """Return one number for each matrix, in the order of the plan that was merged.
-
-    Args:
-      plan: the blocks.
-      values: of each block, a number or [count].
-    """
-    numbers = [number for block in plan for number in block.numbers]
-    flat = [replicate(x).ravel() for x in values]
-    found = jnp.concatenate(flat) if flat else jnp.zeros(0)
-    back = sorted(range(len(numbers)), key=numbers.__getitem__)
-    return found if back == list(range(len(back))) else found[jnp.asarray(back)]
-
-
-def per_matrix(plan: Plan, arrays: Sequence[PyTree]) -> list[PyTree]:
-    """Return the arrays of each matrix, in the order of the plan that was merged.
-
-    Args:
-      plan: the blocks.
-      arrays: of each block.
-    """
-    found: dict[int, PyTree] = {}
-    for block, own in zip(plan, arrays, strict=True):
-        own = jax.tree.map(replicate, own) if block.owned else own
-        for i, number in enumerate(block.numbers):
-            found[number] = jax.tree.map(lambda x, i=i: x[i], own) if block.batched else own
-    return [found[number] for number in range(len(found))]
-
-
-def from_matrices(plan: Plan, arrays: Sequence[PyTree]) -> list[PyTree]:
-    """Return the arrays of each block: the inverse of `per_matrix`.
-
-    Args:
-      plan: the blocks.
-      arrays: of each matrix.
-    """
-    found = [[arrays[number] for number in block.numbers] for block in plan]
-
-    def stack(block: Block, *arrays: Array) -> Array:
-        return spread_stack(jnp.stack(arrays)) if block.owned else jnp.stack(arrays)
-
-    return [
-        jax.tree.map(partial(stack, block), *own) if block.batched else own[0]
-        for block, own in zip(plan, found, strict=True)
-    ]
-
-
 def _limit(chosen: Structure, shape: tuple[int, ...], max_dim: int) -> Structure:
     large = [
         s
@@ -288,173 +211,3 @@ def _limit(chosen: Structure, shape: tuple[int, ...], max_dim: int) -> Structure
         return chosen
     note = f"{chosen.name} ({' and '.join(large)} diagonal)"
     return replace(chosen, name=note, **dict.fromkeys(large, "diagonal"))
-
-
-def identity(plan: Plan, sigma: float) -> tuple[Arrays, ...]:
-    """Return arrays for which every block is sigma * identity.
-
-    Args:
-      plan: the blocks.
-      sigma: > 0.
-    """
-    return tuple(block.init(sigma) for block in plan)
-
-
-def start(plan: Plan, arrays: Sequence[Arrays], key: PRNGKeyArray) -> tuple[Arrays, ...]:
-    """Return what a refit learns, block by block.
-
-    Args:
-      plan: the blocks.
-      arrays: of each block, from which the refit starts.
-      key: of fresh vectors.
-    """
-    keys = jax.random.split(key, max(size(plan), 1))
-    return tuple(b.start(a, keys) for b, a in zip(plan, arrays, strict=True))
-
-
-def install(plan: Plan, arrays: Sequence[Arrays], learned: Sequence[Arrays]) -> tuple[Arrays, ...]:
-    """Return the arrays of every block with what was learned in them.
-
-    Args:
-      plan: the blocks.
-      arrays: of each block, from which the refit started.
-      learned: like the result of `start`.
-    """
-    return tuple(
-        b.each(partial(mx.install, b.structure), a, x)
-        for b, a, x in zip(plan, arrays, learned, strict=True)
-    )
-
-
-def multiply(plan: Plan, arrays: Sequence[Arrays], tree: PyTree) -> PyTree:
-    """Return P applied to a tree, sigma included.
-
-    Args:
-      plan: the blocks.
-      arrays: of each block.
-      tree: shaped like the parameters; leaves keep their dtypes.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from llqr.structures import rule_table
-      >>> params = {"w": jnp.ones((3, 2))}
-      >>> plan = make_plan(params, rule_table("kfac"), max_dim=100)
-      >>> multiply(plan, identity(plan, 4.0), params)["w"].tolist()
-      [[4.0, 4.0], [4.0, 4.0], [4.0, 4.0]]
-    """
-    return scatter(plan, products(plan, arrays, gather(plan, tree)), tree)
-
-
-def products(plan: Plan, arrays: Sequence[Arrays], xs: Sequence[Array]) -> list[Array]:
-    """Return P x of each block.
-
-    Args:
-      plan: the blocks.
-      arrays: of each block.
-      xs: as from `gather`.
-    """
-    return [block.multiply(own, x) for block, own, x in zip(plan, arrays, xs, strict=True)]
-
-
-def gather(plan: Plan, tree: PyTree) -> list[Array]:
-    """Return what P of each block acts on: [*shape], or [count, *shape], in the block's dtype.
-
-    Args:
-      plan: the blocks.
-      tree: shaped like the parameters.
-    """
-    leaves = jax.tree.leaves(tree)
-    return [block.gather(leaves) for block in plan]
-
-
-def scatter(plan: Plan, arrays: Sequence[Array], like: PyTree) -> PyTree:
-    """Return the tree of which these are the matrices: the inverse of `gather`.
-
-    Args:
-      plan: the blocks.
-      arrays: as from `gather`.
-      like: a tree with the structure, the dtypes and the shardings of the result.
-    """
-    leaves, treedef = jax.tree.flatten(like)
-    out = list(leaves)
-    for block, array in zip(plan, arrays, strict=True):
-        if block.owned:
-            array = whole_stack(array, [leaves[i] for i in block.leaves])
-        for source, x in zip(block.sources, block.split(array), strict=True):
-            for view, leaf in zip(source.views, source.scatter(x), strict=True):
-                was = leaves[view.leaf]
-                out[view.leaf] = shard_like(leaf.astype(was.dtype), was)
-    return treedef.unflatten(out)
-
-
-def pack(
-    plan: Plan, arrays: Sequence[Arrays], like: PyTree, slot_names: Sequence[str]
-) -> dict[str, PyTree]:
-    """Return one tree for each slot in the shape of `like`: an array or None for each leaf.
-
-    Args:
-      plan: the blocks.
-      arrays: of each block.
-      like: a tree with the structure of the parameters.
-      slot_names: of the trees: at least the slots of all blocks.
-    """
-    treedef = jax.tree.structure(like)
-    trees: dict[str, list[Array | None]] = {s: [None] * treedef.num_leaves for s in slot_names}
-    for block, own in zip(plan, arrays, strict=True):
-        for slot, values in own.items():
-            if block.owned:
-                trees[slot][block.sources[0].leaf] = values
-                continue
-            for source, value in zip(block.sources, block.split(values), strict=True):
-                if len(source.grid) > 1:
-                    value = value.reshape(*source.grid, *value.shape[1:])
-                trees[slot][source.leaf] = value
-    return {slot: treedef.unflatten(leaves) for slot, leaves in trees.items()}
-
-
-def unpack(
-    plan: Plan,
-    trees: dict[str, PyTree],
-    like: PyTree,
-    slots_of: Callable[[Block], Sequence[str]] = lambda block: block.structure.slots,
-) -> tuple[Arrays, ...]:
-    """Return the arrays of each block: the inverse of `pack`.
-
-    Args:
-      plan: the blocks.
-      trees: from `pack`.
-      like: a tree with the structure of the parameters.
-      slots_of: the slots that a block has; by default those of its structure.
-
-    Raises:
-      ValueError: trees of other containers, or stacks of other lengths.
-    """
-    treedef = jax.tree.structure(like)
-    columns = {slot: treedef.flatten_up_to(tree) for slot, tree in trees.items()}
-
-    def of_owned(block: Block, slot: str) -> Any:
-        found = columns[slot][block.sources[0].leaf]
-        if found is not None and jnp.shape(found)[:1] != (block.count,):
-            raise ValueError(
-                f"{block.names[0]!r}: {jnp.shape(found)} is no stack of {block.count}."
-            )
-        return found if found is None else spread_stack(found)
-
-    def own(block: Block, slot: str) -> Any:
-        if block.owned:
-            return of_owned(block, slot)
-        found = [columns[slot][source.leaf] for source in block.sources]
-        if any(value is None for value in found):
-            return None
-        if not block.plain:
-            found = [replicate(value) for value in found]
-        for i, source in enumerate(block.sources):
-            shape, grid = jnp.shape(found[i]), source.grid
-            if shape[: len(grid)] != grid:
-                name = source.views[0].name
-                raise ValueError(f"{name!r}: {shape} is no stack of {grid}.")
-            if len(grid) > 1:
-                found[i] = found[i].reshape(source.count, *shape[len(grid) :])
-        return block.concatenated(found)
-
-    return tuple({slot: own(block, slot) for slot in slots_of(block)} for block in plan)

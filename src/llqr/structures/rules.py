@@ -3,8 +3,9 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
+from llqr.errors import check_choice
 from llqr.structures import catalogue
 from llqr.structures.matrix import Structure
 from llqr.structures.view import Axes, View, split_axes
@@ -33,10 +34,14 @@ class Rule:
         matrices (of vectors, where there are no columns), each with a structure of its own:
         layers that are scanned over, experts, fused query, key and value.
       stack: these axes are the stack, and `rows`, None or a number, decides on the others.
+      seldom: whether a batch may have few of the leaf's rows, as of embeddings: streaming refits
+        then do not take a missing gradient for disagreement. None decides by name: "embedding".
+      length: with graft="rms", whether a step is as long as a "matrix"'s or a "vector"'s. None
+        decides by shape and name: biases and scales are vectors, whatever their rank.
 
     Raises:
-      ValueError: columns without a tuple of rows, or with a stack; in `init`, axes that a leaf
-        does not have, or leaves of one module with different stacks.
+      ValueError: an unknown length; columns without a tuple of rows, or with a stack; in `init`,
+        axes that a leaf does not have, or leaves of one module with different stacks.
 
     Example:
       >>> import jax.numpy as jnp, optax, llqr
@@ -54,8 +59,12 @@ class Rule:
     rows: int | Axes | None = None
     columns: Axes | None = None
     stack: Axes = ()
+    seldom: bool | None = None
+    length: Literal["matrix", "vector"] | None = None
 
     def __post_init__(self) -> None:
+        if self.length is not None:
+            check_choice(f"rule {self.match!r}: length", self.length, ("matrix", "vector"))
         for name in ("rows", "columns", "stack"):  # lists are no part of a compilation key
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -93,7 +102,11 @@ class Rule:
             seen = tuple(shape[axis] for axis in rest)
             count = row_axes(path, seen, self.rows)
             rows, columns = rest[:count], rest[count:]
-        return View(leaf, path, shape, (*stack, *rows, *columns), len(stack)), len(rows)
+        order = (*stack, *rows, *columns)
+        own = tuple(shape[axis] for axis in (*rows, *columns))
+        seldom = embedding_like(path) if self.seldom is None else self.seldom
+        matrix = matrix_like(path, own) if self.length is None else self.length == "matrix"
+        return View(leaf, path, shape, order, len(stack), seldom, matrix), len(rows)
 
 
 StructureLike: TypeAlias = str | Structure | Sequence[Rule | tuple[Match, str | Structure]]

@@ -19,9 +19,10 @@ r"""Families of square matrices that act on the rows (or columns) of a block.
   low_rank         (I + u_r u_r^T) ... (I + u_1 u_1^T)             main [r, d]
   low_rank_pair    (I + u_r v_r^T) ... (I + u_1 v_1^T)             main [r, d], other [r, d]
 
-The last four keep a memory: a refit does not learn their arrays but a fresh vector (or a
-pair), which is folded into them when it ends. `rank_one` follows Sherman and Morrison,
-S - (S x)(x^T S) / (1 + x^T S x): the inverse of a matrix to which x x^T was added.
+`register_side` adds a family of your own. The last four keep a memory: a refit does not learn
+their arrays but a fresh vector (or a pair), which is folded into them when it ends. `rank_one`
+follows Sherman and Morrison, S - (S x)(x^T S) / (1 + x^T S x): the inverse of a matrix to which
+x x^T was added.
 
 Sources: Layerwise LQR (arXiv 2605.04230).
 """
@@ -29,6 +30,7 @@ Sources: Layerwise LQR (arXiv 2605.04230).
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +68,9 @@ class Side:
       fresh: d -> shape of each vector that a refit learns in place of the arrays.
       fold: (arrays, fresh vectors) -> arrays.
       project: arrays -> the nearest legal ones: the same S in standard form.
+      streams: what streaming refits make of it: "basis", an orthogonal matrix kept in `main`, for
+        which S = main must hold whatever is in it; "fixed", left as `init` made it, the identity;
+        None: nothing, so that a structure with this side cannot be streamed.
     """
 
     shapes: Callable[[int, int], Shapes]
@@ -80,6 +85,7 @@ class Side:
     fresh: Callable[[int], Shapes] | None = None
     fold: Callable[[SideArrays, SideArrays], dict[str, Array]] | None = None
     project: Callable[[SideArrays], dict[str, Array]] = _same
+    streams: Literal["basis", "fixed"] | None = None
 
 
 def _square(d: int, r: int) -> Shapes:
@@ -247,6 +253,7 @@ SIDES: dict[str, Side] = {
         symmetric=True,
         definite=True,
         scalable=False,
+        streams="fixed",
     ),
     "diagonal": Side(
         shapes=lambda d, r: {"main": (d,)},
@@ -255,8 +262,11 @@ SIDES: dict[str, Side] = {
         cost=lambda d, r: 1,
         linear=True,
         symmetric=True,
+        streams="fixed",
     ),
-    "dense": Side(_square, _eye, _dense_times, lambda d, r: d, square=True, linear=True),
+    "dense": Side(
+        _square, _eye, _dense_times, lambda d, r: d, square=True, linear=True, streams="basis",
+    ),
     "symmetric": Side(
         _square, _eye, _symmetric_times, lambda d, r: d,
         square=True, linear=True, symmetric=True, project=_lower,
@@ -279,3 +289,29 @@ SIDES: dict[str, Side] = {
     "low_rank": _low_rank(pair=False),
     "low_rank_pair": _low_rank(pair=True),
 }  # fmt: skip
+
+
+def register_side(name: str, side: Side) -> None:
+    """Add a family of sides, for `Structure(left=name)` and everything that structures do.
+
+    Args:
+      name: not one that is taken.
+      side: its functions.
+
+    Raises:
+      ValueError: another family has this name.
+
+    Example:
+      >>> import jax.numpy as jnp, llqr
+      >>> from llqr.structures import Side, register_side
+      >>> register_side("scalar", Side(
+      ...     shapes=lambda d, r: {"main": ()},
+      ...     init=lambda value, d, r, dtype: {"main": jnp.full((), value, dtype)},
+      ...     times=lambda arrays, x, transpose: arrays["main"] * x,
+      ...     cost=lambda d, r: 1, linear=True, symmetric=True))
+      >>> llqr.Structure(name="scaled-rows", left="scalar", right="dense").slots
+      ('left', 'right')
+    """
+    if SIDES.get(name, side) != side:
+        raise ValueError(f"there is a family of sides {name!r} already; give yours another name.")
+    SIDES[name] = side

@@ -8,8 +8,9 @@ query, key and value, are stacks too. Each member has a matrix of its own, as if
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ class View:
       whole: its shape.
       order: its axes: those of the stack, then rows, then columns.
       stack: how many of them are the stack's.
+      seldom: whether a batch may have few of its rows, as of embeddings.
+      matrix: whether its steps are as long as a matrix's; else as a vector's.
     """
 
     leaf: int
@@ -37,27 +40,32 @@ class View:
     whole: tuple[int, ...]
     order: Axes
     stack: int = 0
+    seldom: bool = False
+    matrix: bool = True
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Of one member: rows, then columns."""
-        return tuple(self.whole[axis] for axis in self.order[self.stack :])
+        return tuple([self.whole[axis] for axis in self.order[self.stack :]])
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Lengths of the stack's axes."""
-        return tuple(self.whole[axis] for axis in self.order[: self.stack])
+        return tuple([self.whole[axis] for axis in self.order[: self.stack]])
+
+    @cached_property
+    def straight(self) -> bool:
+        """Whether its axes are in order as they are."""
+        return self.order == tuple(range(len(self.whole)))
 
     def open(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return the leaf with its axes in order: [*sizes, *shape]."""
-        if self.order == tuple(range(len(self.whole))):
-            return x
-        return jnp.transpose(replicate(x), self.order)
+        return x if self.straight else jnp.transpose(replicate(x), self.order)
 
     def close(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return the leaf of these entries, in the order of `open`: its inverse."""
         x = x.reshape(*self.sizes, *self.shape)
-        if self.order == tuple(range(len(self.whole))):
+        if self.straight:
             return x
         return jnp.transpose(x, sorted(range(len(self.order)), key=lambda i: self.order[i]))
 
@@ -163,20 +171,31 @@ class Source:
         """Position of the leaf at which its arrays are kept: the first."""
         return self.views[0].leaf
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, ...]:
         """Shape of the stack of matrices; () where there is one."""
         return self.views[0].sizes + (self.cut.grid if self.cut else ())
 
-    @property
+    @cached_property
     def stacked(self) -> bool:
         """Whether its arrays have an axis of matrices."""
         return len(self.grid) > 0
 
-    @property
+    @cached_property
     def count(self) -> int:
         """How many matrices there are."""
         return math.prod(self.grid)
+
+    @cached_property
+    def seldom(self) -> bool:
+        """Whether a batch may have few of the rows of its leaves."""
+        return any(view.seldom for view in self.views)
+
+    @property
+    def kind(self) -> Hashable:
+        """What sources have in common whose matrices can be one block."""
+        shapes = tuple(view.shape for view in self.views) if len(self.views) > 1 else None
+        return shapes, self.cut and self.cut.grid, self.seldom
 
     @property
     def labels(self) -> list[str]:

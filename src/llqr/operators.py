@@ -1,12 +1,13 @@
 """Linear operators between pytrees of arrays: one interface for all that is linear here.
 
-  operator            domain -> range                   methods
-  LinearOperator      any                               jvp, vjp, as_matrix
+  operator            maps                              methods
+  LinearOperator      in_structure -> out_structure     jvp, vjp, as_matrix
   SymmetricOperator   params -> params                  product, bilinear, as_matrix
 
-A Jacobian is a `LinearOperator`; the curvature of a metric, the quadratic model's C + lambda I
-and the Hessian of a refit's objective are `SymmetricOperator`s. All are pytrees, so that they
-cross `jax.jit`, and none forms a matrix, except where a test asks for it (`as_matrix`).
+A Jacobian and the preconditioner P are `LinearOperator`s; the curvature of a metric and the
+quadratic model's C + lambda I are `SymmetricOperator`s. All are pytrees, so that they cross
+`jax.jit`; what they map between is static, as in lineax: trees of types, not of arrays. None forms
+a matrix, except where a test asks for it (`as_matrix`).
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +21,7 @@ from jax.flatten_util import ravel_pytree
 
 from llqr import _replicas
 from llqr._replicas import AxisName
-from llqr.tree import vdot
+from llqr.tree import Frozen, freeze, vdot
 from llqr.typing import Array, Float, Params, PyTree
 
 
@@ -31,26 +32,44 @@ class LinearOperator(ABC):
     """Whether a product may be one compiled piece of a loop in Python: not where it is itself
     a loop over chunks, nor where its parts cannot cross `jit`."""
 
-    domain: PyTree
-    """A point of the domain; its structure, shapes and dtypes are what is meant."""
+    @property
+    @abstractmethod
+    def in_structure(self) -> PyTree:
+        """Of what L acts on: a tree of types, with shapes and dtypes; static."""
+
+    @property
+    def out_structure(self) -> PyTree:
+        """Of what L gives: a tree of types, static."""
+        return jax.eval_shape(self.jvp, self.in_structure)
 
     @abstractmethod
     def jvp(self, u: PyTree) -> PyTree:
-        """Return L u, for u like `domain`."""
+        """Return L u, for u of `in_structure`."""
 
     def vjp(self, w: PyTree) -> PyTree:
-        """Return L^T w, for w like the range."""
-        return jax.linear_transpose(self.jvp, self.domain)(w)[0]
+        """Return L^T w, for w of `out_structure`."""
+        return jax.linear_transpose(self.jvp, self.in_structure)(w)[0]
 
-    def as_matrix(self) -> Float[Array, "range domain"]:
+    def as_matrix(self) -> Float[Array, "out in"]:
         """Return the dense matrix on flattened trees: for tests and small problems."""
-        flat, unravel = ravel_pytree(self.domain)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.in_structure)
+        flat, unravel = ravel_pytree(zeros)
         basis = jnp.eye(flat.size, dtype=flat.dtype)
         return jax.vmap(lambda e: ravel_pytree(self.jvp(unravel(e)))[0])(basis).T
 
 
+def structure_of(tree: PyTree) -> PyTree:
+    """Return the types of a tree's arrays: shapes and dtypes, and on a mesh how they lie."""
+    return jax.tree.map(jax.typeof, tree)
+
+
 class SymmetricOperator(LinearOperator):
     """A symmetric linear map C on one space."""
+
+    @property
+    def out_structure(self) -> PyTree:
+        """That of what C acts on."""
+        return self.in_structure
 
     @abstractmethod
     def product(self, u: Params) -> Params:
@@ -60,7 +79,7 @@ class SymmetricOperator(LinearOperator):
         """Return u.C w.
 
         Args:
-          u: like `domain`.
+          u: of `in_structure`.
           w: likewise.
         """
         return vdot(u, self.product(w))
@@ -81,13 +100,16 @@ class ReplicatedJacobian(LinearOperator):
 
     Attributes:
       local: J at a replica's own copy of the parameters.
-      domain: the parameters, the same everywhere.
       axis_name: of the replicas.
     """
 
     local: LinearOperator
-    domain: Params
     axis_name: AxisName = field(metadata={"static": True})
+
+    @property
+    def in_structure(self) -> PyTree:
+        """Of the parameters."""
+        return self.local.in_structure
 
     def jvp(self, u: Params) -> PyTree:
         """Return J u, of this replica's rows."""
@@ -105,15 +127,18 @@ class ReplicatedCurvature(SymmetricOperator):
 
     Attributes:
       local: C of a replica's own part.
-      domain: the parameters, the same everywhere.
       axis_name: of the replicas.
       adds: whether the parts add up to the whole; else it is their mean.
     """
 
     local: SymmetricOperator
-    domain: Params
     axis_name: AxisName = field(metadata={"static": True})
     adds: bool = field(metadata={"static": True})
+
+    @property
+    def in_structure(self) -> PyTree:
+        """Of the parameters."""
+        return self.local.in_structure
 
     def product(self, u: Params) -> Params:
         """Return C u."""
@@ -137,17 +162,27 @@ class FunctionOperator(LinearOperator):
 
     Attributes:
       apply: the map.
-      domain: a point of its domain.
+      structure: of what it acts on, flattened by `freeze`.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> total = FunctionOperator(lambda x: x[:1] + 2 * x[1:], jnp.zeros(2))
+      >>> total = FunctionOperator.at(lambda x: x[:1] + 2 * x[1:], jnp.zeros(2))
       >>> total.as_matrix().tolist(), total.vjp(jnp.array([3.0])).tolist()
       ([[1.0, 2.0]], [3.0, 6.0])
     """
 
     apply: Callable[[PyTree], PyTree]
-    domain: PyTree
+    structure: Frozen = field(metadata={"static": True})
+
+    @classmethod
+    def at(cls, apply: Callable[[PyTree], PyTree], point: PyTree) -> "FunctionOperator":
+        """Return the operator of a linear function on trees like `point`."""
+        return cls(apply, freeze(structure_of(point)))
+
+    @property
+    def in_structure(self) -> PyTree:
+        """Of what it acts on."""
+        return self.structure.tree
 
     def jvp(self, u: PyTree) -> PyTree:
         """Return the image of u."""

@@ -1,10 +1,10 @@
-r"""A refit: learn P by minimising Phi (`objective`), the quadratic model of its step.
+r"""Published refits, for which training stops: P minimises Phi, the quadratic model of its step.
 
 The network is linearised once; then come a fixed number of steps of an inner solver (`solvers`)
 from the current arrays, and the decision what to install (`guards`).
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,21 +15,120 @@ from llqr import _loops, metrics
 from llqr.curvature import model as quadratic
 from llqr.curvature.chunked import check_uncoupled
 from llqr.curvature.model import QuadraticModel
+from llqr.errors import check_range
+from llqr.graft import Step
 from llqr.objective import BoundObjective
 from llqr.refit import solvers
 from llqr.refit.directions import base_direction, directions, has_axis, take
 from llqr.refit.guards import judge
+from llqr.refit.learner import Asked, Blocks, Defaults, Held, Setting
 from llqr.refit.objective import Phi
-from llqr.refit.options import DETERMINISTIC
+from llqr.refit.options import DETERMINISTIC, Refit, check_options
 from llqr.refit.record import RefitInfo
-from llqr.refit.setup import Blocks, Inputs, Setup
+from llqr.refit.remedies import PUBLISHED
+from llqr.refit.setup import Inputs, Setup, numbers_at
 from llqr.structures import matrix as mx
-from llqr.structures import plan as plans
+from llqr.structures import trees
+from llqr.structures.plan import Plan, merge
+from llqr.structures.preconditioner import Preconditioner
 from llqr.tree import accurate_dtype, widen
-from llqr.typing import Array, Bool, Float, Int, PRNGKeyArray
+from llqr.typing import Array, Bool, Float, Int, Number, Params, PRNGKeyArray, PyTree
 
 EVALUATION_PROBES = 4
 """Random directions on which a refit is judged: the same before and after it."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """The published way: refits that minimise Phi (`objective`). A `Learner`.
+
+    It remembers nothing besides P, and its step is P times the vector.
+
+    References:
+      Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
+    """
+
+    options: Refit
+    setting: Setting
+
+    name = "llqr.Refit"
+    defaults = Defaults(damping=0.0, reduction="sum", graft="none")
+    remedies = PUBLISHED
+    remembers = ""
+    averages = False
+
+    def __post_init__(self) -> None:
+        setting = self.setting
+        check_options(self.options, setting.metric.tree, setting.reduction, setting.route)
+
+    def check_damping(self, damping: Number) -> None:
+        """Raise ValueError if lambda is negative."""
+        check_range("damping", damping, low=0)
+
+    def _setup(self, plan: Plan) -> Setup:
+        s = self.setting
+        return Setup(plan, s.metric, s.reduction, s.sigma, self.options, s.route, s.base)
+
+    def init(self, plan: Plan, params: Params) -> tuple[()]:
+        """Return nothing, of blocks that the solver can learn."""
+        del params
+        self._setup(plan).check()
+        return ()
+
+    @staticmethod
+    def owns(kept: Any) -> bool:
+        """Whether nothing is remembered."""
+        return kept == ()
+
+    def open(self, plan: Plan, kept: tuple[()], like: PyTree) -> tuple[()]:
+        """Return nothing."""
+        del plan, like
+        return kept
+
+    def close(self, plan: Plan, memory: tuple[()], like: PyTree) -> tuple[()]:
+        """Return nothing."""
+        del plan, like
+        return memory
+
+    def observe(self, plan: Plan, held: Held, gradient: Params, count: Int[Array, ""]) -> Held:
+        """Return what is held: a refit has a gradient of its own."""
+        del plan, gradient, count
+        return held
+
+    def refit(self, plan: Plan, held: Held, asked: Asked) -> Held:
+        """Return what is held after one refit: the arrays to install, and the record."""
+        numbers = numbers_at(self.options, asked.count, asked.damping)
+        inputs = Inputs(
+            held.arrays, held.info, asked.params, asked.objective, numbers, asked.base_state
+        )
+        arrays, info = learn(self._setup(plan), inputs)
+        return held._replace(arrays=arrays, info=info)
+
+    def step(
+        self, plan: Plan, held: Held, vector: Params, count: Int[Array, ""], apply: bool
+    ) -> tuple[Held, Step]:
+        """Return what is held, and P v."""
+        del count
+        if not apply:
+            return held, Step(vector, vector, vector)
+        p = Preconditioner.on(plan, held.arrays, vector, self.setting.sigma)
+        found = p.product(vector)
+        return held, Step(found, found, vector)
+
+    def reexpress(self, plan: Plan, held: Held, arrays: Blocks) -> Held:
+        """Return what is held with other arrays of P."""
+        del plan
+        return held._replace(arrays=arrays)
+
+    def trees(self, kept: tuple[()]) -> dict[str, PyTree]:
+        """Return none."""
+        del kept
+        return {}
+
+    def with_trees(self, kept: tuple[()], trees: dict[str, PyTree]) -> tuple[()]:
+        """Return nothing."""
+        del trees
+        return kept
 
 
 class Linearized(NamedTuple):
@@ -72,11 +171,11 @@ def learn(setup: Setup, inputs: Inputs) -> tuple[Blocks, RefitInfo]:
     if setup.refit.fresh_batches:
         _check_stacked(inputs.objective, setup.refit.steps)
     plan = setup.plan
-    setup = replace(setup, plan=plans.merge(plan))
-    inputs = inputs._replace(blocks=plans.merged(plan, inputs.blocks))
+    setup = replace(setup, plan=merge(plan))
+    inputs = inputs._replace(blocks=trees.merged(plan, inputs.blocks))
     whole = setup.compiled_whole or not _loops.in_python(inputs.params)
     blocks, info = (_learn_whole if whole else _learn)(setup, inputs)
-    return plans.separated(plan, blocks), info
+    return trees.separated(plan, blocks), info
 
 
 def _check_stacked(objective: BoundObjective, steps: int) -> None:
@@ -126,7 +225,7 @@ def _linearized(setup: Setup, inputs: Inputs) -> Linearized:
     key = jax.random.fold_in(jax.random.key(setup.refit.seed), inputs.info.refits)
     start = inputs.blocks
     if not setup.refit.warm_start:
-        cold = plans.identity(setup.plan, setup.sigma)
+        cold = trees.identity(setup.plan, setup.sigma)
         start = tuple(
             old if block.structure.has_memory else new
             for block, old, new in zip(setup.plan, inputs.blocks, cold, strict=True)
@@ -195,14 +294,14 @@ def _solver(setup: Setup) -> solvers.Solver:
     )
 
 
-def _clamp(plan: plans.Plan, learned: Blocks) -> Blocks:
+def _clamp(plan: Plan, learned: Blocks) -> Blocks:
     return tuple(mx.clamp(b.structure, arrays) for b, arrays in zip(plan, learned, strict=True))
 
 
 def _start(setup: Setup, fixed: Linearized) -> _Carry:
     """The carry before the first step."""
     key = jax.random.fold_in(fixed.key, 0)
-    learned = plans.start(setup.plan, fixed.start, key)
+    learned = trees.start(setup.plan, fixed.start, key)
     # A bfloat16 loss could not tell the start of a refit from its end.
     zero = jnp.zeros((), accurate_dtype(fixed.model.loss))
     solver, found = _solver(setup), None
@@ -251,7 +350,7 @@ def _finish(
         Phi(plan, fixed.start, model, found, refit.batched),
         descent,
         inputs.blocks,
-        plans.install(plan, fixed.start, carry.learned),
+        trees.install(plan, fixed.start, carry.learned),
         inputs.numbers.ema_decay,
         carry.first if known else None,
     )
