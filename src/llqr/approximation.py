@@ -20,7 +20,7 @@ from llqr.refit.setup import Inputs, Setup, numbers_at
 from llqr.structures import trees
 from llqr.structures.plan import make_plan, size
 from llqr.structures.preconditioner import Preconditioner
-from llqr.structures.rules import StructureLike
+from llqr.structures.rules import StructureLike, rule_table
 from llqr.tree import cosine, freeze, leaf_names, norm, vdot
 from llqr.typing import Array, Params, PyTree
 

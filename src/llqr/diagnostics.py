@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llqr._tables import table
 from llqr.advice import advise
 from llqr.refit.learner import Blocks
 from llqr.refit.record import STATUS

@@ -151,9 +151,17 @@ class Preconditioning:
         gradient: Params | None, base_state: Any,
     ) -> Asked:  # fmt: skip
         """With what a refit is asked for, checked."""
-        bound = _check_refit_inputs(request.objective, params, request.refresh)
-        _replicas.check(self.learner.setting.route.axis_name)
-        base_state = () if self.learner.setting.base is None else base_state
+        if isinstance(request.refresh, str):
+            raise TypeError(
+                f"refresh must be None, a bool or a bool array, got {request.refresh!r}."
+            )
+        setting, bound = self.learner.setting, None
+        if self.learner.needs_objective:
+            bound = _check_refit_inputs(request.objective, params)
+            _replicas.check(setting.route.axis_name)
+        else:
+            params = None
+        base_state = () if setting.base is None else base_state
         return Asked(params, bound, self.damping, count, gradient, base_state)
 
 
@@ -196,9 +204,7 @@ def _check_update(updates: Any, state: Any, params: Any) -> None:
         check_alike(updates, params, "the updates", "the parameters")
 
 
-def _check_refit_inputs(objective: Any, params: Any, refresh: Any) -> BoundObjective:
-    if isinstance(refresh, str):
-        raise TypeError(f"refresh must be None, a bool or a bool array, got {refresh!r}.")
+def _check_refit_inputs(objective: Any, params: Any) -> BoundObjective:
     if objective is None:
         raise NoObjectiveError(
             "update() needs objective=objective.bind(batch) where a refit can happen, and none "

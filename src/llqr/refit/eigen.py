@@ -35,7 +35,7 @@ Sources: Layerwise LQR (arXiv 2605.04230) for the objective; bases as in SOAP (a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax.numpy as jnp
@@ -59,11 +59,10 @@ def slots(options: Streaming, block: Block) -> tuple[str, ...]:
     return (MOMENTUM, "spectrum", *block.bases, *[SQUARES] * weighs)
 
 
-def init(options: Streaming, block: Block) -> Arrays:
+def init(block: Block, slots: Sequence[str]) -> Arrays:
     """Return what is remembered of a matrix before the first step: zeros."""
     sizes = {slot: (size, size) for slot, size in block.bases.items()}
-    names = slots(options, block)
-    return {slot: jnp.zeros(sizes.get(slot, block.shape), block.dtype) for slot in names}
+    return {slot: jnp.zeros(sizes.get(slot, block.shape), block.dtype) for slot in slots}
 
 
 def observe(
@@ -165,7 +164,7 @@ def moved(
 
 
 def signal(
-    options: Streaming, count: Int[Array, ""], memory: Arrays, g: Array
+    options: Streaming, count: Int[Array, ""], block: Block, memory: Arrays, g: Array
 ) -> tuple[Arrays, Array | None]:
     """Return what is remembered after step `count`, from 0, and s up to its factor.
 
@@ -175,12 +174,20 @@ def signal(
     """
     if SQUARES not in memory:
         return memory, None
-    assert options.signal_decay is not None
-    e = jnp.minimum(options.signal_decay, 1 - 1 / (count + 1).astype(g.dtype))
-    square, q = g * g, memory[SQUARES]
-    q = jnp.where(all_finite([square]), e * q + (1 - e) * square, q)
+    q = squares(options, count, memory[SQUARES], g)
+    memory = memory | {SQUARES: q}
+    if options.signal_decay is None or block.seldom:
+        return memory, None
     share = divide(jnp.abs((1 - options.momentum) * memory[MOMENTUM]), jnp.sqrt(q), 0.0)
-    return memory | {SQUARES: q}, jnp.minimum(share, 1.0)
+    return memory, jnp.minimum(share, 1.0)
+
+
+def squares(options: Streaming, count: Int[Array, ""], q: Array, g: Array) -> Array:
+    """Return the running mean of g^2 after step `count`, from 0; without what is not finite."""
+    decay = options.basis_decay if options.signal_decay is None else options.signal_decay
+    e = jnp.minimum(decay, 1 - 1 / (count + 1).astype(g.dtype))
+    square = g * g
+    return jnp.where(all_finite([square]), e * q + (1 - e) * square, q)
 
 
 def step(
@@ -190,7 +197,7 @@ def step(
     """Return what is remembered, P v weighed by signal, and P v and v in the bases."""
     mu = options.momentum
     v = towards(options, g, memory[MOMENTUM])
-    memory, share = signal(options, count, memory, g)
+    memory, share = signal(options, count, block, memory, g)
     found = d = arrays["spectrum"] * v
     if share is not None:
         found = share * found

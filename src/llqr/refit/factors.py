@@ -13,6 +13,8 @@ Sources: Layerwise LQR (arXiv 2605.04230) for the objective; relative steps as i
 on matrix Lie groups (Li, arXiv 1512.04202).
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 
 from llqr.refit.momentum import MOMENTUM, is_usable, momentum, towards
@@ -33,9 +35,9 @@ def slots(options: Streaming, block: Block) -> tuple[str, ...]:
     return (MOMENTUM, *block.bases)
 
 
-def init(options: Streaming, block: Block) -> Arrays:
-    """Return what is remembered of a matrix: no momentum; A and B the identity."""
-    del options
+def init(block: Block, slots: Sequence[str]) -> Arrays:
+    """Return what is remembered of a matrix before the first step: A and B are the identity."""
+    del slots
     sides = {slot: jnp.eye(size, dtype=block.dtype) for slot, size in block.bases.items()}
     return {MOMENTUM: jnp.zeros(block.shape, block.dtype), **sides}
 

@@ -13,7 +13,6 @@ import optax
 from llqr.curvature.route import Route
 from llqr.graft import Graft, Step
 from llqr.metrics import Reduction
-from llqr.objective import BoundObjective
 from llqr.refit.record import RefitInfo
 from llqr.refit.remedies import Remedies
 from llqr.structures.matrix import Arrays, Structure
@@ -40,8 +39,8 @@ class Held(NamedTuple):
 class Asked(NamedTuple):
     """With what a refit is asked for."""
 
-    params: Params  # the current ones
-    objective: BoundObjective
+    params: Any  # the current ones; None where the learner needs no objective
+    objective: Any  # a `BoundObjective`; likewise
     damping: Number
     count: Int[Array, ""]  # update calls so far
     gradient: Params | None  # that was observed; None: none was
@@ -113,6 +112,9 @@ class Learner(Protocol):
 
     averages: bool
     """Whether it takes the momentum itself, so that no base behind it may."""
+
+    needs_objective: bool
+    """Whether a refit takes an objective and parameters."""
 
     @property
     def options(self) -> Any:

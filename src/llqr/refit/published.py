@@ -56,6 +56,7 @@ class Published:
     remedies = PUBLISHED
     remembers = ""
     averages = False
+    needs_objective = True
 
     def __post_init__(self) -> None:
         setting = self.setting

@@ -88,6 +88,7 @@ class Streamed:
     remedies = STREAMING
     remembers = "momentum, second moments and curvature"
     averages = True
+    needs_objective = True
 
     def __post_init__(self) -> None:
         if self.setting.sigma != 1:
@@ -125,12 +126,18 @@ class Streamed:
         weighs = "spectrum" in found and self.options.signal_decay is not None
         return (*sorted(found), MOMENTUM, *[eigen.SQUARES] * weighs)
 
+    def slots_of(self, block: Block) -> tuple[str, ...]:
+        """Of what is remembered of a block."""
+        return kind_of(block.structure).slots(self.options, block)
+
     # --- the state ------------------------------------------------------------------------------
 
     def init(self, plan: Plan, params: Params) -> StreamState:
         """Return zeros; for kfac A and B the identity, and a normal draw for power steps."""
-        made = [(block, kind_of(block.structure).init(self.options, block)) for block in plan]
-        blocks = [{slot: block.repeated(x) for slot, x in own.items()} for block, own in made]
+        blocks: list[Arrays] = []
+        for block in plan:
+            own = kind_of(block.structure).init(block, self.slots_of(block))
+            blocks.append({slot: block.repeated(x) for slot, x in own.items()})
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accurate_dtype(p)), params)
         power = normal_like(zeros, jax.random.key(0)) if self.moves else None
         return self.close(plan, Memory(tuple(blocks), power, jnp.ones((), jnp.float32)), params)
@@ -150,8 +157,7 @@ class Streamed:
                 f"{'None' if weighs else '0.95'} to go on with it (a state of before 0.2.0 has no "
                 "weights), or begin anew with tx.init(params)."
             )
-        slots_of = lambda block: kind_of(block.structure).slots(self.options, block)  # noqa: E731
-        blocks = trees.unpack(plan, kept.statistics, like, slots_of)
+        blocks = trees.unpack(plan, kept.statistics, like, self.slots_of)
         return Memory(blocks, kept.power, kept.top)
 
     def close(self, plan: Plan, memory: Memory, like: PyTree) -> StreamState:
@@ -213,9 +219,47 @@ class Streamed:
 
         A block whose probe is not finite keeps its curvature.
         """
-        python = _loops.in_python(asked.params)
+        python = _loops.in_python(held, asked)
         run = _loops.compiled if python and not self.setting.route.layerwise else _loops.direct
         return run(_refit, (self, plan), held, asked)
+
+    def follow(self, plan: Plan, held: Held, asked: Asked) -> Held:
+        """Return what is held after what all matrices do at a refit, like ones as one block."""
+        options, setting, damping = self.options, self.setting, asked.damping
+        was, info = held.memory.blocks, held.info
+        model, probes, noise = _draw(self, info.refits, asked)
+        # Block -> what it sees of each probe.
+        seen = [list(hs) for hs in zip(*(trees.gather(plan, h) for h in probes), strict=True)]
+        # Labels drawn say nothing of these matrices: to follow would only lengthen their steps.
+        flat = each(plan, lambda _, hs: _all_zero(hs), seen)
+        usable = each(plan, lambda _, hs: all_finite(hs) & ~_all_zero(hs), seen)
+
+        def follow(number: Array, block: Block, *own: Any) -> tuple[Arrays, Arrays]:
+            return kind_of(block.structure).follow(options, number, block, *own)
+
+        found = each(plan, follow, held.arrays, was, seen, usable, shared=(info.refits + 1,))
+        arrays, blocks = _columns(found, 2)
+        tops = [_top(setting, block, own) for block, own in zip(plan, blocks, strict=True)]
+        power, top, values = held.memory.power, _largest(tops), None
+        if self.moves:
+            power, top = _power_step(setting, model, held.memory)
+            model = replace(model, top_eigenvalue=top)
+            arrays, blocks, values = _move(options, plan, model, arrays, blocks, probes[0], noise)
+        blocks = each(plan, _unless, flat, was, blocks)
+
+        def solved(damping: Number, block: Block, *own: Any) -> Arrays:
+            return kind_of(block.structure).solved(damping, *own)
+
+        def value(damping: Number, block: Block, *own: Any) -> Array:
+            return kind_of(block.structure).objective(damping, *own)
+
+        new = each(plan, solved, arrays, blocks, tops, shared=(damping,))
+        if values is None:
+            both = [each(plan, value, x, blocks, tops, shared=(damping,)) for x in (arrays, new)]
+            values = tuple(jnp.sum(trees.in_order(plan, x)) for x in both)
+        arrays = tuple(each(plan, _unless, flat, held.arrays, new))
+        info = _record(plan, arrays, blocks, info, usable, flat, values)
+        return Held(arrays, Memory(tuple(blocks), power, jnp.asarray(top, jnp.float32)), info, [])
 
 
 def _columns(rows: list[tuple[Any, ...]], count: int) -> list[list[Any]]:
@@ -228,7 +272,7 @@ def _refit(static: tuple[Streamed, Plan], held: Held, asked: Asked) -> Held:
     (learner, plan), memory = static, held.memory
     joined = memory._replace(blocks=trees.merged(plan, memory.blocks))
     found = held._replace(arrays=trees.merged(plan, held.arrays), memory=joined)
-    found = _follow(learner, merge(plan), found, asked)
+    found = learner.follow(merge(plan), found, asked)
     arrays = trees.separated(plan, found.arrays)
     memory = found.memory._replace(blocks=trees.separated(plan, found.memory.blocks))
     seen = held.seen
@@ -236,45 +280,6 @@ def _refit(static: tuple[Streamed, Plan], held: Held, asked: Asked) -> Held:
         inside = lambda block, *own: kind_of(block.structure).project(block, *own)  # noqa: E731
         seen = each(plan, inside, arrays, trees.gather(plan, asked.gradient))
     return Held(arrays, memory, found.info, seen)
-
-
-def _follow(learner: Streamed, plan: Plan, held: Held, asked: Asked) -> Held:
-    """What all matrices do at a refit, one after the other."""
-    options, setting, damping = learner.options, learner.setting, asked.damping
-    was, info = held.memory.blocks, held.info
-    model, probes, noise = _draw(learner, info.refits, asked)
-    # Block -> what it sees of each probe.
-    seen = [list(hs) for hs in zip(*(trees.gather(plan, h) for h in probes), strict=True)]
-    # Labels drawn say nothing of these matrices: to follow would only lengthen their steps.
-    flat = each(plan, lambda _, hs: _all_zero(hs), seen)
-    usable = each(plan, lambda _, hs: all_finite(hs) & ~_all_zero(hs), seen)
-
-    def follow(number: Array, block: Block, *own: Any) -> tuple[Arrays, Arrays]:
-        return kind_of(block.structure).follow(options, number, block, *own)
-
-    found = each(plan, follow, held.arrays, was, seen, usable, shared=(info.refits + 1,))
-    arrays, blocks = _columns(found, 2)
-    tops = [_top(setting, block, own) for block, own in zip(plan, blocks, strict=True)]
-    power, top, values = held.memory.power, _largest(tops), None
-    if learner.moves:
-        power, top = _power_step(setting, model, held.memory)
-        model = replace(model, top_eigenvalue=top)
-        arrays, blocks, values = _move(options, plan, model, arrays, blocks, probes[0], noise)
-    blocks = each(plan, _unless, flat, was, blocks)
-
-    def solved(damping: Number, block: Block, *own: Any) -> Arrays:
-        return kind_of(block.structure).solved(damping, *own)
-
-    def value(damping: Number, block: Block, *own: Any) -> Array:
-        return kind_of(block.structure).objective(damping, *own)
-
-    new = each(plan, solved, arrays, blocks, tops, shared=(damping,))
-    if values is None:
-        both = [each(plan, value, x, blocks, tops, shared=(damping,)) for x in (arrays, new)]
-        values = tuple(jnp.sum(trees.in_order(plan, x)) for x in both)
-    arrays = tuple(each(plan, _unless, flat, held.arrays, new))
-    info = _record(plan, arrays, blocks, info, usable, flat, values)
-    return Held(arrays, Memory(tuple(blocks), power, jnp.asarray(top, jnp.float32)), info, [])
 
 
 def _draw(
