@@ -126,6 +126,11 @@ class Learner(Protocol):
         """As given."""
         ...
 
+    @staticmethod
+    def takes(options: Any) -> bool:
+        """Whether these are its options."""
+        ...
+
     def check_damping(self, damping: Number) -> None:
         """Raise ValueError if lambda is out of range."""
         ...

@@ -62,6 +62,11 @@ class Published:
         setting = self.setting
         check_options(self.options, setting.metric.tree, setting.reduction, setting.route)
 
+    @staticmethod
+    def takes(options: Any) -> bool:
+        """Whether these are its options."""
+        return isinstance(options, Refit)
+
     def check_damping(self, damping: Number) -> None:
         """Raise ValueError if lambda is negative."""
         check_range("damping", damping, low=0)

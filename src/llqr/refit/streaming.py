@@ -91,11 +91,7 @@ class Streamed:
     needs_objective = True
 
     def __post_init__(self) -> None:
-        if self.setting.sigma != 1:
-            raise ValueError(
-                "identity_scaling belongs to refits that learn by steps (llqr.Refit): leave it at "
-                f"1 with streaming refits, not {self.setting.sigma!r}."
-            )
+        self.check_sigma()
         if not metrics.can_sample(self.setting.metric.tree):
             raise ValueError(
                 "streaming refits need a metric from which labels can be drawn: "
@@ -109,6 +105,19 @@ class Streamed:
                     "steps two sides (kfac). Use one of these, or refits that learn any structure, "
                     "llqr.Refit."
                 )
+
+    @staticmethod
+    def takes(options: Any) -> bool:
+        """Whether these are its options."""
+        return isinstance(options, Streaming)
+
+    def check_sigma(self) -> None:
+        """Raise ValueError unless P is stored as it is."""
+        if self.setting.sigma != 1:
+            raise ValueError(
+                "identity_scaling belongs to refits that learn by steps (llqr.Refit): leave it at "
+                f"1 with streaming refits, not {self.setting.sigma!r}."
+            )
 
     def check_damping(self, damping: Number) -> None:
         """Raise ValueError unless lambda is positive."""
@@ -149,13 +158,20 @@ class Streamed:
 
     def open(self, plan: Plan, kept: StreamState, like: PyTree) -> Memory:
         """Return the state with the arrays of blocks in place of trees."""
-        weighs = eigen.SQUARES in self.slots
-        if weighs != (eigen.SQUARES in kept.statistics):
+        own, theirs = set(self.slots), set(kept.statistics)
+        if own ^ theirs == {eigen.SQUARES}:
+            weighs = eigen.SQUARES in own
             raise ValueError(
                 f"the optimizer has Streaming(signal_decay={self.options.signal_decay!r}), and the "
                 f"state is of one with{'out' * weighs} weights by signal: give signal_decay="
                 f"{'None' if weighs else '0.95'} to go on with it (a state of before 0.2.0 has no "
                 "weights), or begin anew with tx.init(params)."
+            )
+        if own != theirs:
+            raise ValueError(
+                f"the optimizer's refits remember {sorted(own)}, and the state is of one whose "
+                f"refits remember {sorted(theirs)}: with another structure, or another `probe`. "
+                "Begin anew with tx.init(params), or make the optimizer as it was."
             )
         blocks = trees.unpack(plan, kept.statistics, like, self.slots_of)
         return Memory(blocks, kept.power, kept.top)
@@ -183,7 +199,7 @@ class Streamed:
 
         wide, x = self.options.follows_wide(count), trees.gather(plan, gradient)
         found = each(plan, one, held.arrays, held.memory.blocks, x, shared=(wide,))
-        blocks, seen = _columns(found, 2)
+        blocks, seen = columns(found, 2)
         return held._replace(memory=held.memory._replace(blocks=tuple(blocks)), seen=seen)
 
     def step(
@@ -196,7 +212,7 @@ class Streamed:
             return kind_of(block.structure).step(self.options, count, block, *own)
 
         found = each(plan, one, held.arrays, held.memory.blocks, held.seen, shared=(count,))
-        blocks, direction, full, v = _columns(found, 4)
+        blocks, direction, full, v = columns(found, 4)
         direction = [block.within(x) for block, x in zip(plan, direction, strict=True)]
         held = held._replace(memory=held.memory._replace(blocks=tuple(blocks)))
         like = widen(vector)
@@ -238,9 +254,9 @@ class Streamed:
             return kind_of(block.structure).follow(options, number, block, *own)
 
         found = each(plan, follow, held.arrays, was, seen, usable, shared=(info.refits + 1,))
-        arrays, blocks = _columns(found, 2)
-        tops = [_top(setting, block, own) for block, own in zip(plan, blocks, strict=True)]
-        power, top, values = held.memory.power, _largest(tops), None
+        arrays, blocks = columns(found, 2)
+        tops = [top_of(setting, block, own) for block, own in zip(plan, blocks, strict=True)]
+        power, top, values = held.memory.power, largest(tops), None
         if self.moves:
             power, top = _power_step(setting, model, held.memory)
             model = replace(model, top_eigenvalue=top)
@@ -258,11 +274,11 @@ class Streamed:
             both = [each(plan, value, x, blocks, tops, shared=(damping,)) for x in (arrays, new)]
             values = tuple(jnp.sum(trees.in_order(plan, x)) for x in both)
         arrays = tuple(each(plan, _unless, flat, held.arrays, new))
-        info = _record(plan, arrays, blocks, info, usable, flat, values)
+        info = record(plan, arrays, blocks, info, usable, flat, values)
         return Held(arrays, Memory(tuple(blocks), power, jnp.asarray(top, jnp.float32)), info, [])
 
 
-def _columns(rows: list[tuple[Any, ...]], count: int) -> list[list[Any]]:
+def columns(rows: list[tuple[Any, ...]], count: int) -> list[list[Any]]:
     """For each block a tuple -> for each entry of the tuple, a list of blocks'."""
     return [[row[i] for row in rows] for i in range(count)]
 
@@ -334,7 +350,7 @@ def _unless(_: Block, flat: Bool[Array, ""], old: Arrays, new: Arrays) -> Arrays
     return {slot: jnp.where(flat, old[slot], new[slot]) for slot in new}
 
 
-def _top(setting: Setting, block: Block, own: Arrays) -> Array:
+def top_of(setting: Setting, block: Block, own: Arrays) -> Array:
     """By what the curvature of matrices is divided: its largest entry; 1 where there is none.
 
     Parts of one matrix are divided by the largest entry of all of them.
@@ -349,7 +365,7 @@ def _top(setting: Setting, block: Block, own: Arrays) -> Array:
     return jnp.where(top > 0, top, 1.0)
 
 
-def _largest(tops: list[Array]) -> Float[Array, ""]:
+def largest(tops: list[Array]) -> Float[Array, ""]:
     """The largest of what matrices are divided by: for the record."""
     found = [replicate(top).ravel().astype(jnp.float32) for top in tops]
     return jnp.max(jnp.concatenate(found), initial=0.0) if found else jnp.zeros(())
@@ -383,11 +399,11 @@ def _move(
 
     u, before = phi(arrays)
     residual = trees.gather(plan, jax.tree.map(jnp.subtract, model.product(u), h))
-    new, found = _columns(each(plan, move, arrays, blocks, residual, seen), 2)
+    new, found = columns(each(plan, move, arrays, blocks, residual, seen), 2)
     return new, found, tuple(x.astype(jnp.float32) for x in (before, phi(new)[1]))
 
 
-def _record(
+def record(
     plan: Plan, arrays: Blocks, blocks: list[Arrays], info: RefitInfo, usable: list[Array],
     flat: list[Array], values: tuple[Array, ...],
 ) -> RefitInfo:  # fmt: skip

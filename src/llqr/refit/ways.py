@@ -1,13 +1,12 @@
-"""The ways to learn P, by the type of their options."""
+"""The ways to learn P."""
 
 from typing import Any
 
-from llqr.refit.options import Refit, Streaming
 from llqr.refit.published import Published
 from llqr.refit.streaming import Streamed
 
-WAYS: dict[type, Any] = {Refit: Published, Streaming: Streamed}
-"""Type of options -> learner of (options, setting)."""
+WAYS: tuple[Any, ...] = (Published, Streamed)
+"""Classes of learners, made of options and a setting: the first that takes the options."""
 
 
 def way(options: Any) -> Any:
@@ -19,13 +18,13 @@ def way(options: Any) -> Any:
     Raises:
       TypeError: something else.
     """
-    found = next((way for kind, way in WAYS.items() if isinstance(options, kind)), None)
+    found = next((way for way in WAYS if way.takes(options)), None)
     if found is None:
-        names = " or ".join(f"an {way.name}" for way in WAYS.values())
+        names = " or ".join(f"an {way.name}" for way in WAYS)
         raise TypeError(f"refit must be {names}, got {options!r}.")
     return found
 
 
 def name_of(kept: Any) -> str:
     """Return the name of the options with which a state was made, by what its learner kept."""
-    return next((way.name for way in WAYS.values() if way.owns(kept)), "other options")
+    return next((way.name for way in WAYS if way.owns(kept)), "other options")
