@@ -210,7 +210,8 @@ def _check_refit_inputs(objective: Any, params: Any) -> BoundObjective:
             "update() needs objective=objective.bind(batch) where a refit can happen, and none "
             "arrived. Pass it, or pass refresh=False and refit with llqr.refresh(tx, state, "
             "params, objective). Where what calls update() passes no keywords on (Flax Linen's "
-            "TrainState, training loops of other libraries), make refits come from outside only: "
+            "TrainState, training loops of other libraries), take refit=llqr.Streaming("
+            'probe="gradient"), which needs none; or make refits come from outside only, '
             "refit=llqr.Refit(every=None), and llqr.refresh when one is due."
         )
     if not isinstance(objective, BoundObjective):

@@ -93,6 +93,7 @@ NAMES = (
     "scale_by_llqr(probe)",
     "scale_by_llqr(streaming)",
     "scale_by_llqr(streaming-sides)",
+    "scale_by_llqr(streaming-gradient)",
     *(f"llqr({b})" for b in BASES),
     "llqr(update)",
 )
@@ -108,7 +109,9 @@ def optimizer(name: str) -> optax.GradientTransformationExtraArgs:
         return llqr.scale_by_llqr(**options(**PROBE))
     if inside.startswith("streaming"):
         structure = "kfac" if inside == "streaming-sides" else "e-kfac"
-        return llqr.scale_by_llqr(**options(**STREAMING, structure=structure))
+        probe = "gradient" if inside == "streaming-gradient" else "fisher"
+        refit = dataclasses.replace(STREAMING["refit"], probe=probe)
+        return llqr.scale_by_llqr(**options(**STREAMING | {"refit": refit}, structure=structure))
     if inside == "update":
         return llqr.llqr(BASES["momentum"], **options(precondition="update"))
     if kind == "scale_by_llqr":

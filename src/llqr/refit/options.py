@@ -207,6 +207,10 @@ class Streaming:
       signal_decay: in [0, 1), of the squares of the gradient in the bases. Each entry of P m is
         weighed by the share of the gradient that agrees from step to step, |mean| by root mean
         square; embeddings count as agreeing, and matrices of kfac are not weighed. None: none is.
+      probe: where curvature is seen: "fisher", in probes h, gradients for labels drawn from the
+        model, which take an objective; "gradient", in the gradients themselves, whose squares are
+        averaged: `update` then needs no objective, a step costs one gradient, and any loop will do.
+        Not with kfac. `every` is then how often bases turn.
       probes: h drawn at each refit.
       probe_share: in (0, 1], of the examples of the batch on which they are drawn, another part
         of them at each refit: a probe sums over examples with random signs, and what it says of
@@ -242,6 +246,7 @@ class Streaming:
     basis_decay: float = 0.95
     spectrum_decay: float = 0.9
     signal_decay: float | None = 0.95
+    probe: Literal["fisher", "gradient"] = "fisher"
     probes: int = 1
     probe_share: float = 0.25
     wide: int = 256
@@ -252,6 +257,7 @@ class Streaming:
         for name, low in (("every", 1), ("warmup", 0), ("start", 0), ("until", 0),
                           ("probes", 1), ("wide", 1), ("seed", 0)):  # fmt: skip
             check_integer(f"Streaming: {name}", getattr(self, name), low=low)
+        check_choice("Streaming: probe", self.probe, ("fisher", "gradient"))
         check_range("Streaming: probe_share", self.probe_share, low=0, open_low=True, high=1)
         for name, high in (("momentum", 1), ("basis_decay", 1), ("spectrum_decay", 1),
                            ("signal_decay", 1), ("rate", 1)):  # fmt: skip

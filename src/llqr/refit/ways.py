@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from llqr.refit.gradients import Unprobed
 from llqr.refit.published import Published
 from llqr.refit.streaming import Streamed
 
-WAYS: tuple[Any, ...] = (Published, Streamed)
+WAYS: tuple[Any, ...] = (Published, Unprobed, Streamed)
 """Classes of learners, made of options and a setting: the first that takes the options."""
 
 

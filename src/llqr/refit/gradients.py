@@ -1,0 +1,95 @@
+r"""Streaming from gradients alone: no probe, no objective, exactly one gradient a step.
+
+As `streaming`, but that the curvature is seen in the gradient itself: c = q, the running mean of
+g^2 in the bases, which the weights by signal keep anyway (symbols as in `eigen`). It is the
+published choice of direction, h = g, averaged over steps. A refit turns the bases and sets the
+spectrum, and needs nothing but the gradient, so that it works in any loop that calls
+`tx.update(grads, state, params)`: for losses that are no function of outputs, too. Rows that are
+seldom in a batch have small squares, and long steps.
+
+Sources: Layerwise LQR (arXiv 2605.04230); second moments between bases as in SOAP (2409.11321).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from llqr.refit import eigen
+from llqr.refit.learner import Asked, Held
+from llqr.refit.momentum import MOMENTUM
+from llqr.refit.options import Streaming
+from llqr.refit.streaming import Memory, Streamed, columns, kind_of, largest, record, top_of
+from llqr.structures import trees
+from llqr.structures.block import Block
+from llqr.structures.matrix import Arrays
+from llqr.structures.plan import Plan, each
+from llqr.typing import Array
+
+
+@dataclass(frozen=True)
+class Unprobed(Streamed):
+    """The way without probes. A `Learner`."""
+
+    name = 'llqr.Streaming(probe="gradient")'
+    remembers = "momentum, second moments and squares"
+    needs_objective = False
+
+    @staticmethod
+    def takes(options: Any) -> bool:
+        """Whether these are its options."""
+        return isinstance(options, Streaming) and options.probe == "gradient"
+
+    def __post_init__(self) -> None:
+        self.check_sigma()
+        for structure in self.setting.structures:
+            if kind_of(structure) is not eigen:
+                raise ValueError(
+                    f"structure {structure.name!r} cannot be streamed from gradients alone, which "
+                    "needs one spectrum between bases: e-kfac, e-kfac-gpt, diagonal."
+                )
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Of the trees of the state: no curvature besides the squares."""
+        sides = {slot for structure in self.setting.structures for slot in structure.slots}
+        return (*sorted(sides - {"spectrum"}), MOMENTUM, eigen.SQUARES)
+
+    def slots_of(self, block: Block) -> tuple[str, ...]:
+        """Of what is remembered of a block."""
+        return (*block.bases, MOMENTUM, eigen.SQUARES)
+
+    def follow(self, plan: Plan, held: Held, asked: Asked) -> Held:
+        """Return what is held after all matrices have turned, and have a new spectrum."""
+        options, was, info = self.options, held.memory.blocks, held.info
+        arguments: list[Any] = [held.arrays, was]
+        if asked.gradient is not None:
+            arguments.append(trees.gather(plan, asked.gradient))
+
+        def turn(
+            number: Array, count: Array, block: Block, arrays: Arrays, memory: Arrays, *x: Array
+        ) -> tuple[Arrays, Arrays, Arrays]:
+            arrays, memory = eigen.turn(options, number, block, arrays, memory)
+            c = memory[eigen.SQUARES]
+            for gradient in x:  # this step's, in bases that know of it
+                c = eigen.squares(options, count, c, eigen.project(block, arrays, gradient))
+            return arrays, memory, {"spectrum": c}
+
+        shared = (info.refits + 1, asked.count)
+        arrays, blocks, curved = columns(each(plan, turn, *arguments, shared=shared), 3)
+        tops = [top_of(self.setting, block, own) for block, own in zip(plan, curved, strict=True)]
+        flat = each(plan, lambda _, own: jnp.all(own["spectrum"] == 0), curved)
+        usable = each(plan, lambda _, own: jnp.isfinite(jnp.sum(own["spectrum"])), curved)
+
+        def solved(damping: Array, block: Block, *own: Any) -> tuple[Arrays, Array, Array]:
+            new = eigen.solved(damping, *own)
+            before, after = (eigen.objective(damping, x, *own[1:]) for x in (own[0], new))
+            return new, before, after
+
+        found = each(plan, solved, arrays, curved, tops, shared=(asked.damping,))
+        new, before, after = columns(found, 3)
+        values = tuple(jnp.sum(trees.in_order(plan, x)) for x in (before, after))
+        kept = [u & ~f for u, f in zip(usable, flat, strict=True)]
+        info = record(plan, tuple(new), blocks, info, kept, flat, values)
+        memory = Memory(tuple(blocks), None, largest(tops))
+        return Held(tuple(new), memory, info, [])
