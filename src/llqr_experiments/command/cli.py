@@ -247,7 +247,7 @@ def _run(settings: Any, out_dir: Path) -> None:
 
         signal.signal(signal.SIGINT, leave)
     # Late: --help and bad options need no models.
-    from llqr_experiments import devices
+    from llqr_experiments import processes
     from llqr_experiments.command import plan
     from llqr_experiments.run import train
     from llqr_experiments.study import comparison, toys
@@ -262,10 +262,10 @@ def _run(settings: Any, out_dir: Path) -> None:
         _remove_if_empty(out_dir)
         return
     made, wanted = out_dir, settings.distributed
-    devices.connect(wanted.coordinator, wanted.processes, wanted.index)
-    if devices.several():
+    processes.connect(wanted.coordinator, wanted.processes, wanted.index)
+    if processes.several():
         _check_alone(settings)
-        out_dir = devices.decide(lambda: made)  # it has the time in its name
+        out_dir = processes.decide(lambda: made)  # it has the time in its name
         if made != out_dir:
             _remove_if_empty(made)
     runner: Any = train.run
@@ -311,12 +311,12 @@ def show(error: RunError) -> None:
     """Print an error; of one that all processes have, the first tells."""
     who = ""
     if "jax" in sys.modules:
-        from llqr_experiments import devices
+        from llqr_experiments import processes
 
-        if not devices.first():
+        if not processes.first():
             if error.everywhere:
                 return
-            who = f"process {devices.index()}: "
+            who = f"process {processes.index()}: "
     console = Console(stderr=True, highlight=False)
     console.print(f"{error.title}:", style="bold red", end=" ")
     console.print(who + str(error), markup=False, soft_wrap=True)

@@ -9,15 +9,15 @@ from typing import Any
 import jax
 
 import llqr
-from llqr_experiments import capacity, data, devices
+from llqr_experiments import capacity, data, processes
 from llqr_experiments.config import build
 from llqr_experiments.config.option import become
 from llqr_experiments.config.options import Config
 from llqr_experiments.data import kinds
 from llqr_experiments.data.kinds import KINDS
 from llqr_experiments.data.material import Material
-from llqr_experiments.devices import WHOLE, Layout, Share
 from llqr_experiments.errors import ConfigError
+from llqr_experiments.layout import WHOLE, Layout, Share, arrange
 from llqr_experiments.run.checkpoint import find
 from llqr_experiments.run.goal import Goal, goal
 from llqr_experiments.run.step import Recipe
@@ -87,10 +87,10 @@ def prepare(config: Config, *, planned: bool = False) -> Run:
       DataError: the data cannot be used.
     """
     check(config)
-    layout = devices.layout(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, planned=planned)
+    layout = arrange(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, planned=planned)
     _check_rows(config, layout)
     # The first process may have to download, for all of them.
-    made = devices.one_by_one(lambda: kinds.make(config.dataset))
+    made = processes.one_by_one(lambda: kinds.make(config.dataset))
     horizon = _horizon(config, made)
     task = tasks.build(config, made)
     recipe = Recipe(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llqr_experiments import devices
+from llqr_experiments import processes
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.record import run_folder
 from llqr_experiments.record.lock import ELSEWHERE
@@ -69,7 +69,7 @@ def origin(job: Run, entered: bool, out_dir: Path, checkpoints: Checkpoints, say
     if found is None and config.resume:
         found = resumed(job, new, say)
     if found is None and entered:
-        devices.decide(lambda: _refuse_finished(out_dir))
+        processes.decide(lambda: _refuse_finished(out_dir))
     if found is None and config.init_from:
         found = initialised(job, new, say)
     if found is None:

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 import llqr
 from llqr.typing import Array, Params, PyTree
-from llqr_experiments import devices
+from llqr_experiments import processes
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.record import insight, measures
 from llqr_experiments.record.translations import FILE, append
@@ -85,7 +85,7 @@ def evaluation(job: Run, session: Session, desk: Desk) -> dict[str, float]:
             batches = made.streams.evaluation(split, size, job.share)
             totals = evaluate(job.task.objective, model, batches, histograms, name, job.layout)
             found |= made.rates(name, totals)
-    if histograms is not None and devices.first():
+    if histograms is not None and processes.first():
         try:
             histograms.write(desk.out_dir / HISTOGRAMS, step)
         except (OSError, ValueError) as error:  # a full disk; losses that are not finite
@@ -190,7 +190,7 @@ def _translate(
         say(f"{'':>14}source      {escape(sample.source)}")
         say(f"{'':>14}translation {escape(sample.hypothesis)}")
         say(f"{'':>14}reference   {escape(sample.reference)}")
-    if not devices.first():
+    if not processes.first():
         return found
     try:
         path, bleu = desk.out_dir / FILE, found.bleu

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from llqr.tree import leaf_names
-from llqr_experiments import devices
+from llqr_experiments import processes
 from llqr_experiments.config.options import Config
 from llqr_experiments.errors import TrainingError
 from llqr_experiments.files import write
@@ -68,7 +68,7 @@ class Desk:
     checkpoints: Checkpoints
     interrupts: Interrupts
     out_dir: Path
-    common: devices.Common = field(default_factory=devices.Common)
+    common: processes.Common = field(default_factory=processes.Common)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record values."""
@@ -104,7 +104,7 @@ def begin(job: Run, origin: Origin, out_dir: Path, say: Callable[[str], None]) -
         session.refits.set_state(meta["refits"])
     else:
         say("[yellow]warning:[/] the options of the data are others: the streams start anew\n")
-    if origin.own and devices.first():
+    if origin.own and processes.first():
         for name in (HISTOGRAMS, translations.FILE):
             _forget(out_dir / name, origin.step)
     return session

@@ -1,7 +1,6 @@
 """A mesh of devices: the numbers of one device, rows of batches, checkpoints in pieces."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llqr_experiments import data, devices
+from llqr_experiments import data
 from llqr_experiments.command import plan
 from llqr_experiments.data.variants import cifar_augmentation
-from llqr_experiments.devices import Share
 from llqr_experiments.errors import ConfigError
+from llqr_experiments.layout import Layout, Share, arrange
 from llqr_experiments.run import checkpoint
 from llqr_experiments.run.checkpoint import Checkpoints
 from llqr_experiments.run.job import prepare
@@ -219,7 +218,7 @@ def test_a_share_of_a_batch_is_as_in_the_whole(share, partial):
 
 
 def test_the_devices_hold_the_rows_of_a_batch():
-    found = devices.layout(1, 2, 1)
+    found = arrange(1, 2, 1)
     assert found is not None
     rows = np.arange(12.0).reshape(4, 3)
     joined = found.join({"x": rows})["x"]
@@ -233,7 +232,7 @@ def test_the_devices_hold_the_rows_of_a_batch():
 # --- checkpoints ------------------------------------------------------------------------------
 
 
-def spread(shape: tuple[int, ...], layout: devices.Layout | None) -> jax.Array:
+def spread(shape: tuple[int, ...], layout: Layout | None) -> jax.Array:
     array = jnp.arange(float(np.prod(shape))).reshape(shape)
     return array if layout is None else layout.place(array, layout.parameter(shape))
 
@@ -244,7 +243,7 @@ LAYOUTS = {"fsdp": (1, 2, 1), "tensor": (1, 1, 2), "one": (1, 1, 1)}
 @pytest.mark.parametrize("there", ["fsdp", "tensor"])
 @pytest.mark.parametrize("here", LAYOUTS)
 def test_a_checkpoint_in_pieces_is_read_onto_any_devices(tmp_path, there, here):
-    written = devices.layout(*LAYOUTS[there])
+    written = arrange(*LAYOUTS[there])
     state = {"w": spread((4, 6), written), "n": spread((3,), written)}
     checkpoints = Checkpoints(tmp_path, 1, print)
     checkpoints.save(1, state, {})
@@ -253,7 +252,7 @@ def test_a_checkpoint_in_pieces_is_read_onto_any_devices(tmp_path, there, here):
     _, meta = checkpoint.read(tmp_path, 1)
     pieces = {"fsdp": {"0:4,0:3", "0:4,3:6"}, "tensor": {"0:4,0:3", "0:4,3:6"}}[there]
     assert set(meta["checksums"]["0001.w"]) == pieces
-    layout = devices.layout(*LAYOUTS[here])
+    layout = arrange(*LAYOUTS[here])
     like = {"w": spread((4, 6), layout), "n": spread((3,), layout)}
     found = Checkpoints(tmp_path, 1, print).restore(like)
     assert found is not None
@@ -263,7 +262,7 @@ def test_a_checkpoint_in_pieces_is_read_onto_any_devices(tmp_path, there, here):
 
 
 def test_a_piece_that_is_another_is_named(tmp_path, monkeypatch):
-    layout, said = devices.layout(1, 2, 1), []
+    layout, said = arrange(1, 2, 1), []
     checkpoints, sums = Checkpoints(tmp_path, 1, said.append), checkpoint._checksum
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_checksum", lambda x: sums(x) + int(x.flat[0] == 12))
@@ -284,46 +283,7 @@ def test_the_format_before_is_still_read(tmp_path, monkeypatch):
         )
         checkpoints.save(1, {"w": jnp.ones((4, 2))}, {})
         checkpoints.close()
-    layout = devices.layout(1, 2, 1)
+    layout = arrange(1, 2, 1)
     found = checkpoints.restore({"w": spread((4, 2), layout)})
     assert found is not None
     np.testing.assert_array_equal(found.state["w"], np.ones((4, 2)))
-
-
-# --- processes --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("given", "environment", "why"),
-    [
-        ((None, 2, None), {}, "no launcher says which of them this one is; give distributed.index"),
-        ((None, 2, 0), {}, "give distributed.coordinator=HOST:PORT"),
-        ((None, None, None), {"PMI_SIZE": "3", "PMI_RANK": "1"}, "distributed.processes=3: how"),
-        (("here:1", 2, 2), {}, "distributed.index=2 is none of distributed.processes=2"),
-    ],
-)
-def test_what_is_not_known_of_the_processes_is_asked_for(monkeypatch, given, environment, why):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=why):
-        devices.connect(*given)
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, (4, 3)),
-        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, (2, 0)),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch script, before srun
-    ],
-)
-def test_launchers_say_how_many_there_are(environment, expected):
-    assert devices._launched(environment) == expected
-
-
-def test_one_process_decides_by_itself(tmp_path: Path):
-    assert devices.decide(lambda: 3) == 3
-    assert devices.gather("x") == ["x"]
-    assert devices.Common().any(15) == 15
-    assert devices.first()
-    assert not devices.several()
