@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import plan, targets, workloads
+from . import agenda, targets, workloads
 from .environment import environment
 from .methods import suited
 from .methods.method import Method
@@ -69,12 +69,12 @@ def run(
             if of.dropped:
                 say(f"{workload.name}, {method.name}: settings have changed, {of.dropped} void")
         bench = _Bench(workload, tier, trials, say, command)
-        bench.in_turns(plan.next_tuning, [m for m in chosen if not m.ours])
+        bench.in_turns(agenda.next_tuning, [m for m in chosen if not m.ours])
         if not targets.read(folder, workload.name):
             fixed = targets.fix(folder, workload, tier, trials)
             say(f"{workload.name}: targets {fixed['targets']}, from {fixed['method']}")
-        bench.in_turns(plan.next_tuning, [m for m in chosen if m.ours])
-        bench.in_turns(plan.next_run, chosen)
+        bench.in_turns(agenda.next_tuning, [m for m in chosen if m.ours])
+        bench.in_turns(agenda.next_run, chosen)
 
 
 class _Bench:

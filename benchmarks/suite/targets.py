@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from . import plan, store
+from . import agenda, store
 from .methods.method import Method
 from .protocol import TARGETS, Tier
 from .store import Trials
@@ -58,8 +58,8 @@ def fix(
     ends = {}
     for method, of in trials.items():
         if not method.ours:
-            setting = plan.best(tier, method, workload.measure, of.get)
-            ends[method.name] = plan.final(of.get(setting), workload.measure), setting.rate, of
+            setting = agenda.best(tier, method, workload.measure, of.get)
+            ends[method.name] = agenda.final(of.get(setting), workload.measure), setting.rate, of
     name = min(ends, key=lambda n: ends[n][0], default=None)
     if name is None or math.isinf(ends[name][0]):
         raise RuntimeError(

@@ -63,7 +63,7 @@ class Layout:
     """What lies where on the devices of a run.
 
     Attributes:
-      mesh: over `AXES`; an abstract one is enough for plans.
+      mesh: over `AXES`; an abstract one is enough for forecasts.
     """
 
     mesh: Mesh | AbstractMesh
@@ -172,14 +172,14 @@ def _moved(tree: Any, sharding: NamedSharding) -> Any:
     return jax.lax.with_sharding_constraint(tree, sharding)
 
 
-def arrange(data: int | None, fsdp: int, tensor: int, *, planned: bool = False) -> Layout | None:
+def arrange(data: int | None, fsdp: int, tensor: int, *, abstract: bool = False) -> Layout | None:
     """Return the layout of a run; None: it is on one device, and nothing has to be said.
 
     Args:
       data: devices along `data`; None: all that are left.
       fsdp: along `fsdp`.
       tensor: along `tensor`.
-      planned: whether the devices need not be there.
+      abstract: whether the devices need not be there.
 
     Raises:
       ConfigError: there are not as many devices, or some process would have none.
@@ -187,14 +187,14 @@ def arrange(data: int | None, fsdp: int, tensor: int, *, planned: bool = False) 
     there, rest = jax.device_count(), fsdp * tensor
     if data is None:
         data = max(there // rest, 1)
-        if not planned and data * rest != there:
+        if not abstract and data * rest != there:
             raise ConfigError(
                 f"mesh.fsdp={fsdp}, mesh.tensor={tensor}: {rest} does not divide the {there} "
                 "devices that are here; give mesh.data too, to use fewer."
             )
     sizes = (data, fsdp, tensor)
     needed, told = math.prod(sizes), f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}"
-    if planned and needed != there:
+    if abstract and needed != there:
         return Layout(AbstractMesh(sizes, AXES)) if needed > 1 else None
     if needed > there:
         raise ConfigError(f"{told}: {needed} devices, and there are {there} here.")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llqr_experiments import data
-from llqr_experiments.command import plan
+from llqr_experiments.command import forecast
 from llqr_experiments.data.variants import cifar_augmentation
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.layout import Layout, Share, arrange
@@ -149,13 +149,13 @@ def test_sequences_have_the_numbers_of_one_device(tmp_path, kind):
         assert said[0] == said[1]
 
 
-def test_a_plan_says_what_each_device_holds(capsys):
+def test_a_forecast_says_what_each_device_holds(capsys):
     """For a mesh that need not be there."""
     options = ("architecture.hidden=[256,256]", "block_structure=kfac", "plan_memory=false")
     options = ("experiment=quick-local-test", *options)
-    plan.show(support.config(*options))
+    forecast.show(support.config(*options))
     assert "per device" not in capsys.readouterr().out
-    plan.show(support.config(*options, "mesh.fsdp=8"))
+    forecast.show(support.config(*options, "mesh.fsdp=8"))
     said = " ".join(capsys.readouterr().out.split())
     assert "devices 8: data 1 x fsdp 8 x tensor 1" in said
     # Matrices in eight parts and whole biases; five sides in parts, one of 10 x 10 that eight

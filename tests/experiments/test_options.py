@@ -9,8 +9,8 @@ import pytest
 
 import llqr
 from llqr_experiments.config import build
-from llqr_experiments.config.option import accepted, become, options
 from llqr_experiments.config.options import Config
+from llqr_experiments.config.row import accepted, become, rows
 from llqr_experiments.data import translation
 from llqr_experiments.data.kinds import KINDS
 from llqr_experiments.models.decoding import Rules
@@ -36,7 +36,7 @@ OWNERS = {
     "rules": names(Rules),
     "bucketing": names(translation.Bucketing),
 }
-ROWS = [(name, row) for name, row, _ in options(Config) if row.metadata.get("becomes")]
+ROWS = [(name, row) for name, row, _ in rows(Config) if row.metadata.get("becomes")]
 
 
 def test_what_an_option_becomes_is_there():
@@ -139,10 +139,10 @@ def test_every_option_is_read():
     )
     by_name = {f"dataset.{name}" for kind in KINDS.values() for name in kind.options}
     by_name |= {name for name, _ in ROWS} | ONE_VALUE | SIZES_SAY_IT
-    for name, row, _ in options(Config):
+    for name, row, _ in rows(Config):
         whole = name.startswith("architecture.") or "meaning" not in row.metadata
         if name not in by_name and not whole:
             assert re.search(rf"\.{name.rpartition('.')[2]}\b", text), f"nothing reads {name}"
-    for name, row, _ in options(Config):
+    for name, row, _ in rows(Config):
         if name in ONE_VALUE:
             assert len(row.metadata["choices"]) == 1

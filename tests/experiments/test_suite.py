@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from benchmarks.suite import (
+    agenda,
     diagnosis,
     methods,
     pace,
-    plan,
     plots,
     protocol,
     runner,
@@ -67,10 +67,10 @@ def test_every_method_declares_a_search_of_the_same_size(method):
 def tune(tier, method, loss):
     """Tune by a loss of (rate, alternative); return what is chosen, and how many were tried."""
     found = {}
-    while (due := plan.next_tuning(tier, method, "train", found.get)) is not None:
+    while (due := agenda.next_tuning(tier, method, "train", found.get)) is not None:
         value = loss(due.rate, due.alternative)
         found[due] = {"columns": {"train": [1.0, value if math.isfinite(value) else None]}}
-    return plan.best(tier, method, "train", found.get), len(found)
+    return agenda.best(tier, method, "train", found.get), len(found)
 
 
 METHOD = Method("m", lambda workload: None, 0.1, {}, ({"a": 1}, {"a": 2}, {"a": 3}))
@@ -98,7 +98,7 @@ def test_rates_go_on_beyond_an_end_and_refine_within(ideal):
     assert tried == len(found) == 7
     assert chosen.rate == min(found, key=lambda rate: found[rate])
     # A grid from 0.01 to 1 and two steps of half a decade more on either side.
-    edge = plan.at_the_edge(found, chosen)
+    edge = agenda.at_the_edge(found, chosen)
     assert edge == (not 0.003 < ideal < 3)
     apart = abs(math.log10(chosen.rate / ideal))
     if not edge:
@@ -115,7 +115,7 @@ def test_where_all_diverge_smaller_rates_are_tried():
 
 def test_what_is_compared_never_saw_the_tuning_seed():
     get = {Setting(0.1, protocol.TUNING_SEED): {"columns": {"train": [1.0, 0.5]}}}.get
-    seeds = [s.seed for s in plan.compared(FULL, METHOD, "train", get)]
+    seeds = [s.seed for s in agenda.compared(FULL, METHOD, "train", get)]
     assert seeds == list(range(10))
     assert protocol.TUNING_SEED not in seeds
 

@@ -23,7 +23,7 @@ from llqr_experiments.config.groups import (
     TranslationEval,
 )
 from llqr_experiments.config.names import DIVERGENCES, GRAFTS, PROBES, SOLVERS, STRUCTURES
-from llqr_experiments.config.option import check, option, options
+from llqr_experiments.config.row import check, option, rows
 from llqr_experiments.config.schedulers import check_scheduler
 from llqr_experiments.errors import ConfigError
 
@@ -154,7 +154,7 @@ class Config:
 
     # how a run is started
     smoke: bool = option(False, "the same run, shrunk to a few steps on embedded data")
-    dry_run: bool = option(False, "print the plan of the run, and end")
+    dry_run: bool = option(False, "say what the run would do and cost, and end")
     plan_memory: bool = option(
         True,
         "dry_run compiles a refit to say what it holds in memory, a minute for large models; smoke "
@@ -459,7 +459,7 @@ class Config:
     def __post_init__(self) -> None:
         for group in SCHEDULERS:
             check_scheduler(group, getattr(self, group))
-        for name, row, value in options(self):
+        for name, row, value in rows(self):
             if name not in SCHEDULERS:
                 if is_dataclass(row.type):  # a group set to null
                     raise ConfigError(f"{name}=null: a group has options, and cannot be null.")

@@ -19,7 +19,7 @@ from llqr_experiments.record.clock import Clock
 from llqr_experiments.record.console import Display, counts, shown
 from llqr_experiments.record.trackers import Trackers
 from llqr_experiments.run import phases
-from llqr_experiments.run.job import Run, batches, prepare, refits_in_words, title
+from llqr_experiments.run.job import Job, batches, prepare, refits_in_words, title
 from llqr_experiments.run.origin import origin
 from llqr_experiments.run.preemption import Interrupts
 from llqr_experiments.run.session import Desk, Session, begin, checkpoint, checkpoints_of
@@ -155,7 +155,7 @@ def train_step(
     return state, sums
 
 
-def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:
+def _loop(job: Job, session: Session, desk: Desk) -> dict[str, float]:
     """Steps up to the last index, which only evaluates; returns the final metrics."""
     config, ascent, clock = job.config, job.recipe.ascent, desk.clock
     final: dict[str, float] = {}
@@ -194,7 +194,7 @@ def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:
     return final
 
 
-def _announce(job: Run, display: Display) -> None:
+def _announce(job: Job, display: Display) -> None:
     """Say what is about to happen."""
     config, size = job.config, sum(x.size for x in jax.tree.leaves(job.task.params))
     display.say(
@@ -235,7 +235,7 @@ def _describe_ascent(config: Config, ascent: build.Ascent) -> str:
     )
 
 
-def _results(job: Run, session: Session, final: dict[str, float]) -> dict[str, str]:
+def _results(job: Job, session: Session, final: dict[str, float]) -> dict[str, str]:
     """Rows of the closing table."""
     splits = [name for name in job.task.material.sizes if name != "train"] + ["train_eval"]
     found = {

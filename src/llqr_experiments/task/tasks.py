@@ -159,7 +159,7 @@ METRICS_OF_NUMBERS = ("gaussian", "gauss_newton", "newton")
 
 
 def wide(config: Config) -> AbstractContextManager[Any]:
-    """Return the context that a run in float64 is made, planned and measured in."""
+    """Return the context that a run in float64 is made, forecast and measured in."""
     return jax.enable_x64(True) if config.precision == "float64" else nullcontext()
 
 

@@ -45,13 +45,13 @@ def option(default: T, meaning: str, *, becomes: str | tuple[str, ...] = (), **r
     return field(default=default, metadata=metadata)
 
 
-def options(config: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+def rows(config: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
     """Yield (full name, dataclass field, value) of every leaf option, or of a config class."""
     for row in fields(config):
         value = getattr(config, row.name, None)
         nested = row.default_factory if isinstance(config, type) else value
         if is_dataclass(nested):
-            yield from options(nested, f"{row.name}.")
+            yield from rows(nested, f"{row.name}.")
         else:
             yield prefix + row.name, row, value
 
@@ -67,7 +67,7 @@ def become(
       schedule: (group, value) -> the schedule of that group around the value.
     """
     found: dict[str, Any] = {}
-    for _, row, value in options(config):
+    for _, row, value in rows(config):
         for path in row.metadata.get("becomes", ()):
             of, _, name = path.partition(".")
             if of != owner:

@@ -15,7 +15,7 @@ from llqr_experiments.command import memory
 from llqr_experiments.config import advice, build
 from llqr_experiments.config.options import Config
 from llqr_experiments.record.console import counts
-from llqr_experiments.run.job import Run, batches, prepare, refits_in_words
+from llqr_experiments.run.job import Job, batches, prepare, refits_in_words
 from llqr_experiments.run.step import TrainState, init, shardings
 from llqr_experiments.study import comparison
 from llqr_experiments.task import tasks
@@ -29,11 +29,11 @@ PULL_BACK = 2 / 3
 
 
 def show(config: Config) -> None:
-    """Print the plan of a run.
+    """Print what a run would do.
 
     Raises:
       ConfigError: an illegal option.
-      DataError: the data cannot be used: the plan needs their number and shape.
+      DataError: the data cannot be used: a forecast needs their number and shape.
     """
     console = Console(highlight=False)
     if config.toy.name:
@@ -55,10 +55,10 @@ def show(config: Config) -> None:
 
 def _show_run(config: Config, console: Console) -> None:
     with tasks.wide(config):
-        _show(prepare(config, planned=True), console)
+        _show(prepare(config, abstract=True), console)
 
 
-def _show(job: Run, console: Console) -> None:
+def _show(job: Job, console: Console) -> None:
     config = job.config
     state = jax.eval_shape(
         lambda model: init(job.recipe, *model), (job.task.params, job.task.statistics)
@@ -78,7 +78,7 @@ def _show(job: Run, console: Console) -> None:
         console.print(f"\n{job.blocks}", soft_wrap=True)
 
 
-def _rows(job: Run, state: TrainState) -> Iterable[tuple[str, str]]:
+def _rows(job: Job, state: TrainState) -> Iterable[tuple[str, str]]:
     config, ascent = job.config, job.recipe.ascent
     size = sum(x.size for x in jax.tree.leaves(job.task.params))
     yield "model", f"{config.architecture.name}, {size:,} parameters, {config.precision}"
@@ -139,13 +139,13 @@ def _rows(job: Run, state: TrainState) -> Iterable[tuple[str, str]]:
     yield "overhead", _overhead(job, gradients)
 
 
-def _refit_batch(job: Run) -> dict[str, jax.ShapeDtypeStruct]:
+def _refit_batch(job: Job) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a refit batch."""
     with closing(job.task.material.streams.refits(job.config)) as refits:
         return jax.eval_shape(lambda x: x, next(refits))
 
 
-def _refit_memory(job: Run, state: TrainState) -> str:
+def _refit_memory(job: Job, state: TrainState) -> str:
     config, like = job.config, (_refit_batch(job), state.statistics)
     if config.multibatch_training:  # as many of them as inner steps, on a first axis
         many = (config.precond_steps,)
@@ -162,7 +162,7 @@ def _refit_memory(job: Run, state: TrainState) -> str:
     return told
 
 
-def _overhead(job: Run, gradients: float) -> str:
+def _overhead(job: Job, gradients: float) -> str:
     """What P costs, in gradients of the training batch: an estimate."""
     config = job.config
     if config.precond_streaming:
@@ -182,7 +182,7 @@ def _overhead(job: Run, gradients: float) -> str:
     )
 
 
-def _streaming_overhead(job: Run, gradients: float) -> str:
+def _streaming_overhead(job: Job, gradients: float) -> str:
     """The same for streaming refits: a probe is a pull-back, two of a gradient's three sweeps."""
     training = _gradient_flops(job, job.task.material.streams.shapes(job.config))
     probes = (
@@ -201,7 +201,7 @@ def _streaming_overhead(job: Run, gradients: float) -> str:
     return f"{told}; moments and products with P about {share:.1f} % (estimates, not times)"
 
 
-def _gradient_flops(job: Run, shapes: dict[str, jax.ShapeDtypeStruct]) -> float:
+def _gradient_flops(job: Job, shapes: dict[str, jax.ShapeDtypeStruct]) -> float:
     """Floating-point operations of one gradient on a batch, as XLA counts them."""
     objective = tasks.bound(job.task, shapes, job.task.statistics)
     lowered = jax.jit(lambda p, o: jax.grad(o)(p)).lower(job.task.params, objective)
