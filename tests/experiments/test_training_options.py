@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 
 import llqr
 from llqr_experiments.command import cli, forecast, memory, reference, sweep
-from llqr_experiments.config import options
+from llqr_experiments.config.options import Config
+from llqr_experiments.config.row import rows
 from llqr_experiments.errors import ConfigError, DataError
 from llqr_experiments.run import train
 from llqr_experiments.run.checkpoint import Checkpoints
@@ -395,5 +396,5 @@ translation_eval.checkpoint_metric translation_eval.maximize_checkpoint_metric
 
 
 def test_every_option_of_the_guide_is_there():
-    names = {name for name, _, _ in options.options(options.Config)}
+    names = {name for name, _, _ in rows(Config)}
     assert [name for name in GUIDE.split() if name not in names] == []

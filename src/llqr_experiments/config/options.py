@@ -1,9 +1,10 @@
 """Every option of a run: its name, default, meaning, legal values and what it becomes.
 
-The dataclasses here and in groups.py are Hydra's schema and the only place where a default is
-written; `configs/` holds the presets, which override them. Option names are those of the LLQR
-papers' guide, flat, so that its commands run verbatim. A row that becomes a field of
-`llqr.Refit`, `llqr.Route` and the like says so, and build.py asks for it by that name.
+The dataclasses here and in groups.py are Hydra's schema and the only place of the runner where a
+default is written; `configs/` holds the presets, which override them. Option names are those of
+the LLQR papers' guide, flat, so that its commands run verbatim. A row that becomes a field of
+`llqr.Refit`, `llqr.Route` and the like says so, and build.py asks for it by that name. What the
+library writes too (help is told without importing it), tests compare: defaults and choices.
 """
 
 import os
