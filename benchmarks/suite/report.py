@@ -1,10 +1,8 @@
 """The page that a person reads, and its pictures."""
 
-import json
 from pathlib import Path
-from typing import Any
 
-from . import diagnosis, plots, tables
+from . import diagnosis, plots, store, tables
 from .methods import METHODS
 from .methods.method import Method
 from .protocol import LEVEL, PENALTY, Tier
@@ -123,8 +121,6 @@ def _workload(result: Result, folder: Path) -> list[str]:
         tables.costs(result, "gradients"),
         tables.costs(result, "seconds"),
     ]
-    path = folder / result.name / diagnosis.NAME
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
+    if found := store.read(folder, result.name).get(diagnosis.SECTION):
         parts += ["Why:", diagnosis.told(found)]
     return parts

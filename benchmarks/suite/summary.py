@@ -1,6 +1,5 @@
 """What a report needs of the results: targets of each workload, runs of each method."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping
@@ -8,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import agenda, pace, targets
+from . import agenda, pace, store, targets
 from .methods.method import Method
 from .protocol import TUNING_SEED, Tier
 from .statistics import cost, geometric_mean, penalised
-from .store import Setting, slug
+from .store import Setting
 
 REFERENCE = "AdamW"
 """Costs are told by those of this method."""
@@ -121,11 +120,10 @@ def read(folder: Path, name: str, methods: list[Method], tier: Tier) -> Result |
     fixed = targets.read(folder, name)
     if fixed is None:
         return None
-    entries = {}
+    kept, entries = store.read(folder, name).get(store.METHODS, {}), {}
     for method in methods:
-        path = folder / name / f"{slug(method.name)}.json"
-        if path.exists():
-            entry = _entry(json.loads(path.read_text()), method, tier, fixed["measure"])
+        if method.name in kept:
+            entry = _entry(kept[method.name], method, tier, fixed["measure"])
             if len(entry.runs) == tier.seeds:
                 entries[method.name] = entry
     return Result(name, fixed, _beside(entries, pace.read(folder, name))) if entries else None
