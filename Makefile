@@ -4,7 +4,7 @@ RUN = uv run --no-sync
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-check: format lint types layers test docs  ## Everything that CI runs
+check: format lint types layers test docs  ## What CI runs on Python 3.11; it adds tests on 3.12 (.ci/run)
 
 format:  ## Formatting is as ruff wants it
 	$(RUN) ruff format --check

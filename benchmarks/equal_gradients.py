@@ -11,7 +11,6 @@ ten fresh seeds in place of five. Trials are kept in benchmarks/results/equal_gr
 """
 
 import argparse
-import shutil
 import statistics
 import sys
 from dataclasses import replace
@@ -54,11 +53,13 @@ def run(name: str) -> None:
     """Run what is due of a workload, in this process; the suite's trials count."""
     jax.config.update("jax_enable_x64", name in workloads.FLOAT64)
     workload = workloads.load(name)
-    (FOLDER / name).mkdir(parents=True, exist_ok=True)
-    kept = (targets.NAME, *(f"{store.slug(m.name)}.json" for m in methods.choose(RIVALS)))
-    for file in kept:
-        if not (FOLDER / name / file).exists():
-            shutil.copy(store.RESULTS / name / file, FOLDER / name)
+    suite, own = store.read(store.RESULTS, name), store.read(FOLDER, name)
+    if targets.SECTION not in own:
+        store.keep(FOLDER, name, targets.SECTION, value=suite[targets.SECTION])
+    for method in methods.choose(RIVALS):
+        if method.name not in own.get(store.METHODS, {}):
+            kept = suite[store.METHODS][method.name]
+            store.keep(FOLDER, name, store.METHODS, method.name, value=kept)
     runner.run(workload, compared(workload), TIER, FOLDER, command=runner.typed())
 
 

@@ -2,7 +2,7 @@
 
     uv run python benchmarks/state_bytes.py           # the table of docs/scale.md
 
-The devices are along `fsdp`, and lie as in the runner (`llqr_experiments.devices`). P of the
+The devices are along `fsdp`, and lie as in the runner (`llqr_experiments.layout`). P of the
 published refits; streaming adds the momentum, second moments and the sides' statistics, which its
 rows count too.
 """
@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh
 from reporting import show
 
 import llqr
-from llqr_experiments.devices import AXES, Layout
+from llqr_experiments.layout import AXES, Layout
 
 GIBIBYTE = 2**30
 Shapes = dict[str, tuple[int, ...]]

@@ -9,7 +9,6 @@ of AdamW, for the variants and for what the suite has, over the workloads that a
 """
 
 import argparse
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -45,8 +44,8 @@ def _variants() -> list[Method]:
 def run(name: str) -> None:
     """Run all variants on a workload, in this process."""
     jax.config.update("jax_enable_x64", name in workloads.FLOAT64)
-    (FOLDER / name).mkdir(parents=True, exist_ok=True)
-    shutil.copy(store.RESULTS / name / targets.NAME, FOLDER / name)
+    fixed = store.read(store.RESULTS, name)[targets.SECTION]
+    store.keep(FOLDER, name, targets.SECTION, value=fixed)
     runner.run(
         workloads.load(name), _variants(), protocol.TIERS["quick"], FOLDER, command=runner.typed()
     )

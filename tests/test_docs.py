@@ -11,7 +11,7 @@ import pytest
 import llqr
 from llqr_experiments.command import cli
 from tests.experiments import support
-from tools import crosslinks, gallery
+from tools import crosslinks, drawn
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,18 +29,20 @@ def test_python_blocks_run(page, capsys):
         assert "objective" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", gallery.pages(), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", drawn.pages(), ids=lambda page: page.stem)
 def test_gallery(page):
     """The page runs, and shows the picture that it draws and no other."""
-    drawn = {picture.name for picture in gallery.run(page).glob("*.png")}
-    assert drawn == {f"{page.stem}.png"}
-    assert set(re.findall(r"\]\((.*?\.png)\)", page.read_text())) == drawn
+    found = {picture.name for picture in drawn.run(page).glob("*.png")}
+    assert found == {f"{page.stem}.png"}
+    assert set(re.findall(r"\]\((.*?\.png)\)", page.read_text())) == found
 
 
 def test_pictures_of_the_gallery_belong_to_their_code():
-    text = gallery.pages()[0].read_text()
-    assert gallery.key(text) == gallery.key(text.replace("# ", "# About ", 1))  # prose
-    assert gallery.key(text) != gallery.key(text.replace("import jax\n", "import jax  # now\n", 1))
+    text = drawn.pages()[0].read_text()
+    assert drawn.key_of_page(text) == drawn.key_of_page(text.replace("# ", "# About ", 1))  # prose
+    assert drawn.key_of_page(text) != drawn.key_of_page(
+        text.replace("import jax\n", "import jax  # now\n", 1)
+    )
 
 
 def test_readme_commands_exist():

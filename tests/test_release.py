@@ -1,5 +1,6 @@
 """What is released: one version everywhere, a wheel that needs jax, optax and jaxtyping alone."""
 
+import json
 import re
 import subprocess
 import tarfile
@@ -8,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tools import pictures
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -28,6 +31,12 @@ def test_the_declared_ranges_are_those_that_are_written_down():
     line = f"Python 3.11 to 3.13, JAX {first} to 0.{int(last) - 1}"
     for page in ("README.md", "docs/index.md", "CONTRIBUTING.md"):
         assert line in (ROOT / page).read_text(), page
+
+
+def test_pictures_are_committed_at_a_release_only():
+    """Mend it with `python -m tools.pictures`, which does it once for a version."""
+    noted = json.loads(pictures.NOTED.read_text())
+    assert noted == {"version": PROJECT["version"], "sha256": pictures.checksums()}
 
 
 @pytest.mark.slow

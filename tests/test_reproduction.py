@@ -1,4 +1,4 @@
-"""Every command of REPRODUCTION.md composes, is legal, and shows a plan in small."""
+"""Every command of REPRODUCTION.md composes, is legal, and shows a forecast in small."""
 
 import importlib
 import importlib.util
@@ -127,7 +127,7 @@ def test_a_wrong_command_would_be_found(word, wrong, error):
         check(tuple(wrong if x == word else x for x in CIFAR))
 
 
-def show_plan(run: tuple[str, ...], out: Path, said: pytest.CaptureFixture[str]) -> None:
+def show_forecast(run: tuple[str, ...], out: Path, said: pytest.CaptureFixture[str]) -> None:
     """Run a command with smoke=true dry_run=true, in this process."""
     config = support.config(*run, "smoke=true", "dry_run=true", "logging.aim=false")
     cli.execute(OmegaConf.structured(config), out)
@@ -141,9 +141,9 @@ FAST = ("quick-local-test", "grokking", "char-lm", "transformer-iwslt14-de-en", 
 
 
 @pytest.mark.parametrize("preset", FAST)
-def test_a_command_of_each_kind_has_a_plan_in_small(preset, tmp_path, capsys):
+def test_a_command_of_each_kind_has_a_forecast_in_small(preset, tmp_path, capsys):
     run = next(run for run in RUNS if f"experiment={preset}" in run)
-    show_plan(run, tmp_path, capsys)
+    show_forecast(run, tmp_path, capsys)
 
 
 def test_the_size_of_gpt2_is_as_told():
@@ -156,15 +156,15 @@ def test_the_size_of_gpt2_is_as_told():
 
 
 PLANNED: set[str] = set()
-"""What had a plan before: many runs are the same in small, as those of both CIFAR sets are."""
+"""What had a forecast before: many runs are the same in small, as those of both CIFAR sets are."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids=" ".join)
-def test_every_command_has_a_plan_in_small(run, tmp_path, capsys):
+def test_every_command_has_a_forecast_in_small(run, tmp_path, capsys):
     small = repr(run_folder.options(shrink(support.config(*run))))
     if small not in PLANNED:
-        show_plan(run, tmp_path, capsys)
+        show_forecast(run, tmp_path, capsys)
     PLANNED.add(small)
 
 

@@ -9,8 +9,8 @@
   methods/     what trains it
   engine       an optimizer as the loop sees it: start, steps of some kinds, what each costs
   training     compiles an engine, runs one trial
-  plan         which trials are due
-  store        results on disk, a file for each workload and method
+  agenda       which trials are due
+  store        results on disk, a file for each workload
   targets      the losses to reach, fixed from the baselines
   runner       runs what is due, interleaved, a process of one core for each workload
   statistics   times to targets, intervals, profiles, wins

@@ -1,4 +1,4 @@
-"""The command: run, report, pace, diagnose."""
+"""The command: run, report, draw, pace, diagnose."""
 
 import argparse
 import os
@@ -10,11 +10,12 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.suite", description="Optimizers side by side."
     )
-    parser.add_argument("action", choices=("run", "report", "pace", "diagnose"))
+    parser.add_argument("action", choices=("run", "report", "draw", "pace", "diagnose"))
     parser.add_argument("workloads", nargs="*", help="all of them, if none is named")
     parser.add_argument("--tier", default="quick", help="smoke, quick or full")
     parser.add_argument("--methods", default="", help="names between commas; all, if none is named")
     parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--into", type=Path, help="folder that pictures are drawn in")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)),
                         help="workloads at a time, one core each")  # fmt: skip
     parser.add_argument("--core", type=int, help=argparse.SUPPRESS)  # of a child
@@ -55,6 +56,10 @@ def main() -> None:
         from . import report
 
         report.write(names, chosen, tier, folder)
+    elif given.action == "draw":
+        from . import report
+
+        report.draw(names, chosen, tier, folder, given.into or folder / "images")
     elif given.action == "pace":
         from . import pace
 

@@ -25,7 +25,7 @@ from .protocol import multiplier
 from .training import compiled
 from .workloads.problem import Workload
 
-NAME = "diagnosis.json"
+SECTION = "diagnosis"
 ROWS = 64
 DAMPING = 1e-3
 """In units of the largest curvature."""
@@ -135,5 +135,5 @@ def write(names: list[str], folder: Path) -> None:
         if name in workloads.FLOAT64:
             jax.config.update("jax_enable_x64", True)
         found = diagnose(workloads.load(name))
-        store.write(folder / name / NAME, found)
+        store.keep(folder, name, SECTION, value=found)
         print(f"{name}\n{told(found)}", flush=True)

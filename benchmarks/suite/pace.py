@@ -4,7 +4,6 @@ What else runs on a machine, and which machine it is, then meets all of them ali
 trials do not have that: they come from many days.
 """
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from .methods.method import Method
 from .training import Program, compiled
 from .workloads.problem import Workload
 
-NAME = "pace.json"
+SECTION = "pace"
 METHODS = "AdamW,SGD Nesterov,NadamW,schedule-free AdamW,Muon,SOAP,LLQR streaming"
 """Measured if none is named."""
 STEP, COMPILATION = "milliseconds of a step", "seconds of compilation"
@@ -89,11 +88,10 @@ def write(names: list[str], methods: list[Method], folder: Path, command: str) -
         first = {who: found.program.compilation for who, found in taken.items()}
         print(f"{name}: {', '.join(f'{who} {ms:.3g} ms' for who, ms in steps.items())}", flush=True)
         kept = {"environment": environment(command=command), STEP: steps, COMPILATION: first}
-        store.write(folder / name / NAME, kept)
+        store.keep(folder, name, SECTION, value=kept)
 
 
 def read(folder: Path, name: str) -> dict[str, dict[str, float]]:
     """Return what was measured, `STEP` and `COMPILATION`: method -> value, for some methods."""
-    path = folder / name / NAME
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = store.read(folder, name).get(SECTION, {})
     return {what: found.get(what, {}) for what in (STEP, COMPILATION)}

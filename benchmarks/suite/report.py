@@ -1,10 +1,8 @@
-"""The page that a person reads, and its pictures."""
+"""The page that a person reads, and its pictures: those of the documentation are drawn with it."""
 
-import json
 from pathlib import Path
-from typing import Any
 
-from . import diagnosis, plots, tables
+from . import diagnosis, plots, store, tables
 from .methods import METHODS
 from .methods.method import Method
 from .protocol import LEVEL, PENALTY, Tier
@@ -15,33 +13,51 @@ DOCS = Path(__file__).parents[2] / "docs"
 OURS = "LLQR streaming"
 NAMES = {"smoke": "benchmark-results", "quick": "benchmark-results", "full": "benchmark-full"}
 """Of the page, by tier."""
+IMAGES = {"quick": "images/suite", "full": "images/suite/full"}
+"""Where the documentation has its pictures, by tier."""
 
 
 def write(names: list[str], methods: list[Method], tier: Tier, folder: Path) -> Path | None:
     """Write the report of what is there.
 
-    For results that are kept, the page goes into the documentation; for others beside them.
+    For results that are kept, the page goes into the documentation, whose pictures are drawn when
+    it is built; for others beside them, with its pictures.
 
     Returns:
       The page, None if there is nothing to report.
     """
+    results = _read(names, methods, tier, folder)
+    if not results:
+        return None
+    kept = tier.shorter == 1 and folder.resolve().is_relative_to(DOCS.parent)
+    place, images = (DOCS, IMAGES[tier.name]) if kept else (folder, "images")
+    if not kept:
+        _draw(results, tier, folder / images)
+    path = place / f"{NAMES[tier.name]}.md"
+    path.write_text(page(results, tier, folder, images))
+    print(f"written to {path}")
+    return path
+
+
+def draw(names: list[str], methods: list[Method], tier: Tier, folder: Path, images: Path) -> None:
+    """Draw the pictures of the report of what is there."""
+    if results := _read(names, methods, tier, folder):
+        _draw(results, tier, images)
+
+
+def _read(names: list[str], methods: list[Method], tier: Tier, folder: Path) -> list[Result]:
     results = [found for name in names if (found := read(folder, name, methods, tier))]
     if not results:
         print(f"nothing to report in {folder}: run first.")
-        return None
-    kept = tier.shorter == 1 and folder.resolve().is_relative_to(DOCS.parent)
-    place, images = (DOCS, DOCS / "images" / "suite") if kept else (folder, folder / "images")
+    return results
+
+
+def _draw(results: list[Result], tier: Tier, images: Path) -> None:
     if tier.name != "full":
         plots.first_page(results, images / "first-page.png")
-    name = f"{NAMES[tier.name]}.md"
-    images = images / "full" if tier.name == "full" else images
     plots.profiles(results, images / "profiles.png")
     plots.curves(results, images / "curves.png")
     plots.sensitivity(results, images / "rates.png")
-    path = place / name
-    path.write_text(page(results, tier, folder, str(images.relative_to(place))))
-    print(f"written to {path}")
-    return path
 
 
 def page(results: list[Result], tier: Tier, folder: Path, images: str) -> str:
@@ -123,8 +139,6 @@ def _workload(result: Result, folder: Path) -> list[str]:
         tables.costs(result, "gradients"),
         tables.costs(result, "seconds"),
     ]
-    path = folder / result.name / diagnosis.NAME
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
+    if found := store.read(folder, result.name).get(diagnosis.SECTION):
         parts += ["Why:", diagnosis.told(found)]
     return parts

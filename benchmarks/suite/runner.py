@@ -5,18 +5,15 @@ is tuned, and then every method runs seed after seed. In each of these stages th
 turns, A B C A B C, so that what else runs on the machine meets all of them alike.
 """
 
-import fcntl
 import os
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from . import plan, targets, workloads
+from . import agenda, store, targets, workloads
 from .environment import environment
 from .methods import suited
 from .methods.method import Method
@@ -26,18 +23,6 @@ from .training import Program, compiled, trial
 from .workloads.problem import Workload
 
 Say = Callable[[str], None]
-
-
-@contextmanager
-def _held(folder: Path) -> Any:
-    """One process at a time in a workload's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RuntimeError(f"another process runs in {folder}: wait for it.") from None
-        yield
 
 
 def run(
@@ -60,21 +45,21 @@ def run(
       command: as typed, for the results.
 
     Raises:
-      RuntimeError: another process runs in the folder; or targets cannot be fixed.
+      RuntimeError: another process runs it in the folder; or targets cannot be fixed.
     """
     chosen = suited(methods, workload)
-    with _held(folder / workload.name):
+    with store.alone(folder, workload.name):
         trials = {method: Trials(folder, workload, method) for method in chosen}
         for method, of in trials.items():
             if of.dropped:
                 say(f"{workload.name}, {method.name}: settings have changed, {of.dropped} void")
         bench = _Bench(workload, tier, trials, say, command)
-        bench.in_turns(plan.next_tuning, [m for m in chosen if not m.ours])
+        bench.in_turns(agenda.next_tuning, [m for m in chosen if not m.ours])
         if not targets.read(folder, workload.name):
             fixed = targets.fix(folder, workload, tier, trials)
             say(f"{workload.name}: targets {fixed['targets']}, from {fixed['method']}")
-        bench.in_turns(plan.next_tuning, [m for m in chosen if m.ours])
-        bench.in_turns(plan.next_run, chosen)
+        bench.in_turns(agenda.next_tuning, [m for m in chosen if m.ours])
+        bench.in_turns(agenda.next_run, chosen)
 
 
 class _Bench:

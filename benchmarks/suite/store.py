@@ -1,13 +1,21 @@
-"""Results on disk: a file for each workload and method, replaced as a whole after every trial.
+"""Results on disk: a file for each workload, FOLDER/<workload>.json, replaced as a whole.
 
-    FOLDER/<workload>/<method>.json     settings, environments, trials
-    FOLDER/<workload>/targets.json      the losses to reach, see `targets`
+  section     what is in it
+  targets     the losses to reach, see `targets`
+  methods     name -> settings, environments, trials, one a line, see `Trials`
+  pace        milliseconds of a step, see `pace`
+  diagnosis   see `diagnosis`
 
-A process that is killed at any instant leaves whole files behind, and the next call goes on.
+Tiers share it: what was run for one is a part of a finer one. A process that is killed at any
+instant leaves a whole file behind, and the next call goes on. Several may write: each changes its
+own part of what is on disk then, and leaves the others' as they are.
 """
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +24,8 @@ from .methods.method import Method
 from .workloads.problem import Workload
 
 RESULTS = Path(__file__).parent.parent / "results" / "suite"
+METHODS = "methods"
+"""The section of trials."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +43,78 @@ class Setting:
     alternative: int | None = None
 
 
-def write(path: Path, record: Any) -> None:
-    """Write JSON so that the file is the old one or the new one, never half of it."""
+def place(folder: Path, workload: str) -> Path:
+    """Return the file of a workload."""
+    return folder / f"{workload}.json"
+
+
+def read(folder: Path, workload: str) -> dict[str, Any]:
+    """Return what is kept of a workload, by section; nothing, if nothing is."""
+    path = place(folder, workload)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def keep(folder: Path, workload: str, *part: str, value: Any) -> None:
+    """Replace one part of what is kept of a workload.
+
+    The file is the old one or the new one, never half of it.
+
+    Args:
+      folder: of the results.
+      workload: its name.
+      *part: the section, and what in it.
+      value: plain data.
+    """
+    with _locked(folder / f".{workload}.write", fcntl.LOCK_EX):
+        record = around = read(folder, workload)
+        for name in part[:-1]:
+            around = around.setdefault(name, {})
+        around[part[-1]] = value
+        path = place(folder, workload)
+        new = path.with_suffix(f".{os.getpid()}.new")
+        new.write_text(_text(record, _LINES) + "\n")
+        os.replace(new, path)
+
+
+@contextmanager
+def alone(folder: Path, workload: str) -> Iterator[None]:
+    """One process at a time runs a workload.
+
+    Raises:
+      RuntimeError: another one does.
+    """
+    with ExitStack() as stack:
+        try:
+            path = folder / f".{workload}.run"
+            stack.enter_context(_locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        except BlockingIOError:
+            told = f"another process runs {workload} in {folder}: wait for it."
+            raise RuntimeError(told) from None
+        yield
+
+
+@contextmanager
+def _locked(path: Path, how: int) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(f".{os.getpid()}.new")
-    new.write_text(json.dumps(record, indent=None, separators=(",", ":")) + "\n")
-    os.replace(new, path)
+    with path.open("w") as file:
+        fcntl.flock(file, how)
+        yield
+
+
+_LINES = 4
+"""Levels that are broken into lines: file, methods, one method, its trials."""
+
+
+def _text(value: Any, lines: int) -> str:
+    """JSON, its outer levels in lines: one more trial is one more line."""
+    if lines and value and isinstance(value, dict):
+        rows = (
+            f"{json.dumps(str(name))}:{_text(inner, lines - 1)}" for name, inner in value.items()
+        )
+        return "{\n" + ",\n".join(rows) + "\n}"
+    if lines and value and isinstance(value, list):
+        return "[\n" + ",\n".join(_text(inner, lines - 1) for inner in value) + "\n]"
+    return json.dumps(value, separators=(",", ":"))
 
 
 def described(workload: Workload, method: Method) -> dict[str, Any]:
@@ -65,28 +141,20 @@ class Trials:
     """The trials of one method on one workload.
 
     Attributes:
-      path: of the file.
-      record: its content.
-      dropped: trials of other settings that the file held: they are not used, and are gone once
+      record: settings, environments, trials.
+      dropped: trials of other settings that were kept: they are not used, and are gone once
         something is added.
     """
 
     def __init__(self, folder: Path, workload: Workload, method: Method):
-        self.path = folder / workload.name / f"{slug(method.name)}.json"
+        self._place = folder, workload.name, METHODS, method.name
         self.dropped, settings = 0, described(workload, method)
-        self.record: dict[str, Any] = {
-            "workload": workload.name,
-            "method": method.name,
-            "settings": settings,
-            "environments": [],
-            "trials": [],
-        }
-        if self.path.exists():
-            found = json.loads(self.path.read_text())
-            if found["settings"] == settings:
-                self.record = found
-            else:
-                self.dropped = len(found["trials"])
+        self.record: dict[str, Any] = {"settings": settings, "environments": [], "trials": []}
+        found = read(folder, workload.name).get(METHODS, {}).get(method.name, self.record)
+        if found["settings"] == settings:
+            self.record = found
+        else:
+            self.dropped = len(found["trials"])
 
     def get(self, setting: Setting) -> dict[str, Any] | None:
         """Return a trial, None if it has not been run."""
@@ -102,13 +170,4 @@ class Trials:
             known.append(environment)
         trial = {**vars(setting), "environment": known.index(environment), **found}
         self.record["trials"].append(trial)
-        write(self.path, self.record)
-
-
-def slug(name: str) -> str:
-    """Return a name for a file.
-
-    >>> slug("LLQR streaming")
-    'llqr-streaming'
-    """
-    return name.lower().replace(" ", "-")
+        keep(*self._place, value=self.record)

@@ -1,6 +1,5 @@
 """What a report needs of the results: targets of each workload, runs of each method."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping
@@ -8,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import pace, plan, targets
+from . import agenda, pace, store, targets
 from .methods.method import Method
 from .protocol import TUNING_SEED, Tier
 from .statistics import cost, geometric_mean, penalised
-from .store import Setting, slug
+from .store import Setting
 
 REFERENCE = "AdamW"
 """Costs are told by those of this method."""
@@ -79,7 +78,7 @@ class Result:
     def ends(self, name: str) -> dict[int, float]:
         """Return seed -> loss at the end of a method's runs."""
         runs = self.entries[name].runs
-        return {seed: plan.final(trial, self.measure) for seed, trial in runs.items()}
+        return {seed: agenda.final(trial, self.measure) for seed, trial in runs.items()}
 
     def costs(self, name: str, target: str, axis: str) -> list[float]:
         """Return what a target has cost a method, seed by seed.
@@ -121,11 +120,10 @@ def read(folder: Path, name: str, methods: list[Method], tier: Tier) -> Result |
     fixed = targets.read(folder, name)
     if fixed is None:
         return None
-    entries = {}
+    kept, entries = store.read(folder, name).get(store.METHODS, {}), {}
     for method in methods:
-        path = folder / name / f"{slug(method.name)}.json"
-        if path.exists():
-            entry = _entry(json.loads(path.read_text()), method, tier, fixed["measure"])
+        if method.name in kept:
+            entry = _entry(kept[method.name], method, tier, fixed["measure"])
             if len(entry.runs) == tier.seeds:
                 entries[method.name] = entry
     return Result(name, fixed, _beside(entries, pace.read(folder, name))) if entries else None
@@ -163,15 +161,15 @@ def _beside(entries: dict[str, Entry], measured: dict[str, dict[str, float]]) ->
 def _entry(record: dict[str, Any], method: Method, tier: Tier, measure: str) -> Entry:
     trials = {Setting(t["rate"], t["seed"], t["alternative"]): t for t in record["trials"]}
     get = trials.get
-    chosen = plan.best(tier, method, measure, get)
-    runs = {s.seed: t for s in plan.compared(tier, method, measure, get) if (t := get(s))}
-    usual = {s.seed: t for s in plan.untuned(tier, method) if (t := get(s))}
+    chosen = agenda.best(tier, method, measure, get)
+    runs = {s.seed: t for s in agenda.compared(tier, method, measure, get) if (t := get(s))}
+    usual = {s.seed: t for s in agenda.untuned(tier, method) if (t := get(s))}
     tried = {
-        rate: plan.final(trial, measure)
-        for rate in sorted(plan.rates(tier, method, measure, get))
+        rate: agenda.final(trial, measure)
+        for rate in sorted(agenda.rates(tier, method, measure, get))
         if (trial := get(Setting(rate, TUNING_SEED)))
     }
-    edge = plan.at_the_edge(tried, chosen)
+    edge = agenda.at_the_edge(tried, chosen)
     pace, compilation = _pace([t for s, t in trials.items() if s.alternative == chosen.alternative])
     return Entry(
         method, chosen, runs, usual, tried, edge, pace, compilation, record["environments"]

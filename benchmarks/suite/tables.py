@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from . import plan
+from . import agenda
 from .protocol import THRESHOLD, Tier
 from .statistics import interval, margin, verdict
 from .summary import REFERENCE, Entry, Result, ratios
@@ -59,7 +59,7 @@ def ends(result: Result) -> str:
     for name in order:
         entry = result.entries[name]
         trials = list(entry.runs.values())
-        usual = [plan.final(t, result.measure) for t in entry.usual.values()]
+        usual = [agenda.final(t, result.measure) for t in entry.usual.values()]
         rows.append(
             [
                 name,
@@ -122,7 +122,7 @@ def _setting(entry: Entry) -> str:
 
 
 def _last(trial: dict, measure: str) -> float:
-    return plan.final(trial, measure)
+    return agenda.final(trial, measure)
 
 
 def _middle(values: Iterable[float]) -> float:

@@ -2,21 +2,20 @@
 
 With L the loss at the start and B the least loss that a baseline ends with on the tuning seed, a
 target is L (B / L)^share, for the shares of `protocol.TARGETS`. They are written once, and no call
-changes them: to fix them anew, the folder of the workload has to go.
+changes them: to fix them anew, the file of the workload has to go.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from . import plan, store
+from . import agenda, store
 from .methods.method import Method
 from .protocol import TARGETS, Tier
 from .store import Trials
 from .workloads.problem import Workload
 
-NAME = "targets.json"
+SECTION = "targets"
 
 
 def between(start: float, best: float) -> dict[str, float]:
@@ -30,8 +29,7 @@ def between(start: float, best: float) -> dict[str, float]:
 
 def read(folder: Path, workload: str) -> dict[str, Any] | None:
     """Return what was fixed for a workload, None if nothing was."""
-    path = folder / workload / NAME
-    return json.loads(path.read_text()) if path.exists() else None
+    return store.read(folder, workload).get(SECTION)
 
 
 def fix(
@@ -53,13 +51,13 @@ def fix(
     if any(t.record["trials"] for m, t in trials.items() if m.ours):
         raise RuntimeError(
             f"{workload.name}: LLQR has run, and there are no targets. They are fixed from the "
-            f"baselines before: remove {folder / workload.name} and run all anew."
+            f"baselines before: remove {store.place(folder, workload.name)} and run all anew."
         )
     ends = {}
     for method, of in trials.items():
         if not method.ours:
-            setting = plan.best(tier, method, workload.measure, of.get)
-            ends[method.name] = plan.final(of.get(setting), workload.measure), setting.rate, of
+            setting = agenda.best(tier, method, workload.measure, of.get)
+            ends[method.name] = agenda.final(of.get(setting), workload.measure), setting.rate, of
     name = min(ends, key=lambda n: ends[n][0], default=None)
     if name is None or math.isinf(ends[name][0]):
         raise RuntimeError(
@@ -83,5 +81,5 @@ def fix(
         "baselines": {n: end[0] if math.isfinite(end[0]) else None for n, end in ends.items()},
         "targets": between(start, loss),
     }
-    store.write(folder / workload.name / NAME, record)
+    store.keep(folder, workload.name, SECTION, value=record)
     return record

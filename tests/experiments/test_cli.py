@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 import llqr
 from llqr_experiments.command import cli
 from llqr_experiments.config import build
-from llqr_experiments.config.option import options
 from llqr_experiments.config.options import Config
+from llqr_experiments.config.row import rows
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.record import run_folder
 from tests.experiments import support
@@ -117,7 +117,7 @@ def test_common_names_and_capitals_are_known(argument, meant, capsys):
 
 
 def test_every_alias_is_for_an_option():
-    known = {name for name, _, _ in options(Config)} | {*cli.GROUPS, *cli.HYDRAS_FOLDERS}
+    known = {name for name, _, _ in rows(Config)} | {*cli.GROUPS, *cli.HYDRAS_FOLDERS}
     assert set(cli.ALIASES.values()) <= known
     assert not set(cli.ALIASES) & known
 

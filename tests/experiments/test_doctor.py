@@ -11,8 +11,8 @@ import llqr
 from llqr_experiments import doctor
 from llqr_experiments.command import cli
 from llqr_experiments.command.doctor import tell
-from llqr_experiments.config.option import options
 from llqr_experiments.config.options import Config
+from llqr_experiments.config.row import rows
 from llqr_experiments.record import insight
 from llqr_experiments.report import diagnosis
 from llqr_experiments.report.diagnosis import diagnose
@@ -133,7 +133,7 @@ def test_what_it_advises_exists():
     assert len(set(given)) >= 10
     for argument in given:
         cli._check_argument(argument)
-    names = {name for name, _, _ in options(Config)} | set(cli.GROUPS)
+    names = {name for name, _, _ in rows(Config)} | set(cli.GROUPS)
     mentioned = set(re.findall(r"\b[a-z]+_[a-z_]+\b", text))
     assert {word for word in mentioned if word not in names} <= {"step_warmup", "cg_zoom_hz"}
 

@@ -74,7 +74,7 @@ def test_sizes(size):
     found = {classes: of_ten + (classes - 10) * of_one for classes in size.parameters}
     assert found == size.parameters
     controlled = len(parameters_of(model))
-    assert (controlled, len(model.plan) - controlled) == size.stages
+    assert (controlled, len(model.order) - controlled) == size.stages
     assert len(model.groups) == size.segments
 
 
@@ -100,7 +100,7 @@ def test_the_table_of_the_docs():
         model, of_ten, of_one = full(name, shape, options)
         assert int(parameters.replace(",", "")) == of_ten + (int(classes) - 10) * of_one
         controlled = len(parameters_of(model))
-        assert stages == f"{len(model.plan)} ({controlled} + {len(model.plan) - controlled})"
+        assert stages == f"{len(model.order)} ({controlled} + {len(model.order) - controlled})"
         assert int(segments) == len(model.groups)
         assert re.findall(r"`(\w+)`", own) == models.MODELS[name].options
 

@@ -13,15 +13,15 @@ import llqr
 from llqr import schedules
 from llqr_experiments.command import cli
 from llqr_experiments.config import build, names
-from llqr_experiments.config.option import BOUNDS, MOST, default, kinds, options, plain
 from llqr_experiments.config.options import SCHEDULERS, Config
+from llqr_experiments.config.row import BOUNDS, MOST, default, kinds, plain, rows
 from llqr_experiments.config.schedulers import SCHEDULES
 from llqr_experiments.errors import ConfigError, DataError, RunError
 from llqr_experiments.run import job
 from tests.experiments import support
 
 HORIZON = build.Horizon(11.23, 3.0)
-ROWS = {name: row for name, row, _ in options(Config) if name not in SCHEDULERS}
+ROWS = {name: row for name, row, _ in rows(Config) if name not in SCHEDULERS}
 ARGUMENTS = {
     (schedule, row.name): row for schedule, kind in SCHEDULES.items() for row in fields(kind)
 }
@@ -125,9 +125,10 @@ def test_names_and_arguments_are_the_librarys():
     assert set(names.STRUCTURES) == set(llqr.STRUCTURES)
     theirs = set(llqr.metrics.METRICS) - {"bernoulli"}  # no task here has binary outputs
     assert set(names.DIVERGENCES) == theirs | {"renyi_inf"}
+    drawn = {x for x in theirs if llqr.metrics.can_sample(llqr.metrics.resolve(x))}
+    assert set(names.DRAWN) == drawn
+    assert set(names.OF_NUMBERS) <= theirs
     assert names.SOLVERS == llqr.solvers.SOLVERS
-    assert get_args(llqr.refit.options.Probe) == names.PROBES
-    assert get_args(llqr.graft.Graft) == names.GRAFTS
     assert set(SCHEDULES) == set(schedules.SCHEDULES)
     for schedule, kind in SCHEDULES.items():
         parameters = inspect.signature(schedules.SCHEDULES[schedule]).parameters

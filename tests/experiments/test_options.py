@@ -4,39 +4,43 @@ import dataclasses
 import inspect
 import re
 from pathlib import Path
+from types import NoneType
+from typing import get_args, get_type_hints
 
 import pytest
 
 import llqr
 from llqr_experiments.config import build
-from llqr_experiments.config.option import accepted, become, options
 from llqr_experiments.config.options import Config
+from llqr_experiments.config.row import accepted, become, rows
 from llqr_experiments.data import translation
 from llqr_experiments.data.kinds import KINDS
 from llqr_experiments.models.decoding import Rules
 from llqr_experiments.run.step import Recipe
+from tests.experiments import support
 
 HORIZON = build.Horizon(100.0, 2.0)
 ROOM = Path(__file__).parents[2] / "src" / "llqr_experiments"
 
 
-def names(owner):
-    return set(inspect.signature(owner).parameters)
+def defaults(owner):
+    """Field -> its default, of a class or a function."""
+    return {name: row.default for name, row in inspect.signature(owner).parameters.items()}
 
 
 OWNERS = {
-    "refit": names(llqr.Refit),
-    "route": names(llqr.Route),
-    "streaming": names(llqr.Streaming),
-    "llqr": names(llqr.llqr),
-    "sam": names(llqr.Sharpness),
-    "asam": names(llqr.asam),
-    "fisher_sam": names(llqr.fisher_sam),
-    "recipe": names(Recipe),
-    "rules": names(Rules),
-    "bucketing": names(translation.Bucketing),
+    "refit": defaults(llqr.Refit),
+    "route": defaults(llqr.Route),
+    "streaming": defaults(llqr.Streaming),
+    "llqr": defaults(llqr.llqr),
+    "sam": defaults(llqr.Sharpness) | defaults(llqr.sam),
+    "asam": defaults(llqr.asam),
+    "fisher_sam": defaults(llqr.fisher_sam),
+    "recipe": defaults(Recipe),
+    "rules": defaults(Rules),
+    "bucketing": defaults(translation.Bucketing),
 }
-ROWS = [(name, row) for name, row, _ in options(Config) if row.metadata.get("becomes")]
+ROWS = [(name, row) for name, row, _ in rows(Config) if row.metadata.get("becomes")]
 
 
 def test_what_an_option_becomes_is_there():
@@ -48,9 +52,85 @@ def test_what_an_option_becomes_is_there():
 
 def test_every_field_of_a_refit_and_of_its_route_is_an_option():
     config = Config()
-    assert set(become(config, "refit")) == OWNERS["refit"]
-    assert set(become(config, "route")) == OWNERS["route"] - {"axis_name"}  # of pmap, shard_map
-    assert set(become(config, "streaming")) == OWNERS["streaming"]
+    assert set(become(config, "refit")) == set(OWNERS["refit"])
+    assert set(become(config, "route")) == set(OWNERS["route"]) - {"axis_name"}  # pmap, shard_map
+    assert set(become(config, "streaming")) == set(OWNERS["streaming"])
+
+
+# One seed of a run, which the papers' commands give, is that of all that draws.
+SEED = (123, 0)
+OTHER_DEFAULTS = {
+    "refit.seed": SEED,
+    "streaming.seed": SEED,
+    "recipe.seed": SEED,
+    # None is what suits the way of learning P, and the options are those of the published one:
+    # method=streaming brings the others.
+    "llqr.damping": (0.0, None),
+    "llqr.divergence_reduction": ("sum", None),
+    "llqr.graft": ("none", None),
+}
+"""Defaults of options that are not those of the fields they become: (ours, theirs), and why."""
+
+
+def assert_same(ours, theirs, place):
+    """Equal values of one type, or a difference that is listed."""
+    if (type(ours), ours) != (type(theirs), theirs):
+        assert OTHER_DEFAULTS.get(place) == (ours, theirs), place
+    else:
+        assert place not in OTHER_DEFAULTS, f"{place}: no difference any more"
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+def test_an_option_has_the_default_of_what_it_becomes(owner):
+    found = become(Config(), owner)
+    assert found
+    for field, value in found.items():
+        assert_same(value, OWNERS[owner][field], f"{owner}.{field}")
+
+
+@pytest.mark.parametrize("mode", build.METHODS)
+def test_every_way_of_sam_has_the_defaults_of_the_options(mode):
+    make = build.METHODS[mode]
+    given = accepted(make, become(Config(), "sam") | become(Config(), mode))
+    assert given == {name: defaults(make)[name] for name in given}
+
+
+CHOICES = [
+    (name, row.metadata, path)
+    for name, row in ROWS
+    if "choices" in row.metadata
+    for path in row.metadata["becomes"]
+]
+LITERALS = {"refit": llqr.Refit, "route": llqr.Route, "llqr": llqr.llqr, "sam": llqr.Sharpness}
+
+
+@pytest.mark.parametrize(("name", "rules", "path"), CHOICES, ids=[path for *_, path in CHOICES])
+def test_the_choices_of_an_option_are_the_librarys(name, rules, path):
+    owner, _, field = path.partition(".")
+    if owner in LITERALS and path != "refit.solver":  # a name or a transformation
+        kind = get_type_hints(LITERALS[owner])[field]
+        theirs = {x for part in (kind, *get_args(kind)) for x in get_args(part)} - {NoneType}
+        convert = rules.get("convert", {})
+        ours = {convert.get(choice, choice) for choice in rules["choices"]}
+        assert ours == {x for x in theirs if isinstance(x, str)}, name
+
+
+def test_so_have_options_that_become_no_field_by_themselves():
+    ours, theirs = Config(), defaults(llqr.llqr)
+    assert ours.block_structure == theirs["structure"]
+    assert ours.divergence == theirs["metric"]
+    assert ours.divergence_order_param == defaults(llqr.metrics.resolve)["order"]
+    (rank,) = (row.metadata["meaning"] for name, row, _ in rows(Config) if name == "precond_rank")
+    assert rank.endswith(f"null: {llqr.STRUCTURES['low-rank-memory'].rank}")
+
+
+def test_the_method_of_streaming_is_the_librarys():
+    ours, theirs = support.config("method=streaming"), defaults(llqr.streaming)
+    assert ours.block_structure == theirs["structure"]
+    found = become(ours, "llqr") | {"metric": ours.divergence}
+    shared = theirs.keys() & found.keys()
+    assert shared >= {"damping", "graft", "max_dim", "block_size", "shard"}
+    assert {name: found[name] for name in shared} == {name: theirs[name] for name in shared}
 
 
 @pytest.mark.parametrize(
@@ -139,10 +219,10 @@ def test_every_option_is_read():
     )
     by_name = {f"dataset.{name}" for kind in KINDS.values() for name in kind.options}
     by_name |= {name for name, _ in ROWS} | ONE_VALUE | SIZES_SAY_IT
-    for name, row, _ in options(Config):
+    for name, row, _ in rows(Config):
         whole = name.startswith("architecture.") or "meaning" not in row.metadata
         if name not in by_name and not whole:
             assert re.search(rf"\.{name.rpartition('.')[2]}\b", text), f"nothing reads {name}"
-    for name, row, _ in options(Config):
+    for name, row, _ in rows(Config):
         if name in ONE_VALUE:
             assert len(row.metadata["choices"]) == 1

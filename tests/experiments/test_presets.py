@@ -1,11 +1,11 @@
-"""Every preset composes, has a plan, and runs in small with a refit and a SAM step."""
+"""Every preset composes, has a forecast, and runs in small with a refit and a SAM step."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from llqr_experiments.command import cli, plan
+from llqr_experiments.command import cli, forecast
 from llqr_experiments.run import train
 from llqr_experiments.study import comparison, toys
 from llqr_experiments.task.small import shrink
@@ -24,15 +24,15 @@ def small(preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_has_a_plan(preset, capsys):
-    plan.show(small(preset))
+def test_every_preset_has_a_forecast(preset, capsys):
+    forecast.show(small(preset))
     said = capsys.readouterr().out
     assert "4 of " in said or "iterations" in said or "20 steps" in said
 
 
-def test_a_plan_counts_the_memory_of_many_batches_with_running_statistics(capsys):
+def test_a_forecast_counts_the_memory_of_many_batches_with_running_statistics(capsys):
     config = small("resnet18-cifar10")
-    plan.show(replace(config, multibatch_training=True, plan_memory=True))
+    forecast.show(replace(config, multibatch_training=True, plan_memory=True))
     assert "MiB on top while one runs" in " ".join(capsys.readouterr().out.split())
 
 

@@ -1,6 +1,6 @@
-"""Runs of two processes over gloo: one record, one checkpoint at a signal, an end when one is lost.
+"""Processes: who they are; and runs of two over gloo, with one record and one checkpoint.
 
-Each test starts real processes, with a limit on their time, and ends what is left of them.
+The slow tests start real processes, with a limit on their time, and end what is left of them.
 """
 
 import json
@@ -16,11 +16,50 @@ from pathlib import Path
 
 import pytest
 
-from llqr_experiments import devices
+from llqr_experiments import processes
+from llqr_experiments.errors import ConfigError
 from tests.experiments import support
-from tests.experiments.test_devices import assert_alike
+from tests.experiments.test_layout import assert_alike
 
-pytestmark = pytest.mark.slow
+
+@pytest.mark.parametrize(
+    ("given", "environment", "why"),
+    [
+        ((None, 2, None), {}, "no launcher says which of them this one is; give distributed.index"),
+        ((None, 2, 0), {}, "give distributed.coordinator=HOST:PORT"),
+        ((None, None, None), {"PMI_SIZE": "3", "PMI_RANK": "1"}, "distributed.processes=3: how"),
+        (("here:1", 2, 2), {}, "distributed.index=2 is none of distributed.processes=2"),
+    ],
+)
+def test_what_is_not_known_of_the_processes_is_asked_for(monkeypatch, given, environment, why):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=why):
+        processes.connect(*given)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, (4, 3)),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, (2, 0)),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch script, before srun
+    ],
+)
+def test_launchers_say_how_many_there_are(environment, expected):
+    assert processes._launched(environment) == expected
+
+
+def test_one_process_decides_by_itself():
+    assert processes.decide(lambda: 3) == 3
+    assert processes.gather("x") == ["x"]
+    assert processes.Common().any(15) == 15
+    assert processes.first()
+    assert not processes.several()
+    assert (processes.count(), processes.index()) == (1, 0)
+
+
+# --- runs of two ------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = (
@@ -32,7 +71,7 @@ LIMIT = 240
 
 
 @contextmanager
-def processes(out: Path, *options: str, count: int = 2) -> Iterator[list[subprocess.Popen[str]]]:
+def launched(out: Path, *options: str, count: int = 2) -> Iterator[list[subprocess.Popen[str]]]:
     """The processes of one run, each with one device."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -82,7 +121,7 @@ def reach(out: Path, step: int) -> None:
 def whole(tmp_path_factory) -> Path:
     """A run of two processes that nothing interrupts."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    with processes(out) as started:
+    with launched(out) as started:
         (code, said), (other, quiet) = ends(started)
     assert (code, other) == (0, 0), said + quiet
     assert "2 devices of 2 process(es): data 1, fsdp 2, tensor 1" in said
@@ -91,14 +130,16 @@ def whole(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_numbers_of_one(tmp_path, whole):
     options = [option for option in RUN if not option.startswith(("experiment", "mesh"))]
     assert_alike(support.rows(whole), support.run(tmp_path / "one", *options), 1e-10)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_saves_once_and_both_go_on_to_the_same_bits(tmp_path, whole):
     out = tmp_path / "run"
-    with processes(out) as started:
+    with launched(out) as started:
         reach(out, 80)
         started[1].send_signal(signal.SIGTERM)
         (code, said), (other, _) = ends(started)
@@ -109,22 +150,23 @@ def test_a_signal_to_one_saves_once_and_both_go_on_to_the_same_bits(tmp_path, wh
         said.split()
     )
     assert step >= 80
-    with processes(out) as started:
+    with launched(out) as started:
         (code, said), (other, _) = ends(started)
     assert code == other == 0, said
     assert f"going on from the checkpoint of step {step}" in said
     support.assert_same_end(out, whole)
 
 
+@pytest.mark.slow
 def test_one_that_is_lost_ends_the_other_and_one_process_goes_on(tmp_path, whole):
     out = tmp_path / "run"
-    with processes(out) as started:
+    with launched(out) as started:
         reach(out, 130)
         started[1].kill()
-        said = started[0].communicate(timeout=2 * devices.HEARTBEAT)[0]
+        said = started[0].communicate(timeout=2 * processes.HEARTBEAT)[0]
     assert started[0].returncode == 75, said
     assert "process 0 has lost another one" in said
-    with processes(out, "mesh.fsdp=1", count=1) as started:
+    with launched(out, "mesh.fsdp=1", count=1) as started:
         ((code, said),) = ends(started)
     assert code == 0, said
     assert "going on from the checkpoint of step 100" in said
@@ -132,8 +174,9 @@ def test_one_that_is_lost_ends_the_other_and_one_process_goes_on(tmp_path, whole
     assert "again" in json.loads((out / "meta.json").read_text())
 
 
+@pytest.mark.slow
 def test_what_one_process_refuses_all_refuse(tmp_path):
-    with processes(tmp_path / "run", "batch_size=33") as started:
+    with launched(tmp_path / "run", "batch_size=33") as started:
         (code, said), (other, quiet) = ends(started)
     assert code == other == 2
     assert "batch_size=33 does not divide over 2 devices" in said

@@ -2,13 +2,13 @@
 
 import doctest
 import importlib
-import json
 import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from benchmarks.suite import (
+    agenda,
     diagnosis,
     methods,
     pace,
-    plan,
     plots,
     protocol,
     runner,
@@ -43,9 +43,7 @@ SMOKE, QUICK, FULL = (protocol.TIERS[name] for name in ("smoke", "quick", "full"
 CHOSEN = "SGD Nesterov,AdamW,LLQR streaming"
 
 
-@pytest.mark.parametrize(
-    "name", ["methods", "protocol", "statistics", "store", "tables", "targets"]
-)
+@pytest.mark.parametrize("name", ["methods", "protocol", "statistics", "tables", "targets"])
 def test_examples(name):
     found = doctest.testmod(importlib.import_module(f"benchmarks.suite.{name}"))
     assert found.attempted > 0
@@ -67,10 +65,10 @@ def test_every_method_declares_a_search_of_the_same_size(method):
 def tune(tier, method, loss):
     """Tune by a loss of (rate, alternative); return what is chosen, and how many were tried."""
     found = {}
-    while (due := plan.next_tuning(tier, method, "train", found.get)) is not None:
+    while (due := agenda.next_tuning(tier, method, "train", found.get)) is not None:
         value = loss(due.rate, due.alternative)
         found[due] = {"columns": {"train": [1.0, value if math.isfinite(value) else None]}}
-    return plan.best(tier, method, "train", found.get), len(found)
+    return agenda.best(tier, method, "train", found.get), len(found)
 
 
 METHOD = Method("m", lambda workload: None, 0.1, {}, ({"a": 1}, {"a": 2}, {"a": 3}))
@@ -98,7 +96,7 @@ def test_rates_go_on_beyond_an_end_and_refine_within(ideal):
     assert tried == len(found) == 7
     assert chosen.rate == min(found, key=lambda rate: found[rate])
     # A grid from 0.01 to 1 and two steps of half a decade more on either side.
-    edge = plan.at_the_edge(found, chosen)
+    edge = agenda.at_the_edge(found, chosen)
     assert edge == (not 0.003 < ideal < 3)
     apart = abs(math.log10(chosen.rate / ideal))
     if not edge:
@@ -115,7 +113,7 @@ def test_where_all_diverge_smaller_rates_are_tried():
 
 def test_what_is_compared_never_saw_the_tuning_seed():
     get = {Setting(0.1, protocol.TUNING_SEED): {"columns": {"train": [1.0, 0.5]}}}.get
-    seeds = [s.seed for s in plan.compared(FULL, METHOD, "train", get)]
+    seeds = [s.seed for s in agenda.compared(FULL, METHOD, "train", get)]
     assert seeds == list(range(10))
     assert protocol.TUNING_SEED not in seeds
 
@@ -209,6 +207,11 @@ def ran(tmp_path_factory):
     return folder, workload, said
 
 
+def kept(folder, method, workload="tiny"):
+    """What is on disk of a method."""
+    return store.read(folder, workload)[store.METHODS][method]
+
+
 def test_stages_follow_one_another_and_methods_take_turns(ran):
     _, _, said = ran
     who = [line.split(", ")[1].split(":")[0] for line in said if "rate" in line]
@@ -228,20 +231,19 @@ def test_what_is_there_is_not_run_again(ran):
 
 def test_a_broken_run_goes_on_with_the_same_numbers(ran):
     folder, workload, _ = ran
-    path = folder / "tiny" / "adamw.json"
-    record = json.loads(path.read_text())
+    record = kept(folder, "AdamW")
     lost = record["trials"].pop()
-    store.write(path, record)
+    store.keep(folder, "tiny", store.METHODS, "AdamW", value=record)
     said = []
     runner.run(workload, methods.choose(CHOSEN), SMOKE, folder, say=said.append)
-    again = json.loads(path.read_text())["trials"][-1]
+    again = kept(folder, "AdamW")["trials"][-1]
     assert len(said) == 1
     assert again["columns"]["train"] == lost["columns"]["train"]
 
 
 def test_a_write_that_is_killed_leaves_the_old_file(ran, monkeypatch):
     folder, _, _ = ran
-    path = folder / "tiny" / "adamw.json"
+    path = store.place(folder, "tiny")
     before = path.read_text()
 
     def killed(*_):
@@ -249,8 +251,29 @@ def test_a_write_that_is_killed_leaves_the_old_file(ran, monkeypatch):
 
     monkeypatch.setattr(store.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        store.write(path, {"half": 1})
+        store.keep(folder, "tiny", store.METHODS, "AdamW", value={"half": 1})
     assert path.read_text() == before
+
+
+def test_what_several_write_at_once_is_all_kept(tmp_path):
+    names = [f"method {number}" for number in range(6)]
+
+    def record(trials):
+        return {"trials": [{"n": n} for n in range(trials)]}
+
+    def write(name):
+        for trials in range(1, 5):
+            store.keep(tmp_path, "tiny", store.METHODS, name, value=record(trials))
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(write, names))
+    store.keep(tmp_path, "tiny", targets.SECTION, value={"hard": 1e-3})
+    found = store.read(tmp_path, "tiny")
+    assert found[store.METHODS] == {name: record(4) for name in names}
+    assert found[targets.SECTION] == {"hard": 1e-3}
+    text = store.place(tmp_path, "tiny").read_text()
+    assert text.count('\n{"n":3}') == len(names), "a line for each trial"
+    assert not list(tmp_path.glob("*.new"))
 
 
 def test_other_settings_make_results_void(ran):
@@ -281,7 +304,7 @@ def test_targets_are_fixed_before_ours_and_never_again(ran, tmp_path):
 def test_one_process_at_a_time(ran):
     folder, workload, _ = ran
     with (
-        runner._held(folder / "tiny"),
+        store.alone(folder, "tiny"),
         pytest.raises(RuntimeError, match="another process"),
     ):
         runner.run(workload, methods.choose(CHOSEN), SMOKE, folder)
@@ -298,8 +321,8 @@ def test_the_command_goes_on_where_it_was_killed(tmp_path):
     first.communicate()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) < 13  # 12 trials and the targets, if all were run here
-    for name in ("sgd-nesterov", "adamw"):
-        trials = json.loads((tmp_path / "digits" / f"{name}.json").read_text())["trials"]
+    for name in ("SGD Nesterov", "AdamW"):
+        trials = kept(tmp_path, name, "digits")["trials"]
         assert len(trials) == 6
         assert len({(t["rate"], t["seed"]) for t in trials}) == 6
     assert targets.read(tmp_path, "digits") is not None
@@ -353,7 +376,7 @@ def test_seconds_are_those_of_the_fastest_trial(ran):
     folder, _, _ = ran
     result = summary.read(folder, "tiny", methods.choose(CHOSEN), SMOKE)
     assert result is not None
-    trials = json.loads((folder / "tiny" / "adamw.json").read_text())["trials"]
+    trials = kept(folder, "AdamW")["trials"]
     fastest = min(t["columns"]["seconds"][-1] / t["columns"]["gradients"][-1] for t in trials)
     gradients = np.asarray(result.costs("AdamW", "easy", "gradients"))
     assert np.isfinite(gradients).any()
@@ -365,7 +388,7 @@ def test_seconds_are_those_of_the_fastest_trial(ran):
 
 def test_seconds_are_those_of_one_process_where_it_has_measured_them(ran, tmp_path):
     folder, workload, _ = ran
-    shutil.copytree(folder / workload.name, tmp_path / workload.name)
+    shutil.copy(store.place(folder, workload.name), tmp_path)
     read = partial(summary.read, tmp_path, workload.name, methods.choose(CHOSEN), SMOKE)
     before, usual, ours = read(), "AdamW", "LLQR streaming"
     timed = pace.timed(workload, methods.choose(f"{usual},{ours}"), repeats=1)
@@ -374,10 +397,8 @@ def test_seconds_are_those_of_one_process_where_it_has_measured_them(ran, tmp_pa
         "refit": 1,
     }
     assert timed[ours].kinds.count("refit") == 13  # of 40: 0 to 9, 10, 20, 30
-    store.write(
-        tmp_path / workload.name / pace.NAME,
-        {pace.STEP: {usual: 2.0, ours: 5.0}, pace.COMPILATION: {usual: 1.0, ours: 3.0}},
-    )
+    measured = {pace.STEP: {usual: 2.0, ours: 5.0}, pace.COMPILATION: {usual: 1.0, ours: 3.0}}
+    store.keep(tmp_path, workload.name, pace.SECTION, value=measured)
     after = read()
     old, new = (r.entries[usual] for r in (before, after))
     assert (old.pace, old.compilation) == pytest.approx((new.pace, new.compilation))

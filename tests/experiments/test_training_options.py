@@ -1,4 +1,4 @@
-"""Options of data, training, evaluation and tracking, each by its effect; plans and sweeps."""
+"""Options of data, training, evaluation and tracking, each by its effect; forecasts and sweeps."""
 
 import json
 import re
@@ -13,8 +13,9 @@ import pytest
 from omegaconf import OmegaConf
 
 import llqr
-from llqr_experiments.command import cli, memory, plan, reference, sweep
-from llqr_experiments.config import options
+from llqr_experiments.command import cli, forecast, memory, reference, sweep
+from llqr_experiments.config.options import Config
+from llqr_experiments.config.row import rows
 from llqr_experiments.errors import ConfigError, DataError
 from llqr_experiments.run import train
 from llqr_experiments.run.checkpoint import Checkpoints
@@ -232,10 +233,10 @@ def test_the_closing_table_says_how_long_steps_waited(tmp_path, capsys):
     assert {"training", "data", "logging", "compile", "evaluation"} <= meta["time"].keys()
 
 
-# --- plans, smoke, sweeps, the table of options --------------------------------------------
+# --- forecasts, smoke, sweeps, the table of options ------------------------------------------
 
 
-def test_a_plan_says_what_would_be_done(tmp_path, capsys):
+def test_a_forecast_says_what_would_be_done(tmp_path, capsys):
     config = support.config(
         "experiment=quick-local-test", "dry_run=true", "sam_mode=base_sam",
         "start_sam_after_step=246", "checkpoint_freq=500",
@@ -255,7 +256,7 @@ def test_a_plan_says_what_would_be_done(tmp_path, capsys):
     assert not out.exists()
 
 
-def test_a_plan_counts_refits_of_translation_by_their_tokens():
+def test_a_forecast_counts_refits_of_translation_by_their_tokens():
     """Pairs have no number of examples in a batch; attention makes operations nearly tokens."""
     config = support.config(
         "experiment=small-translation", "dataset=numbers_de_en", "architecture.width=32",
@@ -265,7 +266,7 @@ def test_a_plan_counts_refits_of_translation_by_their_tokens():
     streams = job.task.material.streams
     refit, training = next(streams.refits(config)), streams.shapes(config)
     tokens = [sum(x.size for x in batch.values()) for batch in (refit, training)]
-    said = plan._overhead(job, float(job.last))
+    said = forecast._overhead(job, float(job.last))
     found = float(re.search(r"refits about (\d+) gradients", said)[1])  # type: ignore[index]
     expected = len(job.refit_steps) * config.precond_steps * tokens[0] / tokens[1]
     assert found == pytest.approx(expected, rel=0.2)
@@ -395,5 +396,5 @@ translation_eval.checkpoint_metric translation_eval.maximize_checkpoint_metric
 
 
 def test_every_option_of_the_guide_is_there():
-    names = {name for name, _, _ in options.options(options.Config)}
+    names = {name for name, _, _ in rows(Config)}
     assert [name for name in GUIDE.split() if name not in names] == []

@@ -1,1 +1,1 @@
-"""Around runs: help, plans, sweeps, tables of options."""
+"""Around runs: help, forecasts, sweeps, tables of options."""

@@ -22,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
-from llqr_experiments.config.option import check, default, legal, options, spelt
 from llqr_experiments.config.options import SCHEDULERS, Config
+from llqr_experiments.config.row import check, default, legal, rows, spelt
 from llqr_experiments.config.schedulers import SCHEDULES
 from llqr_experiments.errors import ConfigError, LostProcess, RunError, unknown
 from llqr_experiments.run.preemption import Interrupted
@@ -45,7 +45,7 @@ Train a model with LLQR. Every option is key=value, every group is group=preset.
   uv run python run.py experiment=quick-local-test block_structure=diagonal
   uv run python run.py experiment=quick-local-test dataset=fashion_mnist
   uv run python run.py -m experiment=quick-local-test init_key=0,1,2
-  uv run python run.py experiment=quick-local-test dry_run=true  # a plan
+  uv run python run.py experiment=quick-local-test dry_run=true  # what it would do
   uv run python -m llqr_experiments.report outputs/<date>/<time>  # a page
   uv run python -m llqr_experiments.checkpoint outputs/<date>/<time>
 
@@ -93,7 +93,7 @@ def at_home(arguments: Sequence[str]) -> list[str]:
     >>> at_home(["resume=~/runs/1"])[0].startswith("resume=/")
     True
     """
-    paths = {name for name, row, _ in options(Config) if row.metadata.get("path")}
+    paths = {name for name, row, _ in rows(Config) if row.metadata.get("path")}
     paths |= set(HYDRAS_FOLDERS)
     return [
         f"{key}={os.path.expanduser(value)}" if key in paths and value.startswith("~") else argument
@@ -123,17 +123,17 @@ def _check_argument(argument: str) -> None:
                 raise ConfigError(unknown(key, spelt(name), presets(key)))
         return
     if group in SCHEDULERS:
-        rows = {"name", *(row.name for kind in SCHEDULES.values() for row in fields(kind))}
-        if rest.partition(".")[0] not in rows:
-            raise ConfigError(unknown(f"option of {group}", rest, rows))
+        arguments = {"name", *(row.name for kind in SCHEDULES.values() for row in fields(kind))}
+        if rest.partition(".")[0] not in arguments:
+            raise ConfigError(unknown(f"option of {group}", rest, arguments))
         return
-    rows = {name: row for name, row, _ in options(Config)}
+    known = {name: row for name, row, _ in rows(Config)}
     if key in GROUPS_OF_OPTIONS:
         if value is None or override.is_delete():
             raise ConfigError(f"{argument}: {key} is a group of options, and cannot be left out.")
         return
-    if key not in rows:
-        legal = set(rows) | set(GROUPS)
+    if key not in known:
+        legal = set(known) | set(GROUPS)
         see = "`run.py --help` lists all."
         raise ConfigError(unknown("option", key, legal, see=see, aliases=ALIASES))
     if override.is_delete():
@@ -141,7 +141,7 @@ def _check_argument(argument: str) -> None:
             f"{argument}: an option cannot be left out; its default is meant by that."
         )
     for one in values:
-        _check_value(key, rows[key], one)
+        _check_value(key, known[key], one)
 
 
 GROUPS_OF_OPTIONS = tuple(row.name for row in fields(Config) if is_dataclass(row.type))
@@ -247,8 +247,8 @@ def _run(settings: Any, out_dir: Path) -> None:
 
         signal.signal(signal.SIGINT, leave)
     # Late: --help and bad options need no models.
-    from llqr_experiments import devices
-    from llqr_experiments.command import plan
+    from llqr_experiments import processes
+    from llqr_experiments.command import forecast
     from llqr_experiments.run import train
     from llqr_experiments.study import comparison, toys
     from llqr_experiments.task.small import shrink
@@ -258,14 +258,14 @@ def _run(settings: Any, out_dir: Path) -> None:
     if settings.smoke:
         settings = shrink(settings)
     if settings.dry_run:
-        plan.show(settings)
+        forecast.show(settings)
         _remove_if_empty(out_dir)
         return
     made, wanted = out_dir, settings.distributed
-    devices.connect(wanted.coordinator, wanted.processes, wanted.index)
-    if devices.several():
+    processes.connect(wanted.coordinator, wanted.processes, wanted.index)
+    if processes.several():
         _check_alone(settings)
-        out_dir = devices.decide(lambda: made)  # it has the time in its name
+        out_dir = processes.decide(lambda: made)  # it has the time in its name
         if made != out_dir:
             _remove_if_empty(made)
     runner: Any = train.run
@@ -311,12 +311,12 @@ def show(error: RunError) -> None:
     """Print an error; of one that all processes have, the first tells."""
     who = ""
     if "jax" in sys.modules:
-        from llqr_experiments import devices
+        from llqr_experiments import processes
 
-        if not devices.first():
+        if not processes.first():
             if error.everywhere:
                 return
-            who = f"process {devices.index()}: "
+            who = f"process {processes.index()}: "
     console = Console(stderr=True, highlight=False)
     console.print(f"{error.title}:", style="bold red", end=" ")
     console.print(who + str(error), markup=False, soft_wrap=True)
@@ -331,9 +331,9 @@ def print_help() -> None:
         groups.add_row(group, ", ".join(presets(group)))
     console.print(groups)
     table = Table("option", "default", "meaning", title="\nOptions", title_justify="left", box=None)
-    for name, option, _ in options(Config):
+    for name, row, _ in rows(Config):
         if name not in SCHEDULERS:
-            table.add_row(name, default(option), _meaning(option))
+            table.add_row(name, default(row), _meaning(row))
     console.print(table)
     table = Table("schedule", "arguments", title="\nSchedules", title_justify="left", box=None)
     for name, kind in SCHEDULES.items():
@@ -341,6 +341,6 @@ def print_help() -> None:
     console.print(table)
 
 
-def _meaning(option: Field[Any]) -> str:
-    choices = option.metadata.get("choices")
-    return option.metadata["meaning"] + (f" ({', '.join(choices)})" if choices else "")
+def _meaning(row: Field[Any]) -> str:
+    choices = row.metadata.get("choices")
+    return row.metadata["meaning"] + (f" ({', '.join(choices)})" if choices else "")

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from llqr_experiments.command.cli import GROUPS, presets
-from llqr_experiments.config.option import default, legal, options
 from llqr_experiments.config.options import SCHEDULERS, Config
+from llqr_experiments.config.row import default, legal, rows
 from llqr_experiments.config.schedulers import SCHEDULES
 
 HEAD = """\
@@ -36,10 +36,10 @@ def page() -> str:
 
 
 def _rows() -> Iterator[tuple[str, str, str, str]]:
-    for name, option, _ in options(Config):
+    for name, row, _ in rows(Config):
         if name not in SCHEDULERS:
-            meaning = option.metadata["meaning"].replace("|", "\\\\|")
-            yield name, f"`{default(option)}`", meaning, legal(option)
+            meaning = row.metadata["meaning"].replace("|", "\\\\|")
+            yield name, f"`{default(row)}`", meaning, legal(row)
 
 
 def _schedules() -> Iterator[tuple[str, str, str, str]]:

@@ -16,8 +16,8 @@ from llqr.structures import catalogue
 from llqr.tree import leaf_names
 from llqr.typing import Schedule
 from llqr_experiments.config import schedulers
-from llqr_experiments.config.option import BOUNDS, HOLDS, accepted, become, options
 from llqr_experiments.config.options import Config
+from llqr_experiments.config.row import BOUNDS, HOLDS, accepted, become, rows
 from llqr_experiments.errors import ConfigError
 
 
@@ -81,7 +81,7 @@ def check_schedules(config: Config, horizon: Horizon) -> None:
     """
     last = horizon.total_steps - 1
     steps = np.arange(0, last + 1, 1 + last // 2**20)
-    for name, row, base in options(config):
+    for name, row, base in rows(config):
         group = row.metadata.get("by")
         found = schedule(config, group, base, horizon) if group else base
         if not callable(found):

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from llqr_experiments.config.names import DRAWN
+
 
 def contradictions(config: Any) -> Iterator[str]:
     """Yield pairs of options that exclude each other, with the reason.
@@ -37,9 +39,20 @@ def contradictions(config: Any) -> Iterator[str]:
             f"precond_rank={config.precond_rank} is for low-rank-memory structures only, not for "
             f"block_structure={config.block_structure}."
         )
+    yield from _of_labels(config)
     yield from _of_streaming(config)
     yield from _of_runs(config)
     yield from _of_sam(config)
+
+
+def _of_labels(config: Any) -> Iterator[str]:
+    streaming, fisher = config.precond_streaming, config.precond_probe == "fisher"
+    if config.use_preconditioner and (streaming or fisher) and config.divergence not in DRAWN:
+        yield (
+            f"{'precond_streaming=true' if streaming else 'precond_probe=fisher'} needs a "
+            f"divergence from which labels can be drawn ({', '.join(DRAWN)}; gaussian for "
+            f"numbers), not divergence={config.divergence}."
+        )
 
 
 def _of_streaming(config: Any) -> Iterator[str]:

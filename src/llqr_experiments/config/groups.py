@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llqr_experiments.config.option import option
+from llqr_experiments.config.row import option
 
 ARCHITECTURES = (
     "mlp", "mlp-legacy", "resnet-18", "resnet-50", "vgg16-bn", "wide-resnet-28-10",

@@ -19,6 +19,14 @@ DIVERGENCES = (
 )  # fmt: skip
 """Of `llqr.metrics`, and one that says why it is none."""
 
+DRAWN = (
+    "gaussian", "ngd", "renyi", "renyi_half", "reverse_kl", "stable_renyi",
+)  # fmt: skip
+"""Those from which labels can be drawn."""
+
+OF_NUMBERS = ("gaussian", "gauss_newton", "newton")
+"""Those of outputs that are numbers, not classes; the first two are one for half a mean square."""
+
 SOLVERS = ("momentum", "sgd", "adam", "relative", "cg", "cg_zoom_hz", "cg_back_pr+")
 """Of refits: `llqr.solvers.SOLVERS`."""
 

@@ -1,9 +1,10 @@
 """Every option of a run: its name, default, meaning, legal values and what it becomes.
 
-The dataclasses here and in groups.py are Hydra's schema and the only place where a default is
-written; `configs/` holds the presets, which override them. Option names are those of the LLQR
-papers' guide, flat, so that its commands run verbatim. A row that becomes a field of
-`llqr.Refit`, `llqr.Route` and the like says so, and build.py asks for it by that name.
+The dataclasses here and in groups.py are Hydra's schema and the only place of the runner where a
+default is written; `configs/` holds the presets, which override them. Option names are those of
+the LLQR papers' guide, flat, so that its commands run verbatim. A row that becomes a field of
+`llqr.Refit`, `llqr.Route` and the like says so, and build.py asks for it by that name. What the
+library writes too (help is told without importing it), tests compare: defaults and choices.
 """
 
 import os
@@ -23,7 +24,7 @@ from llqr_experiments.config.groups import (
     TranslationEval,
 )
 from llqr_experiments.config.names import DIVERGENCES, GRAFTS, PROBES, SOLVERS, STRUCTURES
-from llqr_experiments.config.option import check, option, options
+from llqr_experiments.config.row import check, option, rows
 from llqr_experiments.config.schedulers import check_scheduler
 from llqr_experiments.errors import ConfigError
 
@@ -154,7 +155,7 @@ class Config:
 
     # how a run is started
     smoke: bool = option(False, "the same run, shrunk to a few steps on embedded data")
-    dry_run: bool = option(False, "print the plan of the run, and end")
+    dry_run: bool = option(False, "say what the run would do and cost, and end")
     plan_memory: bool = option(
         True,
         "dry_run compiles a refit to say what it holds in memory, a minute for large models; smoke "
@@ -459,7 +460,7 @@ class Config:
     def __post_init__(self) -> None:
         for group in SCHEDULERS:
             check_scheduler(group, getattr(self, group))
-        for name, row, value in options(self):
+        for name, row, value in rows(self):
             if name not in SCHEDULERS:
                 if is_dataclass(row.type):  # a group set to null
                     raise ConfigError(f"{name}=null: a group has options, and cannot be null.")

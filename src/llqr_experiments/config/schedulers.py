@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
-from llqr_experiments.config.option import check, option
+from llqr_experiments.config.row import check, option
 from llqr_experiments.errors import ConfigError, unknown
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llqr_experiments.data.index import Index, Layout, indices, joined, table
+from llqr_experiments.data.index import Form, Index, indices, joined, table
 from llqr_experiments.data.photos import Photos
 from llqr_experiments.data.progress import progress
 from llqr_experiments.data.tars import Member, members
@@ -57,8 +57,8 @@ def load(dataset_dir: str | Path | None, augment: bool) -> tuple[Photos, Photos,
       DataError: no form is there as a whole.
     """
     root = Path("data", "imagenet") if dataset_dir is None else Path(dataset_dir).expanduser()
-    layout = _detect(root)
-    splits = indices(root, layout)
+    form = _detect(root)
+    splits = indices(root, form)
     train, test = (
         Photos(root.absolute(), splits[split], MEAN, STD, augment and split == "train")
         for split in ("train", "val")
@@ -69,15 +69,15 @@ def load(dataset_dir: str | Path | None, augment: bool) -> tuple[Photos, Photos,
             "%s has %d training and %d validation images of 1,000 classes; ImageNet 2012 has %d "
             "and %d. It may not be whole.", root.absolute(), *counts, *OFFICIAL_COUNTS,
         )  # fmt: skip
-    return train, test, classes, f"{root.absolute()} ({layout.name})"
+    return train, test, classes, f"{root.absolute()} ({form.name})"
 
 
-def _detect(root: Path) -> Layout:
+def _detect(root: Path) -> Form:
     """Return the form that `root` holds."""
     faults: list[str] = []
     for look in (_tree, _official, _shards):
         found = look(root)
-        if isinstance(found, Layout):
+        if isinstance(found, Form):
             return found
         faults.append(f"{look.__name__.strip('_')}: no {', no '.join(found)}")
     looked = "\n".join(f"  - {fault}" for fault in faults)
@@ -95,14 +95,14 @@ def _missing(root: Path, names: Sequence[str]) -> list[str]:
 # --- a folder for each class ----------------------------------------------------------------
 
 
-def _tree(root: Path) -> Layout | list[str]:
+def _tree(root: Path) -> Form | list[str]:
     missing = [f"{split}/" for split in ("train", "val") if not (root / split).is_dir()]
     if missing:
         return missing
     classes = {split: _folders(root / split) for split in ("train", "val")}
     sources = [f"{split}/{wnid}" for split, wnids in classes.items() for wnid in wnids]
     build = functools.partial(_index_tree, root, classes)
-    return Layout("tree", ("train", "val", *sources), build)
+    return Form("tree", ("train", "val", *sources), build)
 
 
 def _folders(path: Path) -> list[str]:
@@ -154,7 +154,7 @@ def _images(folder: Path) -> list[str]:
 # --- the official archives ------------------------------------------------------------------
 
 
-def _official(root: Path) -> Layout | list[str]:
+def _official(root: Path) -> Form | list[str]:
     missing = _missing(root, (TRAIN_TAR, VAL_TAR))
     labels = _label_files(root)
     if not labels:
@@ -162,7 +162,7 @@ def _official(root: Path) -> Layout | list[str]:
     if missing:
         return missing
     build = functools.partial(_index_official, root, labels)
-    return Layout("official", (TRAIN_TAR, VAL_TAR, *labels), build)
+    return Form("official", (TRAIN_TAR, VAL_TAR, *labels), build)
 
 
 def _label_files(root: Path) -> tuple[str, ...]:
@@ -300,13 +300,13 @@ def _synsets(meta: bytes, where: Path) -> dict[int, str]:
 # --- shards ---------------------------------------------------------------------------------
 
 
-def _shards(root: Path) -> Layout | list[str]:
+def _shards(root: Path) -> Form | list[str]:
     shards = {split: sorted(root.glob(f"{split}-*.tar")) for split in ("train", "val")}
     missing = [f"{split}-*.tar" for split, paths in shards.items() if not paths]
     if missing:
         return missing
     sources = tuple(path.name for paths in shards.values() for path in paths)
-    return Layout("shards", sources, functools.partial(_index_shards, root, shards))
+    return Form("shards", sources, functools.partial(_index_shards, root, shards))
 
 
 def _index_shards(root: Path, shards: dict[str, list[Path]]) -> dict[str, Index]:

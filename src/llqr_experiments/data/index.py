@@ -118,11 +118,11 @@ def joined(parts: Sequence[Index]) -> Index:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Form:
     """A way in which images lie in a folder.
 
     Attributes:
-      name: of the layout.
+      name: of the form.
       sources: folders and files that the index is made from, as paths below the root.
       build: makes the index of each split.
     """
@@ -132,32 +132,32 @@ class Layout:
     build: Callable[[], dict[str, Index]] = dataclasses.field(compare=False)
 
 
-def indices(root: Path, layout: Layout) -> dict[str, Index]:
+def indices(root: Path, form: Form) -> dict[str, Index]:
     """Return the index of each split: from its file if that is up to date, or made anew.
 
     Where the file cannot be written, the index is made once in a process.
     """
-    return _read_or_build(root.absolute(), _key(root, layout), layout)
+    return _read_or_build(root.absolute(), _key(root, form), form)
 
 
-def _key(root: Path, layout: Layout) -> str:
+def _key(root: Path, form: Form) -> str:
     """Return a digest of what the index depends on."""
     facts = []
-    for source in sorted(layout.sources):
+    for source in sorted(form.sources):
         status = (root / source).stat()
         # What the size of a folder is, is up to the file system.
         size = None if (root / source).is_dir() else status.st_size
         facts.append((source, size, status.st_mtime_ns))
-    return hashlib.sha256(json.dumps([_FORMAT, layout.name, facts]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([_FORMAT, form.name, facts]).encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=2)
-def _read_or_build(root: Path, key: str, layout: Layout) -> dict[str, Index]:
+def _read_or_build(root: Path, key: str, form: Form) -> dict[str, Index]:
     path = root / FILE_NAME
     found = _read(path, key)
     if found is not None:
         return found
-    built = layout.build()
+    built = form.build()
     try:
         _write(path, key, built)
     except OSError as error:

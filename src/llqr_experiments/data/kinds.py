@@ -6,8 +6,8 @@ from typing import Any
 
 from llqr.errors import unknown
 from llqr_experiments import data
-from llqr_experiments.config.option import become, plain
 from llqr_experiments.config.options import Config, Dataset
+from llqr_experiments.config.row import become, plain
 from llqr_experiments.data import poisson, translation
 from llqr_experiments.data.material import (
     Material,

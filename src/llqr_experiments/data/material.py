@@ -11,8 +11,8 @@ import numpy as np
 from llqr_experiments import data
 from llqr_experiments.config.options import Config
 from llqr_experiments.data import translation
-from llqr_experiments.devices import WHOLE, Share
 from llqr_experiments.errors import ConfigError
+from llqr_experiments.layout import WHOLE, Share
 
 Totals = Mapping[str, float]
 """Sums over the rows of a split: loss, correct (of classes) or squares (of numbers), rows."""

@@ -18,8 +18,8 @@ import numpy as np
 
 from llqr_experiments.data.examples import Batch, Examples
 from llqr_experiments.data.order import Order, Partial, batches_per_epoch
-from llqr_experiments.devices import WHOLE, Share
 from llqr_experiments.errors import DataError
+from llqr_experiments.layout import WHOLE, Share
 
 # Keys of the seeds derived from a stream's seed. An epoch's key is a single small integer, so a
 # key of two integers meets none of them.

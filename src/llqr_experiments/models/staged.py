@@ -31,22 +31,22 @@ class Staged(nnx.Module):
     """
 
     def __init__(self, segments: Sequence[Sequence[Part]]):
-        plan, groups, owners = [], [], {}
+        order, groups, owners = [], [], {}
         for segment in segments:
             group = []
             for part in segment:
                 part, how = part if isinstance(part, tuple) else (part, call)
-                name = f"layers_{len(plan)}"
+                name = f"layers_{len(order)}"
                 if isinstance(part, nnx.Module):
                     owner = owners.setdefault(id(part), name)
                     if owner == name:
                         setattr(self, name, part)
-                    plan.append((name, owner, how))
+                    order.append((name, owner, how))
                 else:
-                    plan.append((name, part, how))
+                    order.append((name, part, how))
                 group.append(name)
             groups.append(tuple(group))
-        self.plan = nnx.static(tuple(plan))
+        self.order = nnx.static(tuple(order))
         self.groups = nnx.static(tuple(groups))
 
     def __call__(self, x: PyTree) -> PyTree:
@@ -58,7 +58,7 @@ class Staged(nnx.Module):
     def stages(self) -> list[tuple[str, Any, Callable[[Any, PyTree], PyTree]]]:
         """Return (name, module or function, how it is applied) in order."""
         named = lambda part: getattr(self, part) if isinstance(part, str) else part  # noqa: E731
-        return [(name, named(part), how) for name, part, how in self.plan]
+        return [(name, named(part), how) for name, part, how in self.order]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import llqr
 from llqr.tree import cosine, divide, norm
 from llqr.typing import Array, Float, Params
 from llqr_experiments.config import build
-from llqr_experiments.config.option import accepted, become
 from llqr_experiments.config.options import Config
+from llqr_experiments.config.row import accepted, become
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.record.console import REASONS
 

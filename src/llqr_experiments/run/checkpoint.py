@@ -30,7 +30,7 @@ import numpy as np
 from rich.markup import escape
 
 from llqr.tree import leaf_names
-from llqr_experiments import devices
+from llqr_experiments import processes
 from llqr_experiments.errors import ConfigError, DataError
 
 FORMAT = 2
@@ -88,7 +88,7 @@ class Checkpoints:
         }
         try:
             size = sum(array.nbytes for array in arrays.values())
-            devices.decide(lambda: _check_space(self.folder, size))
+            processes.decide(lambda: _check_space(self.folder, size))
             manager = self._manager(kind)
             if step in manager.all_steps():
                 return
@@ -201,7 +201,7 @@ def newest_whole(
         found = _newest_whole(folder, say, kind, aside)
         return None if found is None else found[0]
 
-    step = devices.decide(look)
+    step = processes.decide(look)
     if step is None or found is not None:
         return found
     return step, *read(folder, step, kind)
@@ -244,7 +244,7 @@ def read(
     """
     import orbax.checkpoint as ocp
 
-    path, me = (folder / kind / str(step)).absolute(), jax.process_index()
+    path, me = (folder / kind / str(step)).absolute(), processes.index()
     # Every process for itself: it waits for no other.
     alone = ocp.options.MultiprocessingOptions(me, {me}, f"reader{me}")
     reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
@@ -394,7 +394,7 @@ def _checksums(arrays: dict[str, Any]) -> dict[str, Pieces]:
         ]  # fmt: skip
         mine[name] = {_place(index, array.shape): _checksum(piece) for index, piece in pieces}
     found: dict[str, Pieces] = {name: {} for name in arrays}
-    for theirs in devices.gather(mine):
+    for theirs in processes.gather(mine):
         for name, pieces in theirs.items():
             found[name] |= pieces
     return found

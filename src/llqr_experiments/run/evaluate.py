@@ -13,7 +13,7 @@ import numpy as np
 import llqr
 from llqr.typing import Array, Params
 from llqr_experiments import data
-from llqr_experiments.devices import Layout
+from llqr_experiments.layout import Layout
 from llqr_experiments.task.tasks import STATISTICS, examples, keep, measure, sums_of
 
 BINS, RESERVOIR = 50, 200_000

@@ -9,15 +9,15 @@ from typing import Any
 import jax
 
 import llqr
-from llqr_experiments import capacity, data, devices
+from llqr_experiments import capacity, data, processes
 from llqr_experiments.config import build
-from llqr_experiments.config.option import become
 from llqr_experiments.config.options import Config
+from llqr_experiments.config.row import become
 from llqr_experiments.data import kinds
 from llqr_experiments.data.kinds import KINDS
 from llqr_experiments.data.material import Material
-from llqr_experiments.devices import WHOLE, Layout, Share
 from llqr_experiments.errors import ConfigError
+from llqr_experiments.layout import WHOLE, Layout, Share, arrange
 from llqr_experiments.run.checkpoint import find
 from llqr_experiments.run.goal import Goal, goal
 from llqr_experiments.run.step import Recipe
@@ -25,7 +25,7 @@ from llqr_experiments.task import tasks
 
 
 @dataclass(frozen=True)
-class Run:
+class Job:
     """What stays the same during a run.
 
     Attributes:
@@ -75,22 +75,22 @@ class Run:
         return self.horizon.total_steps - 1
 
 
-def prepare(config: Config, *, planned: bool = False) -> Run:
+def prepare(config: Config, *, abstract: bool = False) -> Job:
     """Load the data and build everything that stays the same.
 
     Args:
       config: validated options.
-      planned: whether the devices need not be there.
+      abstract: whether the devices need not be there.
 
     Raises:
       ConfigError: an illegal option.
       DataError: the data cannot be used.
     """
     check(config)
-    layout = devices.layout(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, planned=planned)
+    layout = arrange(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, abstract=abstract)
     _check_rows(config, layout)
     # The first process may have to download, for all of them.
-    made = devices.one_by_one(lambda: kinds.make(config.dataset))
+    made = processes.one_by_one(lambda: kinds.make(config.dataset))
     horizon = _horizon(config, made)
     task = tasks.build(config, made)
     recipe = Recipe(
@@ -107,7 +107,7 @@ def prepare(config: Config, *, planned: bool = False) -> Run:
     refits = build.refit_steps(config, horizon)
     blocks = llqr.describe(recipe.tx, task.params) if config.use_preconditioner else None
     best = goal(config, task.material)
-    return Run(config, task, recipe, horizon, refits, blocks, best, layout)
+    return Job(config, task, recipe, horizon, refits, blocks, best, layout)
 
 
 def _check_rows(config: Config, layout: Layout | None) -> None:
@@ -190,12 +190,12 @@ def job_id(config: Config) -> str:
     return config.jobid or os.environ.get("SLURM_JOBID", "")
 
 
-def batches(job: Run) -> str:
+def batches(job: Job) -> str:
     """Return in words what a training batch holds."""
     return KINDS[job.task.material.kind].batch(job.config)
 
 
-def refits_in_words(job: Run) -> str:
+def refits_in_words(job: Job) -> str:
     """Return in words how many refits a run makes, and of what."""
     config, count = job.config, len(job.refit_steps)
     if config.precond_streaming:

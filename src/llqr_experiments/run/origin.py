@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llqr_experiments import devices
+from llqr_experiments import processes
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.record import run_folder
 from llqr_experiments.record.lock import ELSEWHERE
 from llqr_experiments.run.checkpoint import Checkpoint, Checkpoints, find, load_fields
-from llqr_experiments.run.job import Run
+from llqr_experiments.run.job import Job
 from llqr_experiments.run.step import TrainState, begin
 
 Say = Callable[[str], None]
@@ -49,7 +49,7 @@ class Origin:
         return self.meta.get("trackers") if self.own else None
 
 
-def origin(job: Run, entered: bool, out_dir: Path, checkpoints: Checkpoints, say: Say) -> Origin:
+def origin(job: Job, entered: bool, out_dir: Path, checkpoints: Checkpoints, say: Say) -> Origin:
     """Return where a run begins.
 
     Args:
@@ -69,7 +69,7 @@ def origin(job: Run, entered: bool, out_dir: Path, checkpoints: Checkpoints, say
     if found is None and config.resume:
         found = resumed(job, new, say)
     if found is None and entered:
-        devices.decide(lambda: _refuse_finished(out_dir))
+        processes.decide(lambda: _refuse_finished(out_dir))
     if found is None and config.init_from:
         found = initialised(job, new, say)
     if found is None:
@@ -78,7 +78,7 @@ def origin(job: Run, entered: bool, out_dir: Path, checkpoints: Checkpoints, say
     return found
 
 
-def interrupted(job: Run, new: TrainState, checkpoints: Checkpoints) -> Origin | None:
+def interrupted(job: Job, new: TrainState, checkpoints: Checkpoints) -> Origin | None:
     """Return the newest of the run's own checkpoints; None: there is none."""
     found = checkpoints.restore(new)
     if found is None:
@@ -88,7 +88,7 @@ def interrupted(job: Run, new: TrainState, checkpoints: Checkpoints) -> Origin |
     return _restored(job, new, found, own=True)
 
 
-def resumed(job: Run, new: TrainState, say: Say) -> Origin:
+def resumed(job: Job, new: TrainState, say: Say) -> Origin:
     """Return the newest checkpoint of the run that `resume` names; its record stays where it is."""
     folder = find(Path(str(job.config.resume)))
     found = Checkpoints(folder, 1, say).restore(new, own=False)
@@ -97,7 +97,7 @@ def resumed(job: Run, new: TrainState, say: Say) -> Origin:
     return _restored(job, new, found, own=False)
 
 
-def initialised(job: Run, new: TrainState, say: Say) -> Origin:
+def initialised(job: Job, new: TrainState, say: Say) -> Origin:
     """Return the first step, with the parameters of the run that `init_from` names."""
     folder = find(Path(str(job.config.init_from)))
     model, step = load_fields(folder, {"params": new.params, "statistics": new.statistics}, say)
@@ -105,7 +105,7 @@ def initialised(job: Run, new: TrainState, say: Say) -> Origin:
     return Origin(new._replace(**model), name=name)
 
 
-def _restored(job: Run, new: TrainState, found: Checkpoint, *, own: bool) -> Origin:
+def _restored(job: Job, new: TrainState, found: Checkpoint, *, own: bool) -> Origin:
     if found.step > job.last:
         raise ConfigError(
             f"the checkpoint is of step {found.step}, and this run ends at {job.last}."

@@ -11,20 +11,20 @@ from rich.markup import escape
 
 import llqr
 from llqr.typing import Array, Params, PyTree
-from llqr_experiments import devices
+from llqr_experiments import processes
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.record import insight, measures
 from llqr_experiments.record.translations import FILE, append
 from llqr_experiments.run import translate
 from llqr_experiments.run.checkpoint import BEST, find, load_fields, steps
 from llqr_experiments.run.evaluate import Histograms, evaluate
-from llqr_experiments.run.job import Run
+from llqr_experiments.run.job import Job
 from llqr_experiments.run.session import HISTOGRAMS, Desk, Session, check_health, keep_best
 from llqr_experiments.run.step import TrainState
 from llqr_experiments.task import tasks
 
 
-def refit(job: Run, session: Session, training: dict[str, Any], desk: Desk) -> None:
+def refit(job: Job, session: Session, training: dict[str, Any], desk: Desk) -> None:
     """Relearn P before the update of this step, and say what it did."""
     config, clock, state = job.config, desk.clock, session.state
     with clock.phase("training"):
@@ -51,7 +51,7 @@ def refit(job: Run, session: Session, training: dict[str, Any], desk: Desk) -> N
 
 
 def refit_objective(
-    job: Run, refits: Iterator[dict[str, Any]], statistics: PyTree
+    job: Job, refits: Iterator[dict[str, Any]], statistics: PyTree
 ) -> tuple[dict[str, Any], llqr.BoundObjective]:
     """Return the next refit batch, and the objective of a refit: on as many batches as it takes."""
     batch = seen = next(refits)
@@ -65,12 +65,12 @@ def refit_objective(
     return batch, tasks.bound(job.task, seen, statistics)
 
 
-def _bound(job: Run, batch: dict[str, Any], state: TrainState) -> llqr.BoundObjective:
+def _bound(job: Job, batch: dict[str, Any], state: TrainState) -> llqr.BoundObjective:
     """The objective in inference mode, as refits see it."""
     return tasks.bound(job.task, batch, state.statistics)
 
 
-def evaluation(job: Run, session: Session, desk: Desk) -> dict[str, float]:
+def evaluation(job: Job, session: Session, desk: Desk) -> dict[str, float]:
     """Evaluate, keep the best, and return the metrics."""
     config, step = job.config, session.step
     check_health(job, session.state, desk)
@@ -85,7 +85,7 @@ def evaluation(job: Run, session: Session, desk: Desk) -> dict[str, float]:
             batches = made.streams.evaluation(split, size, job.share)
             totals = evaluate(job.task.objective, model, batches, histograms, name, job.layout)
             found |= made.rates(name, totals)
-    if histograms is not None and devices.first():
+    if histograms is not None and processes.first():
         try:
             histograms.write(desk.out_dir / HISTOGRAMS, step)
         except (OSError, ValueError) as error:  # a full disk; losses that are not finite
@@ -97,7 +97,7 @@ def evaluation(job: Run, session: Session, desk: Desk) -> dict[str, float]:
     return found | session.reached
 
 
-def _reached(job: Run, session: Session, found: dict[str, float]) -> None:
+def _reached(job: Job, session: Session, found: dict[str, float]) -> None:
     """Record the first evaluation at which an accuracy is reached."""
     made = job.task.material
     for share in made.milestones:
@@ -106,7 +106,7 @@ def _reached(job: Run, session: Session, found: dict[str, float]) -> None:
             session.reached.setdefault(measures.first_step(name, share), session.step)
 
 
-def translations(job: Run, session: Session, desk: Desk) -> dict[str, float]:
+def translations(job: Job, session: Session, desk: Desk) -> dict[str, float]:
     """Translate the valid set, or a sample of it, where that is due; return the metrics."""
     options, step, last = job.config.translation_eval, session.step, session.step == job.last
     if not options.enabled or not (step or last):
@@ -128,7 +128,7 @@ def translations(job: Run, session: Session, desk: Desk) -> dict[str, float]:
     return values
 
 
-def closing_translations(job: Run, session: Session, desk: Desk) -> dict[str, float]:
+def closing_translations(job: Job, session: Session, desk: Desk) -> dict[str, float]:
     """Translate the test set with the best parameters, which is done once, in the end."""
     if not job.config.translation_eval.enabled:
         return {}
@@ -138,7 +138,7 @@ def closing_translations(job: Run, session: Session, desk: Desk) -> dict[str, fl
     return values
 
 
-def _best_params(job: Run, session: Session, desk: Desk) -> tuple[Params, int]:
+def _best_params(job: Job, session: Session, desk: Desk) -> tuple[Params, int]:
     """Return the parameters of the best evaluation, and its step; the last if there is none."""
     last, say = session.state.params, desk.display.say
     best = int(session.best.get("step", session.step))
@@ -162,7 +162,7 @@ def _best_params(job: Run, session: Session, desk: Desk) -> tuple[Params, int]:
 
 
 def _translate(
-    job: Run, params: Params, split: str, most: int | None, step: int, desk: Desk
+    job: Job, params: Params, split: str, most: int | None, step: int, desk: Desk
 ) -> translate.Translated:
     """Translate, and show and write what came out."""
     config, task, say = job.config, job.task, desk.display.say
@@ -190,7 +190,7 @@ def _translate(
         say(f"{'':>14}source      {escape(sample.source)}")
         say(f"{'':>14}translation {escape(sample.hypothesis)}")
         say(f"{'':>14}reference   {escape(sample.reference)}")
-    if not devices.first():
+    if not processes.first():
         return found
     try:
         path, bleu = desk.out_dir / FILE, found.bleu
@@ -200,7 +200,7 @@ def _translate(
     return found
 
 
-def report(job: Run, step: int, state: TrainState, sums: dict[str, Array], desk: Desk) -> None:
+def report(job: Job, step: int, state: TrainState, sums: dict[str, Array], desk: Desk) -> None:
     """Log and show what training measured before the update to `step`."""
     totals = {name: float(total) for name, total in jax.device_get(sums).items()}
     rates = job.task.material.rates("train", totals)
@@ -220,7 +220,7 @@ def sharpness(state: TrainState) -> dict[str, float]:
     return {} if state.sharpness is None else insight.sharpness_record(state.sharpness.info)
 
 
-def quality(job: Run, state: TrainState, step: int, desk: Desk) -> llqr.Quality:
+def quality(job: Job, state: TrainState, step: int, desk: Desk) -> llqr.Quality:
     """Compare the steps of `config.quality` with the exact one, on the first refit batch."""
     config, batch = job.config, next(job.task.material.streams.refits(job.config))
     batch, state = job.put(batch), state._replace(params=job.whole(state.params))

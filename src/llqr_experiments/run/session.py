@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from llqr.tree import leaf_names
-from llqr_experiments import devices
+from llqr_experiments import processes
 from llqr_experiments.config.options import Config
 from llqr_experiments.errors import TrainingError
 from llqr_experiments.files import write
@@ -21,7 +21,7 @@ from llqr_experiments.record.clock import Clock
 from llqr_experiments.record.console import Display
 from llqr_experiments.record.trackers import Trackers
 from llqr_experiments.run.checkpoint import BEST, Checkpoints
-from llqr_experiments.run.job import Run, job_id
+from llqr_experiments.run.job import Job, job_id
 from llqr_experiments.run.origin import Origin
 from llqr_experiments.run.preemption import Interrupted, Interrupts
 from llqr_experiments.run.step import TrainState
@@ -68,7 +68,7 @@ class Desk:
     checkpoints: Checkpoints
     interrupts: Interrupts
     out_dir: Path
-    common: devices.Common = field(default_factory=devices.Common)
+    common: processes.Common = field(default_factory=processes.Common)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record values."""
@@ -76,7 +76,7 @@ class Desk:
             self.trackers.log(step, values, self.clock.elapsed())
 
 
-def checkpoints_of(job: Run, out_dir: Path, say: Callable[[str], None]) -> Checkpoints:
+def checkpoints_of(job: Job, out_dir: Path, say: Callable[[str], None]) -> Checkpoints:
     """Return where a run's checkpoints lie: in its folder, or in $SCRATCH."""
     config, folder = job.config, out_dir / "checkpoints"
     if config.preempt_handling:
@@ -84,7 +84,7 @@ def checkpoints_of(job: Run, out_dir: Path, say: Callable[[str], None]) -> Check
     return Checkpoints(folder, config.checkpoint_keep, say)
 
 
-def begin(job: Run, origin: Origin, out_dir: Path, say: Callable[[str], None]) -> Session:
+def begin(job: Job, origin: Origin, out_dir: Path, say: Callable[[str], None]) -> Session:
     """Return the session of a run that begins somewhere.
 
     Args:
@@ -104,7 +104,7 @@ def begin(job: Run, origin: Origin, out_dir: Path, say: Callable[[str], None]) -
         session.refits.set_state(meta["refits"])
     else:
         say("[yellow]warning:[/] the options of the data are others: the streams start anew\n")
-    if origin.own and devices.first():
+    if origin.own and processes.first():
         for name in (HISTOGRAMS, translations.FILE):
             _forget(out_dir / name, origin.step)
     return session
@@ -140,7 +140,7 @@ def _forget(path: Path, step: int) -> None:
     write(path, "".join(kept))
 
 
-def checkpoint(job: Run, session: Session, desk: Desk) -> None:
+def checkpoint(job: Job, session: Session, desk: Desk) -> None:
     """Write a checkpoint if one is due; end the run if a signal asks for it."""
     step, every = session.step, job.config.checkpoint_freq
     signal, checkpoints = desk.common.any(desk.interrupts.requested or 0), desk.checkpoints
@@ -161,7 +161,7 @@ def checkpoint(job: Run, session: Session, desk: Desk) -> None:
     raise Interrupted(f"{Signals(signal).name} ended the run at step {step}. {saved}")
 
 
-def keep_best(job: Run, session: Session, found: dict[str, float], desk: Desk) -> None:
+def keep_best(job: Job, session: Session, found: dict[str, float], desk: Desk) -> None:
     """Write a checkpoint if this evaluation is the best so far."""
     if job.goal.metric not in found:
         return
@@ -175,7 +175,7 @@ def keep_best(job: Run, session: Session, found: dict[str, float], desk: Desk) -
             desk.checkpoints.save(session.step, session.state, meta, kind=BEST)
 
 
-def _meta(job: Run, session: Session, desk: Desk) -> dict[str, Any]:
+def _meta(job: Job, session: Session, desk: Desk) -> dict[str, Any]:
     return {
         "options": run_folder.options(job.config),
         "best": session.best,
@@ -187,7 +187,7 @@ def _meta(job: Run, session: Session, desk: Desk) -> dict[str, Any]:
     }
 
 
-def check_health(job: Run, state: TrainState, desk: Desk) -> None:
+def check_health(job: Job, state: TrainState, desk: Desk) -> None:
     """Stop if a loss or gradient was not finite, before it is saved or believed."""
     health = jax.device_get(state.health)
     if job.recipe.skip or health.bad_step < 0:

@@ -13,7 +13,7 @@ import llqr
 from llqr.tree import norm, normal_like
 from llqr.typing import Array, Int, Params
 from llqr_experiments.config import build
-from llqr_experiments.devices import Layout
+from llqr_experiments.layout import Layout
 from llqr_experiments.task.tasks import KEY, STATISTICS, Carry
 
 

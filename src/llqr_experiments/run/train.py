@@ -10,15 +10,16 @@ import jax
 
 import llqr
 from llqr.typing import Array, Params
-from llqr_experiments import devices
+from llqr_experiments import processes
 from llqr_experiments.config import advice, build
 from llqr_experiments.config.options import Config
+from llqr_experiments.layout import Layout
 from llqr_experiments.record import insight, lock, plots, run_folder
 from llqr_experiments.record.clock import Clock
 from llqr_experiments.record.console import Display, counts, shown
 from llqr_experiments.record.trackers import Trackers
 from llqr_experiments.run import phases
-from llqr_experiments.run.job import Run, batches, prepare, refits_in_words, title
+from llqr_experiments.run.job import Job, batches, prepare, refits_in_words, title
 from llqr_experiments.run.origin import origin
 from llqr_experiments.run.preemption import Interrupts
 from llqr_experiments.run.session import Desk, Session, begin, checkpoint, checkpoints_of
@@ -53,15 +54,15 @@ def run(config: Config, out_dir: Path, command: str = "", *, quiet: bool = False
       TrainingError: a loss or gradient is not finite.
       Interrupted: a signal came, and everything is saved.
     """
-    with devices.ending(), _alone(out_dir, command):
-        return _run(config, out_dir, command, quiet or not devices.first())
+    with processes.ending(), _alone(out_dir, command):
+        return _run(config, out_dir, command, quiet or not processes.first())
 
 
 @contextmanager
 def _alone(folder: Path, command: str) -> Iterator[None]:
     """Hold a folder for the processes of this run."""
     with ExitStack() as stack:
-        devices.decide(lambda: stack.enter_context(lock.hold(folder, command)))
+        processes.decide(lambda: stack.enter_context(lock.hold(folder, command)))
         yield
 
 
@@ -72,7 +73,7 @@ def _run(config: Config, out_dir: Path, command: str, quiet: bool) -> Result:
         interrupts = stack.enter_context(Interrupts())
         with clock.phase("setup"):
             # Nothing is written into the folder before all is known to be there and to fit.
-            again = devices.decide(lambda: run_folder.look(config, out_dir))
+            again = processes.decide(lambda: run_folder.look(config, out_dir))
             job = prepare(config)
             display = Display(job.last, config.report_freq, quiet=quiet)
             checkpoints = checkpoints_of(job, out_dir, display.say)
@@ -81,12 +82,14 @@ def _run(config: Config, out_dir: Path, command: str, quiet: bool) -> Result:
             start = origin(job, again, out_dir, checkpoints, display.say)
             facts = {"steps": job.last, "refits": len(job.refit_steps)}
             if job.layout is not None:
-                facts |= {"mesh": dict(job.layout.mesh.shape), "processes": jax.process_count()}
-            devices.decide(lambda: run_folder.enter(config, out_dir, command, again=again, **facts))
+                facts |= {"mesh": dict(job.layout.mesh.shape), "processes": processes.count()}
+            processes.decide(
+                lambda: run_folder.enter(config, out_dir, command, again=again, **facts)
+            )
             session = begin(job, start, out_dir, display.say)
             clock.add(start.seconds)
             trackers = Trackers(display.say)
-            if devices.first():
+            if processes.first():
                 trackers = run_folder.open_trackers(
                     config, job.task.name, out_dir, display.say, start.trackers
                 )
@@ -103,11 +106,11 @@ def _run(config: Config, out_dir: Path, command: str, quiet: bool) -> Result:
         final = _loop(job, session, desk)
         if config.quality:
             quality["after training"] = phases.quality(job, session.state, job.last, desk)
-            if devices.first():
+            if processes.first():
                 insight.draw(quality, title(config), out_dir / "quality.png")
         checkpoints.wait()
     result = Result(final, job.task, session.state.params, session.state.statistics)
-    if not devices.first():
+    if not processes.first():
         return result
     try:
         run_folder.finish(out_dir, results=final, best=session.best, time=dict(clock.seconds))
@@ -131,7 +134,7 @@ def train_step(
     state: TrainState,
     batch: dict[str, Array],
     probing: llqr.Objective | None = None,
-    layout: devices.Layout | None = None,
+    layout: Layout | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update; also sums over the batch (before the update), see `tasks.measure`.
 
@@ -152,7 +155,7 @@ def train_step(
     return state, sums
 
 
-def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:
+def _loop(job: Job, session: Session, desk: Desk) -> dict[str, float]:
     """Steps up to the last index, which only evaluates; returns the final metrics."""
     config, ascent, clock = job.config, job.recipe.ascent, desk.clock
     final: dict[str, float] = {}
@@ -191,7 +194,7 @@ def _loop(job: Run, session: Session, desk: Desk) -> dict[str, float]:
     return final
 
 
-def _announce(job: Run, display: Display) -> None:
+def _announce(job: Job, display: Display) -> None:
     """Say what is about to happen."""
     config, size = job.config, sum(x.size for x in jax.tree.leaves(job.task.params))
     display.say(
@@ -214,9 +217,9 @@ def _announce(job: Run, display: Display) -> None:
         display.say(f"{config.main_optimizer} without a preconditioner\n")
 
 
-def _describe_layout(layout: devices.Layout) -> str:
+def _describe_layout(layout: Layout) -> str:
     axes = ", ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
-    return f"{layout.mesh.size} devices of {jax.process_count()} process(es): {axes}"
+    return f"{layout.mesh.size} devices of {processes.count()} process(es): {axes}"
 
 
 def _describe_ascent(config: Config, ascent: build.Ascent) -> str:
@@ -232,7 +235,7 @@ def _describe_ascent(config: Config, ascent: build.Ascent) -> str:
     )
 
 
-def _results(job: Run, session: Session, final: dict[str, float]) -> dict[str, str]:
+def _results(job: Job, session: Session, final: dict[str, float]) -> dict[str, str]:
     """Rows of the closing table."""
     splits = [name for name in job.task.material.sizes if name != "train"] + ["train_eval"]
     found = {

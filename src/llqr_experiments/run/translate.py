@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from llqr.typing import Params
-from llqr_experiments.config.option import become
 from llqr_experiments.config.options import TranslationEval
+from llqr_experiments.config.row import become
 from llqr_experiments.data import translation
-from llqr_experiments.devices import Layout
+from llqr_experiments.layout import Layout
 from llqr_experiments.models.decoding import Decoder, Rules, beam_search
 from llqr_experiments.record.translations import Sample
 

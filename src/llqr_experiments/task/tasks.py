@@ -12,6 +12,7 @@ import optax
 import llqr
 from llqr.typing import Array, Bool, Float, Params, PyTree
 from llqr_experiments import models
+from llqr_experiments.config.names import OF_NUMBERS
 from llqr_experiments.config.options import Architecture, Config
 from llqr_experiments.data import IGNORE, kinds
 from llqr_experiments.data.material import Material
@@ -147,19 +148,15 @@ def _check_answers(config: Config, made: Material) -> None:
         raise ConfigError(
             f"label_smoothing={config.label_smoothing} is for classes; {made.name} has numbers."
         )
-    if config.use_preconditioner and config.divergence not in METRICS_OF_NUMBERS:
+    if config.use_preconditioner and config.divergence not in OF_NUMBERS:
         raise ConfigError(
             f"divergence={config.divergence} is for classes; {made.name} has numbers: choose "
-            f"{', '.join(METRICS_OF_NUMBERS)}."
+            f"{', '.join(OF_NUMBERS)}."
         )
 
 
-METRICS_OF_NUMBERS = ("gaussian", "gauss_newton", "newton")
-"""The first two are the same for half a mean square; labels can be drawn from the first."""
-
-
 def wide(config: Config) -> AbstractContextManager[Any]:
-    """Return the context that a run in float64 is made, planned and measured in."""
+    """Return the context that a run in float64 is made, forecast and measured in."""
     return jax.enable_x64(True) if config.precision == "float64" else nullcontext()
 
 

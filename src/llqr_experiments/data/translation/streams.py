@@ -25,8 +25,8 @@ from llqr_experiments.data.translation.batching import Bucketing, Buckets, Shape
 from llqr_experiments.data.translation.corpus import Pairs, Sentences
 from llqr_experiments.data.translation.vocabulary import EOS, PAD
 from llqr_experiments.data.windows import IGNORE
-from llqr_experiments.devices import WHOLE, Share
 from llqr_experiments.errors import DataError
+from llqr_experiments.layout import WHOLE, Share
 
 Batch = dict[str, np.ndarray]
 
