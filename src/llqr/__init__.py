@@ -9,7 +9,10 @@ from llqr import diagnostics as diagnostics
 from llqr import errors as errors
 from llqr import lqr as lqr
 from llqr import metrics as metrics
+from llqr import operators as operators
+from llqr import schedules as schedules
 from llqr import stages as stages
+from llqr import structures as structures
 from llqr import tree as tree
 from llqr import typing as typing
 from llqr.access import blocks, install, precondition, preconditioner, refresh
@@ -78,6 +81,7 @@ __all__ = [
     "lqr",
     "metrics",
     "microbatched",
+    "operators",
     "past_friendly_sam",
     "precondition",
     "preconditioner",
@@ -86,11 +90,13 @@ __all__ = [
     "refresh",
     "sam",
     "scale_by_llqr",
+    "schedules",
     "solvers",
     "stacked",
     "stages",
     "state_shardings",
     "streaming",
+    "structures",
     "tree",
     "typing",
 ]

@@ -2,7 +2,7 @@
 
 XLA on CPU runs the gradients of convolutions inside a compiled loop 30 to 50 times slower than
 outside it, so a loop there is driven from Python. On other devices, and inside a caller's trace,
-it is compiled. Both run the same pieces; no other module knows the difference.
+it is compiled. Both run the same pieces; others say what runs, and ask here where.
 """
 
 from collections.abc import Callable

@@ -20,7 +20,10 @@ from llqr.typing import Array, Float, Params, PyTree
 
 
 def refresh(
-    tx: optax.GradientTransformation, state: Any, params: Params, objective: BoundObjective
+    tx: optax.GradientTransformation,
+    state: Any,
+    params: Params,
+    objective: BoundObjective | None,
 ) -> Any:
     """Refit P now, from outside the training step.
 
@@ -32,7 +35,8 @@ def refresh(
       tx: an optimizer with `llqr` or `scale_by_llqr` in it, however it is composed.
       state: its state.
       params: the current parameters.
-      objective: the curvature objective on the refit batch.
+      objective: the curvature objective on the refit batch; None where the way to learn P needs
+        none (`Streaming(probe="gradient")`).
 
     Returns:
       The state with new blocks.
@@ -98,8 +102,8 @@ def _check_reached(old: list[LLQRState], new: list[LLQRState], only: OnlyRefit) 
 def precondition(tx: optax.GradientTransformation, state: Any, vector: Params) -> Params:
     """Return P v for the (first) preconditioner inside an optimizer, without a graft.
 
-    `functools.partial(llqr.precondition, tx, state)` is the product that `llqr.sam` takes as
-    `precondition=`.
+    `functools.partial(llqr.precondition, tx, state)` is the product that the oracle of `llqr.sam`
+    takes as `precondition=`.
 
     Args:
       tx: an optimizer with `llqr` or `scale_by_llqr` in it, however it is composed.

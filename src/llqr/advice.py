@@ -13,7 +13,7 @@ TINY = 1e-6
 
 
 @runtime_checkable
-class Seen(Protocol):
+class Reported(Protocol):
     """One block, as `llqr.inspect` reports it."""
 
     @property
@@ -33,7 +33,7 @@ class Seen(Protocol):
 
 
 def advise(
-    refits: int, cosine: float, blocks: Sequence[Seen], remedies: Remedies
+    refits: int, cosine: float, blocks: Sequence[Reported], remedies: Remedies
 ) -> tuple[str, ...]:
     """Return what looks wrong and what to try; empty if nothing does.
 
@@ -49,7 +49,7 @@ def advise(
       'P was never refitted here: is a refit due, and does `objective` reach it?'
     """
     if not refits:
-        return ("P was never refitted here: is a refit due, and does `objective` reach it?",)
+        return (remedies.never,)
     found = []
     for status, told in remedies.by_status.items():
         leaves = [block.leaf for block in blocks if block.status == status]

@@ -97,7 +97,7 @@ def quality(
       params: the current parameters.
       structures: names or rule tables to learn.
       metric: with a convex J at this damping.
-      damping: lambda > 0.
+      damping: lambda >= 0; positive where C is singular.
       divergence_reduction: "sum", "mean" or "unit", see `scale_by_llqr`.
       identity_scaling: sigma.
       refit: how the structures are learned, on this one batch; None: the papers' 50 steps.
@@ -135,7 +135,7 @@ def quality(
         setup = Setup(plan, frozen, divergence_reduction, identity_scaling, refit)
         setup.check()
         numbers = numbers_at(refit, jnp.zeros((), jnp.int32), damping)
-        blocks = trees.identity(plan, 1.0)
+        blocks = trees.identity(plan, identity_scaling)
         inputs = Inputs(blocks, no_refit(size(plan)), params, objective, numbers)
         blocks, _ = learn(setup, inputs)
         p = Preconditioner.on(plan, blocks, g, identity_scaling)

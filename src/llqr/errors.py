@@ -45,7 +45,10 @@ def check_choice(name: str, value: object, legal: Iterable[str]) -> None:
 def check_range(
     name: str, value: Any, *, low: float, high: float = float("inf"), open_low: bool = False
 ) -> None:
-    """Raise ValueError if a number is out of range; schedules, arrays and None pass."""
+    """Raise ValueError if a number is out of range, TypeError if it is none.
+
+    Schedules, arrays and None pass.
+    """
     if value is None or callable(value) or isinstance(value, jax.Array):
         return
     if isinstance(value, bool) or not isinstance(value, int | float):

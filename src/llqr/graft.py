@@ -20,7 +20,7 @@ learning rates and weight decays carry over."""
 class Step(NamedTuple):
     """What P makes of a vector, before it has its length: trees like the parameters."""
 
-    direction: Params  # P v, or a part of it
+    direction: Params  # P v, its entries weighed
     full: Params  # as long as all of P v
     vector: Params  # as long as v
 

@@ -184,7 +184,8 @@ class BoundObjective:
         """Return the objective on a share of the examples, of which numbers in turn take another.
 
         Args:
-          share: in (0, 1], of the examples; rounded up to whole ones.
+          share: in (0, 1], of the examples: a chunk has at most this part, rounded up to whole
+            ones, as the whole is cut into equal chunks; above 1/2 and below 1 it is half.
           number: of the part; may be traced.
 
         Returns:

@@ -5,9 +5,9 @@
   SymmetricOperator   params -> params                  product, bilinear, as_matrix
 
 A Jacobian and the preconditioner P are `LinearOperator`s; the curvature of a metric and the
-quadratic model's C + lambda I are `SymmetricOperator`s. All are pytrees, so that they cross
-`jax.jit`; what they map between is static, as in lineax: trees of types, not of arrays. None forms
-a matrix, except where a test asks for it (`as_matrix`).
+quadratic model's C + lambda I are `SymmetricOperator`s. Most cross `jax.jit` as pytrees (see
+`compiles`); what they map between is static, as in lineax: trees of types, not of arrays. None
+forms a matrix, except in the Riccati recursion and where a test asks for it (`as_matrix`).
 """
 
 from abc import ABC, abstractmethod
@@ -162,7 +162,7 @@ class FunctionOperator(LinearOperator):
 
     Attributes:
       apply: the map.
-      structure: of what it acts on, flattened by `freeze`.
+      like: types of what it acts on, flattened by `freeze`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -172,7 +172,7 @@ class FunctionOperator(LinearOperator):
     """
 
     apply: Callable[[PyTree], PyTree]
-    structure: Frozen = field(metadata={"static": True})
+    like: Frozen = field(metadata={"static": True})
 
     @classmethod
     def at(cls, apply: Callable[[PyTree], PyTree], point: PyTree) -> "FunctionOperator":
@@ -182,7 +182,7 @@ class FunctionOperator(LinearOperator):
     @property
     def in_structure(self) -> PyTree:
         """Of what it acts on."""
-        return self.structure.tree
+        return self.like.tree
 
     def jvp(self, u: PyTree) -> PyTree:
         """Return the image of u."""

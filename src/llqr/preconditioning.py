@@ -10,10 +10,10 @@ import optax
 from llqr import _loops, _replicas, metrics
 from llqr.curvature.route import Route
 from llqr.errors import NoObjectiveError, check_choice, check_integer, check_range
-from llqr.graft import Graft, grafted
+from llqr.graft import Graft, Step, grafted
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
-from llqr.refit.learner import Asked, Learner, Setting
+from llqr.refit.learner import Asked, Held, Learner, Setting
 from llqr.refit.options import Refit
 from llqr.refit.record import RefitInfo, no_refit
 from llqr.refit.ways import way
@@ -55,7 +55,7 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class Preconditioning:
-    """What both transformations below share: P, how it is learned, and how long its steps are."""
+    """What `scale_by_llqr` and `llqr` share: P, how it is learned, and how long its steps are."""
 
     learner: Learner
     damping: Number
@@ -120,49 +120,47 @@ class Preconditioning:
         _check_update(updates, state, params)
         learner, plan, count = self.learner, self.plan(updates), state.count
         held = opened(learner, plan, state, updates)
-        if request.only is None:
-            held = learner.observe(plan, held, updates, count)
-        due = self._due(request, count)
-        if due is not False:
-            gradient = updates if request.only is None else None
-            asked = self._asked(request, params, count, gradient, base_state)
-            (held,) = _loops.when(due, lambda held: (learner.refit(plan, held, asked),), held)
         if request.only is not None:
+            held = self._refit(plan, held, count, None, params, request, base_state)
             request.only.reached.append(held.info)
             return updates, closed(learner, plan, held, state, updates)
+        held = learner.observe(plan, held, updates, count)
+        held = self._refit(plan, held, count, updates, params, request, base_state)
         held, step = learner.step(plan, held, updates, count, request.apply)
         if request.apply:
-            scaled = grafted(plan, self.graft, step)
-            updates = jax.tree.map(lambda u, g: u.astype(g.dtype), scaled, updates)
+            updates = self._scaled(plan, step, updates)
         state = state._replace(count=_increment(count))
         return updates, closed(learner, plan, held, state, updates)
 
-    def _due(self, request: Request, count: Int[Array, ""]) -> bool | Bool[Array, ""]:
-        """Whether a refit is due: as it was asked for, else by the schedule."""
-        options = self.learner.options
-        if request.only is not None:
-            return True
-        if request.refresh is not None:
-            return request.refresh  # pyright: ignore[reportReturnType]
-        return False if options.every is None else options.is_due(count)
-
-    def _asked(
-        self, request: Request, params: Params | None, count: Int[Array, ""],
-        gradient: Params | None, base_state: Any,
-    ) -> Asked:  # fmt: skip
-        """With what a refit is asked for, checked."""
-        if isinstance(request.refresh, str):
-            raise TypeError(
-                f"refresh must be None, a bool or a bool array, got {request.refresh!r}."
-            )
-        setting, bound = self.learner.setting, None
+    def _refit(
+        self, plan: Plan, held: Held, count: Int[Array, ""], gradient: Params | None,
+        params: Params | None, request: Request, base_state: Any,
+    ) -> Held:  # fmt: skip
+        """Return what is held, after a refit where one is due: as asked, else by the schedule."""
+        options, setting, due = self.learner.options, self.learner.setting, request.refresh
+        if not (due is None or isinstance(due, bool | OnlyRefit) or _is_bool_array(due)):
+            raise TypeError(f"refresh must be None, a bool or a bool array, got {due!r}.")
+        if isinstance(due, OnlyRefit):
+            due = True
+        elif due is None:
+            due = False if options.every is None else options.is_due(count)
+        if due is False:
+            return held
+        bound = None
         if self.learner.needs_objective:
             bound = _check_refit_inputs(request.objective, params)
             _replicas.check(setting.route.axis_name)
         else:
             params = None
         base_state = () if setting.base is None else base_state
-        return Asked(params, bound, self.damping, count, gradient, base_state)
+        asked = Asked(params, bound, self.damping, count, gradient, base_state)
+        run = lambda held: (self.learner.refit(plan, held, asked),)  # noqa: E731
+        return _loops.when(due, run, held)[0]
+
+    def _scaled(self, plan: Plan, step: Step, updates: Params) -> Params:
+        """The step with its length, in the dtypes of the updates."""
+        scaled = grafted(plan, self.graft, step)
+        return jax.tree.map(lambda u, g: u.astype(g.dtype), scaled, updates)
 
 
 def _check_options(
@@ -195,6 +193,10 @@ def _check_options(
     check_choice("graft", graft, get_args(Graft))
     if shard is not None:
         check_choice("shard", shard, get_args(Shard))
+
+
+def _is_bool_array(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.bool_)
 
 
 def _check_update(updates: Any, state: Any, params: Any) -> None:

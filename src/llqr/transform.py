@@ -4,15 +4,14 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import optax
 
-from llqr.bases import check_plain
 from llqr.curvature.route import Route
 from llqr.errors import check_choice
 from llqr.graft import Graft
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
 from llqr.preconditioning import Preconditioning, Refresh, Request
+from llqr.refit.following import DAMPING
 from llqr.refit.options import Refit, Streaming
-from llqr.refit.streaming import DAMPING
 from llqr.sharding import Shard
 from llqr.state import check_container
 from llqr.structures.rules import StructureLike
@@ -76,7 +75,7 @@ def scale_by_llqr(
 
     Returns:
       A transformation whose `update` takes three keywords. `objective`: a
-      `BoundObjective`, required unless refresh=False or refits come from outside only
+      `BoundObjective`, required unless refresh=False, refits come from outside only or need none
       (`Refit(every=None)`). `refresh`: None follows the schedule,
       a Python bool decides at trace time, a bool array at run time. `apply`, a Python bool:
       False leaves the updates as they are, for steps that use P in another way
@@ -232,17 +231,16 @@ def llqr(
         base=None if first else base,
     )
     learner = ours.learner
-    if not first and (learner.averages or graft == "rms"):
+    if not first and (learner.has_momentum or graft == "rms"):
         raise ValueError(
             "precondition='update' lets P act behind the learning rate: "
-            + ("streaming refits" if learner.averages else "graft='rms'")
+            + ("streaming refits" if learner.has_momentum else "graft='rms'")
             + " would swallow it, and any schedule or weight decay with it. Use "
             "precondition='gradient', where P comes first."
         )
 
     def init(params: Params) -> Any:
-        if learner.averages:
-            check_plain(base, params, momentum=learner.options.momentum)
+        learner.check_base(base, params)
         return ChainState(ours.init(params), base.init(params))
 
     def update(

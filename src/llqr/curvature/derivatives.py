@@ -89,17 +89,17 @@ class TransposeOperator(LinearOperator):
     Attributes:
       pull: w -> (J^T w,).
       outputs: a point of what J gives.
-      structure: of what J acts on, flattened by `freeze`.
+      like: types of what J acts on, flattened by `freeze`.
     """
 
     pull: Callable[[PyTree], tuple[PyTree]]
     outputs: PyTree
-    structure: Frozen = field(metadata={"static": True})
+    like: Frozen = field(metadata={"static": True})
 
     @property
     def in_structure(self) -> PyTree:
         """Of what J acts on."""
-        return self.structure.tree
+        return self.like.tree
 
     def jvp(self, u: PyTree) -> PyTree:
         """Return J u: the transpose of J^T, which is linear in w, so that w = 0 will do."""

@@ -95,11 +95,6 @@ class QuadraticModel(SymmetricOperator):
         """Of the parameters."""
         return self.jacobian.in_structure
 
-    @property
-    def scale(self) -> Float[Array, ""]:
-        """By what C is multiplied: 1 / top."""
-        return 1 / jnp.asarray(self.top_eigenvalue)
-
     def value(self, u: Params) -> Float[Array, ""]:
         """Return J(u), u like the parameters; its least value is at -(C / top + lambda I)^-1 g."""
         curved = self.bilinear(u, u)

@@ -150,12 +150,12 @@ class Hessian(SymmetricOperator):
     """C as one linear map."""
 
     apply: Callable[[Params], Params]
-    structure: Frozen = field(metadata={"static": True})  # of the parameters
+    like: Frozen = field(metadata={"static": True})  # of the parameters
 
     @property
     def in_structure(self) -> PyTree:
         """Of the parameters."""
-        return self.structure.tree
+        return self.like.tree
 
     def product(self, u: Params) -> Params:
         """Return C u."""

@@ -1,6 +1,6 @@
 """The exact solution of an LQR problem: dense Riccati recursion, and conjugate gradients.
 
-Reference code: it trades speed for being easy to check, and nothing that trains imports it.
+Reference code: it trades speed for being easy to check, and nothing that learns P imports it.
 """
 
 import math

@@ -49,14 +49,14 @@ from llqr.structures.matrix import Arrays
 from llqr.tree import all_finite, divide
 from llqr.typing import Array, Bool, Float, Int, Number
 
-SQUARES = "squares"
-"""Slot of q."""
+SQUARES, CURVATURE = "squares", "spectrum"
+"""Slots of q and c. States of 0.2.0 keep c under the name of the spectrum that follows from it."""
 
 
 def slots(options: Streaming, block: Block) -> tuple[str, ...]:
     """Names of what is remembered of a matrix."""
     weighs = options.signal_decay is not None and not block.seldom
-    return (MOMENTUM, "spectrum", *block.bases, *[SQUARES] * weighs)
+    return (MOMENTUM, CURVATURE, *block.bases, *[SQUARES] * weighs)
 
 
 def init(block: Block, slots: Sequence[str]) -> Arrays:
@@ -132,25 +132,26 @@ def curvature(
     """Return what is remembered, with the squares of probes in c: a mean, then a running one."""
     fresh = jnp.mean(jnp.stack([jnp.square(project(block, arrays, h)) for h in probes]), axis=0)
     a = jnp.minimum(options.spectrum_decay, 1 - 1 / number.astype(fresh.dtype))
-    c = jnp.where(usable, a * memory["spectrum"] + (1 - a) * fresh, memory["spectrum"])
-    return memory | {"spectrum": c}
+    c = jnp.where(usable, a * memory[CURVATURE] + (1 - a) * fresh, memory[CURVATURE])
+    return memory | {CURVATURE: c}
 
 
 def top(memory: Arrays) -> Float[Array, ""]:
     """Return the largest curvature of a matrix."""
-    return jnp.max(memory["spectrum"], initial=0.0)
+    return jnp.max(memory[CURVATURE], initial=0.0)
 
 
 def solved(damping: Number, arrays: Arrays, memory: Arrays, top: Array) -> Arrays:
     """Return P with the spectrum D that minimises the objective of a probe."""
-    c = memory["spectrum"]
+    c = memory[CURVATURE]
     d = 1 / (c / jnp.asarray(top, c.dtype) + jnp.asarray(damping, c.dtype))
-    return arrays | {"spectrum": d}
+    # Where no probe was finite yet, nothing is known.
+    return arrays | {"spectrum": jnp.where(jnp.any(c != 0), d, arrays["spectrum"])}
 
 
 def objective(damping: Number, arrays: Arrays, memory: Arrays, top: Array) -> Float[Array, ""]:
     """Sum of 1/2 D^2 c (c + lambda) - D c: the objective of a probe without couplings."""
-    d, c = arrays["spectrum"], memory["spectrum"] / jnp.asarray(top, memory["spectrum"].dtype)
+    d, c = arrays["spectrum"], memory[CURVATURE] / jnp.asarray(top, memory[CURVATURE].dtype)
     entries = 0.5 * d * d * c * (c + jnp.asarray(damping, c.dtype)) - d * c
     return jnp.sum(entries).astype(jnp.float32)
 

@@ -11,45 +11,55 @@ Sources: Layerwise LQR (arXiv 2605.04230); second moments between bases as in SO
 """
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
 from llqr.refit import eigen
+from llqr.refit.following import (
+    Following,
+    Memory,
+    columns,
+    kind_of,
+    largest,
+    record,
+    top_of,
+    unless,
+)
 from llqr.refit.learner import Asked, Held
-from llqr.refit.momentum import MOMENTUM
+from llqr.refit.momentum import MOMENTUM, is_usable
 from llqr.refit.options import Streaming
-from llqr.refit.streaming import Memory, Streamed, columns, kind_of, largest, record, top_of
+from llqr.refit.remedies import GRADIENTS, Remedies
 from llqr.structures import trees
 from llqr.structures.block import Block
-from llqr.structures.matrix import Arrays
+from llqr.structures.matrix import Arrays, Structure
 from llqr.structures.plan import Plan, each
 from llqr.typing import Array
 
 
 @dataclass(frozen=True)
-class Unprobed(Streamed):
+class Unprobed(Following):
     """The way without probes. A `Learner`."""
 
-    name = 'llqr.Streaming(probe="gradient")'
-    remembers = "momentum, second moments and squares"
-    needs_objective = False
+    remedies: ClassVar[Remedies] = GRADIENTS
+    remembers: ClassVar[str] = "momentum, second moments and squares"
+    needs_objective: ClassVar[bool] = False
+    needs: ClassVar[str] = (
+        "from gradients alone, which needs one spectrum between two bases: e-kfac, e-kfac-gpt, "
+        "diagonal."
+    )
 
     @staticmethod
     def takes(options: Any) -> bool:
         """Whether these are its options."""
         return isinstance(options, Streaming) and options.probe == "gradient"
 
-    def __post_init__(self) -> None:
-        self.check_sigma()
-        for structure in self.setting.structures:
-            if kind_of(structure) is not eigen:
-                raise ValueError(
-                    f"structure {structure.name!r} cannot be streamed from gradients alone, which "
-                    "needs one spectrum between bases: e-kfac, e-kfac-gpt, diagonal."
-                )
+    def follows(self, structure: Structure) -> bool:
+        """Whether it takes a structure: between bases."""
+        return kind_of(structure) is eigen
 
-    @property
+    @cached_property
     def slots(self) -> tuple[str, ...]:
         """Of the trees of the state: no curvature besides the squares."""
         sides = {slot for structure in self.setting.structures for slot in structure.slots}
@@ -60,7 +70,10 @@ class Unprobed(Streamed):
         return (*block.bases, MOMENTUM, eigen.SQUARES)
 
     def follow(self, plan: Plan, held: Held, asked: Asked) -> Held:
-        """Return what is held after all matrices have turned, and have a new spectrum."""
+        """Return what is held after all matrices have turned, and have a new spectrum.
+
+        A block that has seen no gradient yet stays as it is.
+        """
         options, was, info = self.options, held.memory.blocks, held.info
         arguments: list[Any] = [held.arrays, was]
         if asked.gradient is not None:
@@ -68,28 +81,30 @@ class Unprobed(Streamed):
 
         def turn(
             number: Array, count: Array, block: Block, arrays: Arrays, memory: Arrays, *x: Array
-        ) -> tuple[Arrays, Arrays, Arrays]:
+        ) -> tuple[Arrays, Arrays, Arrays, Array]:
             arrays, memory = eigen.turn(options, number, block, arrays, memory)
-            c = memory[eigen.SQUARES]
+            c, usable = memory[eigen.SQUARES], jnp.array(True)
             for gradient in x:  # this step's, in bases that know of it
                 c = eigen.squares(options, count, c, eigen.project(block, arrays, gradient))
-            return arrays, memory, {"spectrum": c}
+                usable = is_usable(gradient)
+            return arrays, memory, {eigen.CURVATURE: c}, usable
 
         shared = (info.refits + 1, asked.count)
-        arrays, blocks, curved = columns(each(plan, turn, *arguments, shared=shared), 3)
+        found = each(plan, turn, *arguments, shared=shared)
+        turned, blocks, curved, usable = columns(found, 4)
         tops = [top_of(self.setting, block, own) for block, own in zip(plan, curved, strict=True)]
-        flat = each(plan, lambda _, own: jnp.all(own["spectrum"] == 0), curved)
-        usable = each(plan, lambda _, own: jnp.isfinite(jnp.sum(own["spectrum"])), curved)
+        flat = each(plan, lambda _, own: jnp.all(own[eigen.CURVATURE] == 0), curved)
 
         def solved(damping: Array, block: Block, *own: Any) -> tuple[Arrays, Array, Array]:
             new = eigen.solved(damping, *own)
             before, after = (eigen.objective(damping, x, *own[1:]) for x in (own[0], new))
             return new, before, after
 
-        found = each(plan, solved, arrays, curved, tops, shared=(asked.damping,))
+        found = each(plan, solved, turned, curved, tops, shared=(asked.damping,))
         new, before, after = columns(found, 3)
         values = tuple(jnp.sum(trees.in_order(plan, x)) for x in (before, after))
+        blocks = each(plan, unless, flat, was, blocks)
+        arrays = tuple(each(plan, unless, flat, held.arrays, new))
         kept = [u & ~f for u, f in zip(usable, flat, strict=True)]
-        info = record(plan, tuple(new), blocks, info, kept, flat, values)
-        memory = Memory(tuple(blocks), None, largest(tops))
-        return Held(tuple(new), memory, info, [])
+        info = record(plan, arrays, blocks, info, kept, flat, values)
+        return Held(arrays, Memory(tuple(blocks), None, largest(tops)), info, [])

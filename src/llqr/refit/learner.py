@@ -1,7 +1,7 @@
 """What a way to learn P is to the step that applies it: one protocol.
 
 An update opens the state, lets the learner observe the gradient, refits when due, asks it for the
-step, and closes the state (`llqr.transform`). While it is open, the arrays of P, and what the
+step, and closes the state (`llqr.preconditioning`). While it is open, the arrays of P, and what the
 learner remembers of each matrix, are those of blocks instead of trees.
 """
 
@@ -110,15 +110,15 @@ class Learner(Protocol):
     remembers: str
     """In words, what it remembers besides P; "" for nothing."""
 
-    averages: bool
+    has_momentum: bool
     """Whether it takes the momentum itself, so that no base behind it may."""
 
     needs_objective: bool
     """Whether a refit takes an objective and parameters."""
 
     @property
-    def options(self) -> Any:
-        """As given: a `Rhythm`."""
+    def options(self) -> Rhythm:
+        """As given."""
         ...
 
     @property
@@ -133,6 +133,10 @@ class Learner(Protocol):
 
     def check_damping(self, damping: Number) -> None:
         """Raise ValueError if lambda is out of range."""
+        ...
+
+    def check_base(self, base: optax.GradientTransformation, params: Params) -> None:
+        """Raise ValueError if an optimizer cannot come after the step."""
         ...
 
     def init(self, plan: Plan, params: Params) -> Any:

@@ -179,7 +179,7 @@ def _never(count: int | Int[Array, ""]) -> bool | Bool[Array, ""]:
 
 
 WIDE_TURNS, WIDE_FOLLOWS = 5, 2
-"""Wide sides turn at the first refits and then at every fifth, and follow every second gradient: a
+"""Wide sides turn at four refits and then at every fifth, and follow every second gradient: a
 QR factorisation of a side of 784 takes as long as 30 gradients of a small network."""
 
 
@@ -187,10 +187,10 @@ QR factorisation of a side of 784 takes as long as 30 gradients of a small netwo
 class Streaming:
     """How P follows the training: `refit=llqr.Streaming()` in place of `llqr.Refit`.
 
-    A step with a refit costs one more gradient, of a quarter of the batch, so that the default
-    takes 1.03 gradients a step. It works for the structures e-kfac (with its embedding rules,
-    e-kfac-gpt), diagonal and kfac, which takes 1.08; the metric must be one from which labels
-    can be drawn.
+    With probes, a step with a refit costs one more gradient, of a quarter of the batch, so that the
+    default takes 1.03 gradients a step. It works for the structures e-kfac (with its embedding
+    rules, e-kfac-gpt), diagonal and kfac, which takes 1.08, and for those of your own with such
+    sides; the metric must be one from which labels can be drawn. Without, see `probe`.
 
     Args:
       every: k, steps from refit to refit, after the warm-up. None: none by themselves, not even
@@ -210,13 +210,17 @@ class Streaming:
       probe: where curvature is seen: "fisher", in probes h, gradients for labels drawn from the
         model, which take an objective; "gradient", in the gradients themselves, whose squares are
         averaged: `update` then needs no objective, a step costs one gradient, and any loop will do.
-        Not with kfac. `every` is then how often bases turn.
+        Not with kfac. The squares follow `signal_decay` (`basis_decay` where that is None), `every`
+        is how often bases turn and the spectrum is set, and `spectrum_decay`, `probes`,
+        `probe_share`, `rate` and `seed` have no effect. (`llqr.Refit` has a probe of this name,
+        one batch's own direction.)
       probes: h drawn at each refit.
-      probe_share: in (0, 1], of the examples of the batch on which they are drawn, another part
-        of them at each refit: a probe sums over examples with random signs, and what it says of
-        the curvature is hardly less uncertain with all of them. Where examples lie, the
-        objective's `batch_axes` say. All examples are taken where the arrays of a batch do not
-        agree on their number, and with divergence_reduction="sum", whose scale depends on it.
+      probe_share: in (0, 1], of the examples of the batch on which they are drawn: at most this
+        part, as the batch is cut into equal ones, and another of them at each refit. A probe sums
+        over examples with random signs, and what it says of the curvature is hardly less uncertain
+        with all of them. Where examples lie, the objective's `batch_axes` say. All examples are
+        taken where the arrays of a batch do not agree on their number, and with
+        divergence_reduction="sum", whose scale depends on it.
       wide: sides longer than this turn and follow more rarely.
       rate: eta in (0, 1), of kfac.
       seed: of the probes; the number of the refit is folded into it.
@@ -264,7 +268,7 @@ class Streaming:
             value = getattr(self, name)
             if name == "signal_decay" and value is None:
                 continue
-            check_range(f"Streaming: {name}", value, low=0, high=high)
+            check_range(f"Streaming: {name}", value, low=0, high=high, open_low=name == "rate")
             if value == 1 and name != "spectrum_decay":
                 raise ValueError(f"Streaming: {name} must be below 1, got {value!r}.")
         if self.until is not None and self.until < self.start:
@@ -279,11 +283,11 @@ class Streaming:
         return due if self.until is None else due & (count < self.until)
 
     def turns_wide(self, number: Int[Array, ""]) -> Bool[Array, ""]:
-        """Return whether wide sides turn at refit `number`, from 1: the first, then every fifth."""
+        """Return whether wide sides turn at refit `number`: from 1 to 4, and 6, 11 and so on."""
         return (number < WIDE_TURNS) | ((number - 1) % WIDE_TURNS == 0)
 
     def follows_wide(self, count: Int[Array, ""]) -> Bool[Array, ""]:
-        """Return whether wide sides follow the gradient of step `count`, from 0: every second."""
+        """Return whether wide sides follow step `count`: each early one, then every second."""
         return (count < self.start + self.warmup) | (count % WIDE_FOLLOWS == 0)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from llqr import _loops, metrics
 from llqr.curvature import model as quadratic
@@ -55,7 +56,7 @@ class Published:
     defaults = Defaults(damping=0.0, reduction="sum", graft="none")
     remedies = PUBLISHED
     remembers = ""
-    averages = False
+    has_momentum = False
     needs_objective = True
 
     def __post_init__(self) -> None:
@@ -70,6 +71,10 @@ class Published:
     def check_damping(self, damping: Number) -> None:
         """Raise ValueError if lambda is negative."""
         check_range("damping", damping, low=0)
+
+    def check_base(self, base: optax.GradientTransformation, params: Params) -> None:
+        """Any optimizer can come after P g."""
+        del base, params
 
     def _setup(self, plan: Plan) -> Setup:
         s = self.setting

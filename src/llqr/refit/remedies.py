@@ -6,6 +6,7 @@ from typing import NamedTuple
 class Remedies(NamedTuple):
     """What to try, in words that name options of one way to learn P."""
 
+    never: str  # where there was no refit yet
     by_status: dict[str, str]  # a word of `STATUS` -> what happened to the blocks, and what to try
     clamped: str | None  # where blocks are zero but for rounding; None: they cannot be
     across: str  # where P turns the direction away
@@ -18,7 +19,10 @@ _FLAT = (
     "outputs"
 )
 
+_NEVER = "P was never refitted here: is a refit due, and does `objective` reach it?"
+
 PUBLISHED = Remedies(
+    never=_NEVER,
     by_status={
         "rejected": (
             "kept their old P, because the refit's objective did not fall: divide its "
@@ -47,12 +51,30 @@ PUBLISHED = Remedies(
 )
 
 STREAMING = Remedies(
+    never=_NEVER,
     by_status={
         "nonfinite": (
             "kept their curvature, because a probe was not finite: look at the loss and the "
             "outputs there; a smaller learning rate"
         ),
         "flat": _FLAT,
+    },
+    clamped=None,
+    across="more damping",
+    along="less damping, which says how ill-conditioned a block may be",
+)
+
+GRADIENTS = Remedies(
+    never="P was never refitted here: is a refit due, and does `update` reach it?",
+    by_status={
+        "nonfinite": (
+            "left out the last gradient, which was not finite: look at the loss there; a smaller "
+            "learning rate"
+        ),
+        "flat": (
+            "kept their old P, because no gradient reached them yet: parameters that do not reach "
+            "the loss, or gradients that were not finite"
+        ),
     },
     clamped=None,
     across="more damping",

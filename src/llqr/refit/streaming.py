@@ -4,240 +4,77 @@ At every step each matrix observes the gradient; every k steps a refit draws pro
 labels drawn from the model, and each matrix follows them; the step is P times the momentum. What
 happens to one matrix is told in `eigen`, for those with a spectrum between bases, and in `factors`,
 for kfac. With divergence_reduction="unit", each block of C is taken in units of its own largest
-entry, so that lambda says how ill-conditioned a block may be at most; how long its update is, the
-graft decides.
+entry, so that lambda says how ill-conditioned a block may be at most (kfac: in units of the largest
+eigenvalue of C); how long its update is, the graft decides.
 
 Sources: Layerwise LQR (arXiv 2605.04230) for the objective; bases as in SOAP (arXiv 2409.11321).
 """
 
-import math
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from llqr import _loops, metrics
+from llqr import metrics
 from llqr.curvature import model as quadratic
 from llqr.curvature.model import QuadraticModel
-from llqr.errors import check_range
-from llqr.graft import Step
 from llqr.objective import BoundObjective
-from llqr.refit import eigen, factors
+from llqr.refit import factors
 from llqr.refit.directions import fisher_probe, floored
-from llqr.refit.learner import Asked, Blocks, Defaults, Held, Setting
-from llqr.refit.momentum import MOMENTUM
+from llqr.refit.following import (
+    Following,
+    Memory,
+    columns,
+    kind_of,
+    largest,
+    record,
+    top_of,
+    unless,
+)
+from llqr.refit.learner import Asked, Held, Setting
 from llqr.refit.options import Streaming
-from llqr.refit.record import STATUS, RefitInfo
-from llqr.refit.remedies import STREAMING
+from llqr.refit.remedies import STREAMING, Remedies
 from llqr.structures import trees
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays, Structure
-from llqr.structures.plan import Plan, each, merge
-from llqr.tree import accurate_dtype, all_finite, cosine, norm, normal_like, replicate, vdot, widen
-from llqr.typing import Array, Bool, Float, Int, Number, Params, PyTree
-
-DAMPING = 1e-4
-"""Default lambda, in units of the largest curvature of each block."""
-
-
-class StreamState(NamedTuple):
-    """What streaming refits remember besides P: arrays only, float32 at least."""
-
-    # slot -> tree shaped like params, an array or None: the momentum and, where signal_decay is
-    # given, q ("squares"), both in the bases; S_L and S_R ("left", "right"), c ("spectrum"); for
-    # kfac A and B, and m as it is
-    statistics: dict[str, Any]
-    power: Params | None  # C v / |v| of the last power step, like params; None without kfac
-    top: Float[Array, ""]  # by which C was last divided: the largest of all blocks
-
-
-class Memory(NamedTuple):
-    """A `StreamState` that is open."""
-
-    blocks: Blocks
-    power: Params | None
-    top: Float[Array, ""]
-
-
-@lru_cache(maxsize=256)
-def kind_of(structure: Structure) -> Any:
-    """Return how matrices of a structure are followed: `eigen`, `factors`, or None for not at all.
-
-    Example:
-      >>> from llqr.structures import STRUCTURES
-      >>> [kind_of(STRUCTURES[name]) for name in ("e-kfac", "sym-kfac")] == [eigen, None]
-      True
-    """
-    plain = not (structure.positive or structure.normalize) and structure.view == "leaf"
-    if not plain or any(side.streams is None for side in structure.sides.values()):
-        return None
-    return {"full": eigen, "none": factors}.get(structure.spectrum)
+from llqr.structures.plan import Plan, each
+from llqr.tree import all_finite, norm, vdot, widen
+from llqr.typing import Array, Bool, Float, Int, Number, Params
 
 
 @dataclass(frozen=True)
-class Streamed:
+class Streamed(Following):
     """The streaming way: statistics at every step, a probe now and then. A `Learner`."""
 
-    options: Streaming
-    setting: Setting
-
-    name = "llqr.Streaming"
-    defaults = Defaults(damping=DAMPING, reduction="unit", graft="rms")
-    remedies = STREAMING
-    remembers = "momentum, second moments and curvature"
-    averages = True
-    needs_objective = True
+    remedies: ClassVar[Remedies] = STREAMING
+    remembers: ClassVar[str] = "momentum, second moments and curvature"
+    needs_objective: ClassVar[bool] = True
+    needs: ClassVar[str] = (
+        "with probes: the closed form needs one spectrum between two bases (e-kfac, e-kfac-gpt, "
+        "diagonal), and the relative steps two sides (kfac). Use one of these, or refits that "
+        "learn any structure, llqr.Refit."
+    )
 
     def __post_init__(self) -> None:
-        self.check_sigma()
+        super().__post_init__()
         if not metrics.can_sample(self.setting.metric.tree):
             raise ValueError(
                 "streaming refits need a metric from which labels can be drawn: "
                 f"{metrics.SAMPLED} (gaussian for a mean of squares, gauss_newton times a number)."
             )
-        for structure in self.setting.structures:
-            if kind_of(structure) is None:
-                raise ValueError(
-                    f"structure {structure.name!r} cannot be streamed: the closed form needs one "
-                    "spectrum between fixed bases (e-kfac, e-kfac-gpt, diagonal), and the relative "
-                    "steps two sides (kfac). Use one of these, or refits that learn any structure, "
-                    "llqr.Refit."
-                )
 
     @staticmethod
     def takes(options: Any) -> bool:
         """Whether these are its options."""
-        return isinstance(options, Streaming)
+        return isinstance(options, Streaming) and options.probe == "fisher"
 
-    def check_sigma(self) -> None:
-        """Raise ValueError unless P is stored as it is."""
-        if self.setting.sigma != 1:
-            raise ValueError(
-                "identity_scaling belongs to refits that learn by steps (llqr.Refit): leave it at "
-                f"1 with streaming refits, not {self.setting.sigma!r}."
-            )
-
-    def check_damping(self, damping: Number) -> None:
-        """Raise ValueError unless lambda is positive."""
-        check_range("damping (with streaming refits)", damping, low=0, open_low=True)
-
-    @cached_property
-    def moves(self) -> bool:
-        """Whether there may be matrices of two sides, which take products with C."""
-        return any(kind_of(structure) is factors for structure in self.setting.structures)
-
-    @cached_property
-    def slots(self) -> tuple[str, ...]:
-        """Of the trees of the state: they follow from the rules, not from the parameters."""
-        found = {slot for structure in self.setting.structures for slot in structure.slots}
-        weighs = "spectrum" in found and self.options.signal_decay is not None
-        return (*sorted(found), MOMENTUM, *[eigen.SQUARES] * weighs)
-
-    def slots_of(self, block: Block) -> tuple[str, ...]:
-        """Of what is remembered of a block."""
-        return kind_of(block.structure).slots(self.options, block)
-
-    # --- the state ------------------------------------------------------------------------------
-
-    def init(self, plan: Plan, params: Params) -> StreamState:
-        """Return zeros; for kfac A and B the identity, and a normal draw for power steps."""
-        blocks: list[Arrays] = []
-        for block in plan:
-            own = kind_of(block.structure).init(block, self.slots_of(block))
-            blocks.append({slot: block.repeated(x) for slot, x in own.items()})
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accurate_dtype(p)), params)
-        power = normal_like(zeros, jax.random.key(0)) if self.moves else None
-        return self.close(plan, Memory(tuple(blocks), power, jnp.ones((), jnp.float32)), params)
-
-    @staticmethod
-    def owns(kept: Any) -> bool:
-        """Whether this is the state of streaming refits."""
-        return isinstance(kept, StreamState)
-
-    def open(self, plan: Plan, kept: StreamState, like: PyTree) -> Memory:
-        """Return the state with the arrays of blocks in place of trees."""
-        own, theirs = set(self.slots), set(kept.statistics)
-        if own ^ theirs == {eigen.SQUARES}:
-            weighs = eigen.SQUARES in own
-            raise ValueError(
-                f"the optimizer has Streaming(signal_decay={self.options.signal_decay!r}), and the "
-                f"state is of one with{'out' * weighs} weights by signal: give signal_decay="
-                f"{'None' if weighs else '0.95'} to go on with it (a state of before 0.2.0 has no "
-                "weights), or begin anew with tx.init(params)."
-            )
-        if own != theirs:
-            raise ValueError(
-                f"the optimizer's refits remember {sorted(own)}, and the state is of one whose "
-                f"refits remember {sorted(theirs)}: with another structure, or another `probe`. "
-                "Begin anew with tx.init(params), or make the optimizer as it was."
-            )
-        blocks = trees.unpack(plan, kept.statistics, like, self.slots_of)
-        return Memory(blocks, kept.power, kept.top)
-
-    def close(self, plan: Plan, memory: Memory, like: PyTree) -> StreamState:
-        """Return the state with trees in place of the arrays of blocks."""
-        statistics = trees.pack(plan, memory.blocks, like, self.slots)
-        return StreamState(statistics, memory.power, memory.top)
-
-    def trees(self, kept: StreamState) -> dict[str, PyTree]:
-        """Return the statistics, which lie as P does."""
-        return kept.statistics
-
-    def with_trees(self, kept: StreamState, trees: dict[str, PyTree]) -> StreamState:
-        """Return the state with other statistics."""
-        return kept._replace(statistics=trees)
-
-    # --- a step ---------------------------------------------------------------------------------
-
-    def observe(self, plan: Plan, held: Held, gradient: Params, count: Int[Array, ""]) -> Held:
-        """Return what is held after one more gradient: momentum, moments, V_L^T G V_R as seen."""
-
-        def one(wide: Array, block: Block, *own: Any) -> tuple[Arrays, Array]:
-            return kind_of(block.structure).observe(self.options, wide, block, *own)
-
-        wide, x = self.options.follows_wide(count), trees.gather(plan, gradient)
-        found = each(plan, one, held.arrays, held.memory.blocks, x, shared=(wide,))
-        blocks, seen = columns(found, 2)
-        return held._replace(memory=held.memory._replace(blocks=tuple(blocks)), seen=seen)
-
-    def step(
-        self, plan: Plan, held: Held, vector: Params, count: Int[Array, ""], apply: bool
-    ) -> tuple[Held, Step]:
-        """Return what is held, and P v weighed by signal, v = G + mu m or m."""
-        del apply  # squares follow all the same
-
-        def one(count: Array, block: Block, *own: Any) -> tuple[Arrays, Array, Array, Array]:
-            return kind_of(block.structure).step(self.options, count, block, *own)
-
-        found = each(plan, one, held.arrays, held.memory.blocks, held.seen, shared=(count,))
-        blocks, direction, full, v = columns(found, 4)
-        direction = [block.within(x) for block, x in zip(plan, direction, strict=True)]
-        held = held._replace(memory=held.memory._replace(blocks=tuple(blocks)))
-        like = widen(vector)
-        return held, Step(*(trees.scatter(plan, x, like) for x in (direction, full, v)))
-
-    def reexpress(self, plan: Plan, held: Held, arrays: Blocks) -> Held:
-        """Return what is held with other arrays of P, the momentum where it was."""
-
-        def one(block: Block, old: Arrays, new: Arrays, own: Arrays) -> Arrays:
-            m = kind_of(block.structure).reexpress(block, old, new, own[MOMENTUM])
-            return own | {MOMENTUM: m}
-
-        blocks = each(plan, one, held.arrays, arrays, held.memory.blocks)
-        return held._replace(arrays=arrays, memory=held.memory._replace(blocks=tuple(blocks)))
-
-    # --- a refit --------------------------------------------------------------------------------
-
-    def refit(self, plan: Plan, held: Held, asked: Asked) -> Held:
-        """Return what is held after one refit: new bases, one more probe, the spectrum.
-
-        A block whose probe is not finite keeps its curvature.
-        """
-        python = _loops.in_python(held, asked)
-        run = _loops.compiled if python and not self.setting.route.layerwise else _loops.direct
-        return run(_refit, (self, plan), held, asked)
+    def follows(self, structure: Structure) -> bool:
+        """Whether it takes a structure: between bases, or of two sides that can move."""
+        moves = any(side.streams == "basis" for side in structure.sides.values())
+        kind = kind_of(structure)
+        return kind is not None and (kind is not factors or moves)
 
     def follow(self, plan: Plan, held: Held, asked: Asked) -> Held:
         """Return what is held after what all matrices do at a refit, like ones as one block."""
@@ -261,7 +98,7 @@ class Streamed:
             power, top = _power_step(setting, model, held.memory)
             model = replace(model, top_eigenvalue=top)
             arrays, blocks, values = _move(options, plan, model, arrays, blocks, probes[0], noise)
-        blocks = each(plan, _unless, flat, was, blocks)
+        blocks = each(plan, unless, flat, was, blocks)
 
         def solved(damping: Number, block: Block, *own: Any) -> Arrays:
             return kind_of(block.structure).solved(damping, *own)
@@ -273,29 +110,9 @@ class Streamed:
         if values is None:
             both = [each(plan, value, x, blocks, tops, shared=(damping,)) for x in (arrays, new)]
             values = tuple(jnp.sum(trees.in_order(plan, x)) for x in both)
-        arrays = tuple(each(plan, _unless, flat, held.arrays, new))
+        arrays = tuple(each(plan, unless, flat, held.arrays, new))
         info = record(plan, arrays, blocks, info, usable, flat, values)
         return Held(arrays, Memory(tuple(blocks), power, jnp.asarray(top, jnp.float32)), info, [])
-
-
-def columns(rows: list[tuple[Any, ...]], count: int) -> list[list[Any]]:
-    """For each block a tuple -> for each entry of the tuple, a list of blocks'."""
-    return [[row[i] for row in rows] for i in range(count)]
-
-
-def _refit(static: tuple[Streamed, Plan], held: Held, asked: Asked) -> Held:
-    """A refit in which like matrices are one block, and the gradient in the bases after it."""
-    (learner, plan), memory = static, held.memory
-    joined = memory._replace(blocks=trees.merged(plan, memory.blocks))
-    found = held._replace(arrays=trees.merged(plan, held.arrays), memory=joined)
-    found = learner.follow(merge(plan), found, asked)
-    arrays = trees.separated(plan, found.arrays)
-    memory = found.memory._replace(blocks=trees.separated(plan, found.memory.blocks))
-    seen = held.seen
-    if asked.gradient is not None:
-        inside = lambda block, *own: kind_of(block.structure).project(block, *own)  # noqa: E731
-        seen = each(plan, inside, arrays, trees.gather(plan, asked.gradient))
-    return Held(arrays, memory, found.info, seen)
 
 
 def _draw(
@@ -346,31 +163,6 @@ def _all_zero(arrays: list[Array]) -> Bool[Array, ""]:
     return jnp.all(jnp.stack([jnp.all(x == 0) for x in arrays]))
 
 
-def _unless(_: Block, flat: Bool[Array, ""], old: Arrays, new: Arrays) -> Arrays:
-    return {slot: jnp.where(flat, old[slot], new[slot]) for slot in new}
-
-
-def top_of(setting: Setting, block: Block, own: Arrays) -> Array:
-    """By what the curvature of matrices is divided: its largest entry; 1 where there is none.
-
-    Parts of one matrix are divided by the largest entry of all of them.
-    """
-    if setting.reduction != "unit":
-        return block.repeated(jnp.ones((), block.dtype))
-    top = block.each(kind_of(block.structure).top, own)
-    cut = block.sources[0].cut
-    if cut is not None:  # all sources are cut alike
-        top = jnp.max(replicate(top).reshape(-1, math.prod(cut.grid)), axis=1)
-        top = jnp.repeat(top, math.prod(cut.grid))
-    return jnp.where(top > 0, top, 1.0)
-
-
-def largest(tops: list[Array]) -> Float[Array, ""]:
-    """The largest of what matrices are divided by: for the record."""
-    found = [replicate(top).ravel().astype(jnp.float32) for top in tops]
-    return jnp.max(jnp.concatenate(found), initial=0.0) if found else jnp.zeros(())
-
-
 def _power_step(setting: Setting, model: QuadraticModel, memory: Memory) -> tuple[Params, Number]:
     """One step of the power iteration; its length estimates the largest eigenvalue."""
     if setting.reduction != "unit":
@@ -401,26 +193,3 @@ def _move(
     residual = trees.gather(plan, jax.tree.map(jnp.subtract, model.product(u), h))
     new, found = columns(each(plan, move, arrays, blocks, residual, seen), 2)
     return new, found, tuple(x.astype(jnp.float32) for x in (before, phi(new)[1]))
-
-
-def record(
-    plan: Plan, arrays: Blocks, blocks: list[Arrays], info: RefitInfo, usable: list[Array],
-    flat: list[Array], values: tuple[Array, ...],
-) -> RefitInfo:  # fmt: skip
-    """What the refit did; cosines are those of P m and m."""
-    inside = lambda block, *own: kind_of(block.structure).product(block, *own)  # noqa: E731
-    ms = [own[MOMENTUM] for own in blocks]
-    pms = each(plan, inside, arrays, ms)
-    code = {word: i for i, word in enumerate(STATUS)}
-    kept, zero = trees.in_order(plan, usable), trees.in_order(plan, flat)
-    status = jnp.where(kept, code["updated"], jnp.where(zero, code["flat"], code["nonfinite"]))
-    cosines = trees.in_order(plan, each(plan, lambda _, pm, m: cosine(pm, m), pms, ms))
-    return RefitInfo(
-        refits=info.refits + 1,
-        steps=jnp.ones((), jnp.int32),
-        objective_before=values[0],
-        objective_after=values[1],
-        cosine=cosine(pms, ms).astype(jnp.float32),
-        status=status.astype(jnp.int32),
-        cosines=cosines.astype(jnp.float32),
-    )

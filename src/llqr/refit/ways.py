@@ -21,11 +21,11 @@ def way(options: Any) -> Any:
     """
     found = next((way for way in WAYS if way.takes(options)), None)
     if found is None:
-        names = " or ".join(f"an {way.name}" for way in WAYS)
+        names = " or ".join(f"an {name}" for name in dict.fromkeys(way.name for way in WAYS))
         raise TypeError(f"refit must be {names}, got {options!r}.")
     return found
 
 
 def name_of(kept: Any) -> str:
-    """Return the name of the options with which a state was made, by what its learner kept."""
+    """Return the type of the options with which a state was made, by what its learner kept."""
     return next((way.name for way in WAYS if way.owns(kept)), "other options")

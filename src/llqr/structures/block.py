@@ -91,7 +91,7 @@ class Block:
 
     @cached_property
     def bases(self) -> dict[str, int]:
-        """Sides that may be any square matrix, and their lengths: streaming refits turn them."""
+        """Sides that may be any square matrix, and their lengths: streaming refits set them."""
         sides = self.structure.sides.items()
         free = [slot for slot, side in sides if side.streams == "basis"]
         return {slot: self.shape[slot == "right"] for slot in free}

@@ -10,7 +10,7 @@ r"""A structured matrix P acting on matrices: two sides and a spectrum.
 
 Every structure of the papers is a choice of two sides and a spectrum (`catalogue`). Arrays
 live in a dict by slot, so a structure is plain data and all of its functions are pure. A
-refit learns `learned(arrays)`: the arrays themselves or, for sides with a memory, fresh
+refit learns what `start` returns: the arrays themselves or, for sides with a memory, fresh
 vectors; `install` turns what was learned into arrays again.
 """
 

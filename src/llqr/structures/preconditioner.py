@@ -21,7 +21,7 @@ class Preconditioner(LinearOperator):
     Attributes:
       arrays: of each block.
       plan: the blocks.
-      structure: of the parameters, flattened by `freeze`.
+      like: types of the parameters, flattened by `freeze`.
       sigma: > 0.
 
     Example:
@@ -36,27 +36,27 @@ class Preconditioner(LinearOperator):
 
     arrays: tuple[Arrays, ...]
     plan: Plan = field(metadata={"static": True})
-    structure: Frozen = field(metadata={"static": True})
+    like: Frozen = field(metadata={"static": True})
     sigma: float = field(default=1.0, metadata={"static": True})
 
     @classmethod
     def on(
-        cls, plan: Plan, arrays: Sequence[Arrays], like: PyTree, sigma: float = 1.0
+        cls, plan: Plan, arrays: Sequence[Arrays], at: PyTree, sigma: float = 1.0
     ) -> "Preconditioner":
         """Return P on trees like one.
 
         Args:
           plan: the blocks.
           arrays: of each block.
-          like: the parameters, or a vector like them.
+          at: the parameters, or a vector like them.
           sigma: > 0.
         """
-        return cls(tuple(arrays), plan, freeze(structure_of(like)), sigma)
+        return cls(tuple(arrays), plan, freeze(structure_of(at)), sigma)
 
     @property
     def in_structure(self) -> PyTree:
         """Of the parameters."""
-        return self.structure.tree
+        return self.like.tree
 
     def product(self, v: Params) -> Params:
         """Return P v; leaves keep their dtypes.

@@ -88,7 +88,7 @@ class Rule:
         return self.match == "*" or re.search(self.match, path) is not None
 
     def view(self, leaf: int, path: str, shape: tuple[int, ...]) -> tuple[View, int]:
-        """Return the first view of a leaf, and how many axes of what it sees are rows.
+        """Return the view of a leaf, and how many axes of what it sees are rows.
 
         Args:
           leaf: position in the flattened parameters.

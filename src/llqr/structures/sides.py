@@ -68,9 +68,10 @@ class Side:
       fresh: d -> shape of each vector that a refit learns in place of the arrays.
       fold: (arrays, fresh vectors) -> arrays.
       project: arrays -> the nearest legal ones: the same S in standard form.
-      streams: what streaming refits make of it: "basis", an orthogonal matrix kept in `main`, for
-        which S = main must hold whatever is in it; "fixed", left as `init` made it, the identity;
-        None: nothing, so that a structure with this side cannot be streamed.
+      streams: what streaming refits make of it: "basis", any matrix kept in `main` (an orthogonal
+        one, or without a spectrum a positive one), so that S = main must hold whatever is in it;
+        "fixed", left as `init` made it, the identity; None: nothing, so that a structure with this
+        side cannot be streamed.
     """
 
     shapes: Callable[[int, int], Shapes]

@@ -93,6 +93,7 @@ def unpack(
       slots_of: the slots that a block has; None: those of its structure.
 
     Raises:
+      KeyError: a slot without a tree.
       ValueError: trees of other containers, or stacks of other lengths.
     """
     treedef = jax.tree.structure(like)
