@@ -1,6 +1,7 @@
 """A mesh of devices: the numbers of one device, rows of batches, checkpoints in pieces."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import llqr
 from llqr_experiments import data, devices
-from llqr_experiments.command import plan
+from llqr_experiments import devices as processes
+from llqr_experiments.command import cli, plan
 from llqr_experiments.data.variants import cifar_augmentation
 from llqr_experiments.devices import Share
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.run import checkpoint
+from llqr_experiments.record.clock import Clock
+from llqr_experiments.record.console import Display
+from llqr_experiments.record.trackers import Trackers
+from llqr_experiments.run import checkpoint, phases
 from llqr_experiments.run.checkpoint import Checkpoints
 from llqr_experiments.run.job import prepare
+from llqr_experiments.run.origin import origin
+from llqr_experiments.run.preemption import Interrupts
+from llqr_experiments.run.session import Desk
+from llqr_experiments.run.session import begin as open_session
 from llqr_experiments.run.step import begin, shardings
 from llqr_experiments.run.train import train_step
 from tests.experiments import sequence_files, support
@@ -89,6 +99,25 @@ def test_a_step_leaves_the_state_where_it_lies():
         spread += not where.is_fully_replicated
     # Two matrices, and of P two sides and a spectrum of each.
     assert spread == 2 + 2 * 3
+
+
+def test_a_refit_leaves_the_state_where_it_lies(tmp_path):
+    """What it learns comes out wherever the compiler wants it."""
+    options = ("block_structure=kfac", "precond_batch_size=8", "logging.aim=false")
+    job = prepare(support.config("experiment=quick-local-test", *QUICK[1:], *FSDP, *options))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1, print)
+    session = open_session(job, origin(job, False, tmp_path, checkpoints, print), tmp_path, print)
+    desk = Desk(
+        Display(1, 1, quiet=True), Trackers(print), Clock(), checkpoints, Interrupts(), tmp_path
+    )
+    before = session.state.opt_state
+    phases.refit(job, session, job.join(next(session.stream)), desk)
+    session.stream.close()
+    session.refits.close()
+    after = session.state.opt_state
+    assert int(llqr.find(after).refit.refits) == 1
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
 
 
 WAYS = {
@@ -230,6 +259,18 @@ def test_the_devices_hold_the_rows_of_a_batch():
     assert found.put(rows[:3]).is_fully_replicated, "three rows divide over no two devices"
 
 
+def test_rows_behind_another_axis_are_spread_along_their_own():
+    """A batch for every inner step of a refit: [steps, rows, ...]."""
+    layout = devices.layout(1, 2, 1)
+    assert layout is not None
+    stacked = np.arange(24.0).reshape(3, 4, 2)
+    put = layout.put({"x": stacked, "of all": np.arange(3.0)}, axis=1)
+    np.testing.assert_array_equal(put["x"], stacked)
+    pieces = sorted(np.asarray(s.data)[0, 0, 0] for s in put["x"].addressable_shards)
+    assert pieces == [stacked[0, 0, 0], stacked[0, 2, 0]]
+    assert put["of all"].is_fully_replicated
+
+
 # --- checkpoints ------------------------------------------------------------------------------
 
 
@@ -327,3 +368,28 @@ def test_one_process_decides_by_itself(tmp_path: Path):
     assert devices.Common().any(15) == 15
     assert devices.first()
     assert not devices.several()
+
+
+@pytest.mark.parametrize("writes", [True, False], ids=["first", "other"])
+def test_an_error_of_the_first_process_is_that_of_all(monkeypatch, capsys, writes):
+    """One tells it: in the others it is marked as known."""
+    sent = []
+
+    def broadcast(content):  # from the first process, in which it is the same
+        sent.append(content if writes else pickle.dumps((False, ConfigError("no such folder"))))
+        return sent[-1]
+
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "first", lambda: writes)
+    monkeypatch.setattr(processes, "_broadcast", broadcast)
+
+    def look():
+        assert writes, "only the first one looks"
+        raise ConfigError("no such folder")
+
+    with pytest.raises(ConfigError, match="no such folder") as caught:
+        processes.decide(look)
+    cli.show(caught.value)
+    assert ("no such folder" in capsys.readouterr().err) == writes
+    cli.show(ConfigError("mine alone"))
+    assert "mine alone" in capsys.readouterr().err

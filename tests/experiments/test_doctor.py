@@ -112,6 +112,8 @@ def test_each_symptom_is_one_finding_with_its_figures(kind):
         {},
         {"train loss": [1.0, 0.001, 0.004, 0.003]},  # noise near zero
         {"train loss": [0.01, 0.02]},  # too short to tell
+        {"train loss": [2.0, 2.1, 2.0, 0.5]},  # it falls at last
+        {"train loss": [2.0, 2.1, 2.0, 0.5, 0.4, 0.4]},
         {"refit guarded blocks": [1.0, 0.0, 0.0], "a guarded, direction turned": [1.0]},
         {"Preconditioner l2 norm": [1.0, 50.0]},
     ],

@@ -1,5 +1,6 @@
 """Details of a refit that a rough comparison does not see, each against a formula."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -195,3 +196,18 @@ def test_blocks_are_read_and_installed() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             llqr.install(tx, state, params, blocks)
+
+
+def test_every_memory_has_fresh_vectors_of_its_own() -> None:
+    """Two like matrices, symmetric in every way: what differs after a refit is what was drawn."""
+    w = jnp.asarray(np.random.default_rng(2).normal(size=(3, 3)))
+    params = {"a": w + w.T, "b": w + w.T}
+    objective = llqr.Objective(lambda p, _: p["a"] + p["b"], lambda z, _: jnp.sum(z**2))
+    refit = llqr.Refit(steps=2, learning_rate=0.01)
+    tx = llqr.scale_by_llqr(structure="sym_swm_kfac", metric="gaussian", damping=0.1, refit=refit)
+    state = llqr.refresh(tx, tx.init(params), params, objective.bind(jnp.zeros(())))
+    assert llqr.find(state).refit.words == ("updated",) * 2
+    sides = [side for own in llqr.blocks(tx, state, params).values() for side in own.values()]
+    assert len(sides) == 4
+    for one, other in itertools.combinations(sides, 2):
+        assert jnp.max(jnp.abs(one - other)) > 1e-4

@@ -164,3 +164,20 @@ def test_an_axis_that_is_not_there_says_so() -> None:
         llqr.Route(axis_name="d", layerwise=True)
     with pytest.raises(TypeError, match="name of a mapped axis"):
         llqr.Route(axis_name=3)  # pyright: ignore[reportArgumentType]
+
+
+def test_blocks_of_devices_are_whole_in_each_replica() -> None:
+    """Inside shard_map a device has no others, over which it could spread a stack."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    params = {"a": jnp.ones((3, 2)), "b": jnp.ones((3, 2))}
+    tx = llqr.scale_by_llqr(structure="kfac", shard="blocks", refit=llqr.Refit(every=None))
+    left = {"left": np.arange(9.0).reshape(3, 3)}
+    state = llqr.install(tx, tx.init(params), params, {"b": left})
+
+    def apply(params: Any, state: Any) -> Any:
+        return tx.update(params, state, params)[0]
+
+    run = jax.shard_map(apply, mesh=mesh, in_specs=(P(), P()), out_specs=P())
+    found = jax.jit(run)(params, state)
+    np.testing.assert_array_equal(found["a"], params["a"])
+    np.testing.assert_array_equal(found["b"], left["left"] @ params["b"])

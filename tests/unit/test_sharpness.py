@@ -528,6 +528,16 @@ def test_rho_follows_a_schedule_of_the_step() -> None:
         np.testing.assert_allclose(state.info.perturbation_norm, 0.1 * (i + 1), rtol=1e-6)
 
 
+def test_the_steps_before_a_late_start_count_for_the_schedule_of_rho() -> None:
+    params, batch = data()
+    oracle = llqr.sam(optax.linear_schedule(0.1, 0.4, 3), start=2)(OBJECTIVE)
+    state = oracle.init(params)
+    for i in range(4):
+        _, _, state = oracle.step(params, state, batch)
+        expected = 0.1 * (i + 1) if i >= 2 else 0.0
+        np.testing.assert_allclose(state.info.perturbation_norm, expected, rtol=1e-6)
+
+
 def test_a_late_start_compiles_once_or_is_chosen_by_the_caller() -> None:
     """`cond` inside one step, and two static steps: the same numbers; buffers wait."""
     params, batch = data()

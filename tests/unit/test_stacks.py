@@ -183,6 +183,19 @@ def test_rows_after_columns() -> None:
     np.testing.assert_array_equal(found, x["w"] * jnp.array([1.0, 2.0, 3.0]))
 
 
+def test_axes_whose_order_is_not_its_own_inverse() -> None:
+    """Rows, columns and then the stack [3, 3, 3]: each member is multiplied by its own P."""
+    rule = llqr.Rule(match="*", structure="kfac", rows=(0,), columns=(1,))
+    tx = llqr.scale_by_llqr(structure=[rule], refit=llqr.Refit(every=None))
+    x = {"w": jnp.arange(27.0).reshape(3, 3, 3)}
+    left = np.arange(9.0).reshape(3, 3)
+    state = llqr.install(tx, tx.init(x), x, {"w[1]": {"left": left}})
+    found = llqr.precondition(tx, state, x)["w"]
+    expected = np.asarray(x["w"]).copy()
+    expected[:, :, 1] = left @ expected[:, :, 1]
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
@@ -295,6 +308,47 @@ def test_parts_stream_and_share_their_scale() -> None:
     spectrum, c = ours.blocks["spectrum"]["out"]["kernel"], ours.stream.statistics["spectrum"]
     c = c["out"]["kernel"]
     np.testing.assert_allclose(spectrum, 1 / (c / jnp.max(c) + 1e-4), rtol=1e-6)
+
+
+def test_parts_of_two_matrices_share_a_scale_with_those_of_their_own() -> None:
+    """Of one size and of other numbers: they are told apart where like matrices run together."""
+    rng = np.random.default_rng(12)
+    params = {"a": jnp.asarray(rng.normal(size=(4, 4))), "b": jnp.asarray(rng.normal(size=(4, 8)))}
+    x = jnp.asarray(rng.normal(size=(5, 4)) * np.array([1.0, 2.0, 4.0, 8.0]))
+    objective = llqr.Objective(
+        lambda p, x: {"a": x @ p["a"], "b": jnp.tanh(x @ p["b"])},
+        lambda z, x: sum(jnp.mean(own**2) for own in z.values()),
+    )
+    metric = {"a": "gaussian", "b": "gaussian"}
+    refit = llqr.Streaming()
+    options = {"structure": "e-kfac", "block_size": 2, "metric": metric, "refit": refit}
+    _, state = train(params, objective.bind(x), 1, **options)
+    ours = llqr.find(state)
+    for name in params:
+        c = ours.stream.statistics["spectrum"][name]
+        d = ours.blocks["spectrum"][name]
+        np.testing.assert_allclose(d, 1 / (c / jnp.max(c) + 1e-4), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (4, 5)], ids=["rows", "columns"])
+def test_lengths_of_parts_are_of_what_lies_in_the_matrix(shape: tuple[int, int]) -> None:
+    """Grafted block by block, each part has the length of its part of the gradient."""
+    params = {"w": jnp.asarray(np.random.default_rng(13).normal(size=shape))}
+    tx = llqr.scale_by_llqr(
+        structure="kfac", block_size=3, graft="block", refit=llqr.Refit(every=None)
+    )
+    state = tx.init(params)
+    ones = {
+        part: {slot: jnp.ones(x.shape) for slot, x in own.items()}
+        for part, own in llqr.blocks(tx, state, params).items()
+    }
+    state = llqr.install(tx, state, params, ones)
+    updates, _ = tx.update(params, state, params)
+    size = tuple(-(-n // 2) for n in shape)
+    for i, j in np.ndindex(2, 2):
+        at = np.s_[i * size[0] : (i + 1) * size[0], j * size[1] : (j + 1) * size[1]]
+        ours, own = (np.asarray(tree["w"])[at] for tree in (updates, params))
+        np.testing.assert_allclose(np.linalg.norm(ours), np.linalg.norm(own), rtol=1e-12)
 
 
 def test_nothing_lies_behind_the_ends_of_parts() -> None:
