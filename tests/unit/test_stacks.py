@@ -15,6 +15,7 @@ from llqr._linalg import orthonormal
 from llqr.structures import block
 from llqr.structures import plan as plans
 from llqr.structures.rules import rule_table
+from llqr.structures.view import Cut
 
 LAYERS, WIDTH, ROWS = 3, 4, 7
 AXES = (0, 1)
@@ -330,36 +331,40 @@ def test_parts_of_two_matrices_share_a_scale_with_those_of_their_own() -> None:
         np.testing.assert_allclose(d, 1 / (c / jnp.max(c) + 1e-4), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("whole", "lengths"),
+    [
+        ((5, 4), [(3, 2), (3, 2), (2, 2), (2, 2)]),
+        ((4, 5), [(2, 3), (2, 2), (2, 3), (2, 2)]),
+        ((4, 4), [(2, 2)] * 4),
+    ],
+    ids=["rows", "columns", "neither"],
+)
+def test_a_cut_is_filled_up_where_one_of_its_sides_does_not_fit(
+    whole: tuple[int, int], lengths: list[tuple[int, int]]
+) -> None:
+    cut = Cut(whole, lengths[0])
+    assert cut.lengths() == lengths
+    assert cut.fills == (whole != (4, 4))
+    x = 1 + jnp.arange(20.0)[: whole[0] * whole[1]].reshape(1, *whole)
+    parts = cut.open(x)
+    assert [(int((p.any(1)).sum()), int(p.any(0).sum())) for p in parts] == lengths
+    np.testing.assert_array_equal(cut.close(parts), x)
+
+
 @pytest.mark.parametrize("shape", [(5, 4), (4, 5)], ids=["rows", "columns"])
-def test_lengths_of_parts_are_of_what_lies_in_the_matrix(shape: tuple[int, int]) -> None:
-    """Grafted block by block, each part has the length of its part of the gradient."""
-    params = {"w": jnp.asarray(np.random.default_rng(13).normal(size=shape))}
-    tx = llqr.scale_by_llqr(
-        structure="kfac", block_size=3, graft="block", refit=llqr.Refit(every=None)
-    )
-    state = tx.init(params)
-    ones = {
-        part: {slot: jnp.ones(x.shape) for slot, x in own.items()}
-        for part, own in llqr.blocks(tx, state, params).items()
-    }
-    state = llqr.install(tx, state, params, ones)
-    updates, _ = tx.update(params, state, params)
-    size = tuple(-(-n // 2) for n in shape)
-    for i, j in np.ndindex(2, 2):
-        at = np.s_[i * size[0] : (i + 1) * size[0], j * size[1] : (j + 1) * size[1]]
-        ours, own = (np.asarray(tree["w"])[at] for tree in (updates, params))
-        np.testing.assert_allclose(np.linalg.norm(ours), np.linalg.norm(own), rtol=1e-12)
-
-
-def test_nothing_lies_behind_the_ends_of_parts() -> None:
+def test_nothing_lies_behind_the_ends_of_parts(shape: tuple[int, int]) -> None:
     """Where a matrix was filled up with zeros, P x is zero too, and no length sees it."""
-    x = {"w": jnp.asarray(np.random.default_rng(4).normal(size=(5, 4)))}
+    x = {"w": jnp.asarray(np.random.default_rng(4).normal(size=shape))}
     (block,) = plans.make_plan(x, rule_table("kfac"), 100, block_size=3)
-    arrays = {"left": jnp.ones((4, 3, 3)), "right": jnp.ones((4, 2, 2))}
+    rows, columns = block.shape
+    arrays = {"left": jnp.ones((4, rows, rows)), "right": jnp.ones((4, columns, columns))}
     found = block.multiply(arrays, block.gather([x["w"]]))
-    assert block.shape == (3, 2)
-    inside = np.ones((4, 3, 2), bool)
-    inside[2:, 2] = False  # the lower parts have two rows
+    inside = np.ones((4, rows, columns), bool)
+    if shape == (5, 4):
+        inside[2:, 2] = False  # the lower parts have two rows
+    else:
+        inside[1::2, :, 2] = False  # those on the right two columns
     np.testing.assert_array_equal(found != 0, inside)
 
 
