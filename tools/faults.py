@@ -110,13 +110,13 @@ def copied(root: Path) -> Iterator[Path]:
 
 def tested(tests: tuple[str, ...], tree: Path) -> tuple[int, str]:
     """Run tests in a tree, up to the first that fails; return pytest's code and what it said."""
-    environment = os.environ | {
-        "PYTHONPATH": str(tree / "src"),
-        "PYTHONDONTWRITEBYTECODE": "1",
+    compiled = {  # shared by all runs, and kept where the caller has a folder of its own
         "JAX_COMPILATION_CACHE_DIR": str(tree.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+    ours = {"PYTHONPATH": str(tree / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = compiled | os.environ | ours
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line", *tests]
     try:
         done = subprocess.run(
