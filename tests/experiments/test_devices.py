@@ -259,6 +259,22 @@ def test_the_devices_hold_the_rows_of_a_batch():
     assert found.put(rows[:3]).is_fully_replicated, "three rows divide over no two devices"
 
 
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [((4, 16, 6), (None, "fsdp", None)), ((8, 8), ("fsdp", None)), ((3, 8), (None, "fsdp"))],
+)
+def test_a_parameter_is_spread_along_its_longest_axis(shape, spec):
+    """The first of those that are as long, and only one that the devices divide."""
+    layout = devices.layout(1, 2, 1)
+    assert layout is not None
+    assert tuple(layout.parameter(shape).spec) == spec
+
+
+def test_rows_are_filled_up_until_they_divide_over_the_devices():
+    job = prepare(support.config("experiment=quick-local-test", *FSDP))
+    assert [job.multiple(rows) for rows in (1, 2, 33)] == [2, 2, 34]
+
+
 def test_rows_behind_another_axis_are_spread_along_their_own():
     """A batch for every inner step of a refit: [steps, rows, ...]."""
     layout = devices.layout(1, 2, 1)

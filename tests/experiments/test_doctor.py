@@ -167,3 +167,13 @@ def test_the_length_of_the_next_update():
     bound = llqr.Objective(lambda p, x: p["w"] * x, lambda z, x: jnp.sum(z)).bind(x)
     found = insight.step_length(tx, tx.init(params), bound, params)
     assert float(found) == pytest.approx(0.5 * 14**0.5 / 4, rel=1e-6)
+
+
+def test_the_length_of_p_is_that_of_all_blocks_together():
+    params = {"a": jnp.ones((3, 3)), "b": jnp.ones((4, 4))}
+    tx = llqr.scale_by_llqr(structure="diagonal")
+    report = llqr.inspect(tx, tx.init(params), params)
+    record = insight.refit_record(report, 1.0, 1.0)
+    assert record["a l2 norm"] == pytest.approx(3)
+    assert record["b l2 norm"] == pytest.approx(4)
+    assert record["Preconditioner l2 norm"] == pytest.approx(5)

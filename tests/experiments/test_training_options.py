@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 import llqr
 from llqr_experiments.command import cli, memory, plan, reference, sweep
-from llqr_experiments.config import options
+from llqr_experiments.config import build, options
 from llqr_experiments.errors import ConfigError, DataError
 from llqr_experiments.run import train
 from llqr_experiments.run.checkpoint import Checkpoints
@@ -120,6 +120,44 @@ def test_a_parameter_that_overflows_is_noted(skip):
     assert int(state.health.bad_leaf) == 2 + 1, "behind the two gradients, the second parameter"
     assert bool(jnp.all(state.params["b"] == 1.0)) is skip
     assert int(state.step) == 1
+
+
+def test_the_first_step_that_is_not_finite_is_the_one_that_is_told():
+    loss = lambda p, batch, carry: (p * batch, carry)  # noqa: E731
+    recipe = Recipe(optax.with_extra_args_support(optax.sgd(0.1)), skip=True)
+    state = init(recipe, jnp.ones(()))
+    for factor in (1.0, jnp.nan, 1.0, jnp.inf):
+        state, _ = advance(loss, recipe, False, state, jnp.asarray(factor))
+    assert (int(state.health.bad_step), int(state.health.bad_steps)) == (1, 2)
+
+
+def test_a_random_direction_is_another_at_every_step():
+    loss = lambda p, _, carry: (jnp.sum(p * jnp.arange(4.0)), carry)  # noqa: E731
+    ascent = build.Ascent(llqr.sam(0.1), "random_direction", True)
+    recipe = Recipe(optax.with_extra_args_support(optax.sgd(0.0)), ascent)
+    state, seen = init(recipe, jnp.ones(4)), []
+    for _ in range(2):
+        state, _ = advance(loss, recipe, True, state, None)
+        assert state.sharpness is not None
+        seen.append(float(state.sharpness.info.perturbed_loss))
+    assert abs(seen[0] - seen[1]) > 1e-3
+
+
+def test_a_probe_sees_one_of_the_micro_batches():
+    seen = set()
+
+    def forward(params, batch):
+        seen.add(batch["x"].shape)
+        return batch["x"] @ params["w"]
+
+    loss = lambda p, batch, carry: (jnp.mean((batch["x"] @ p["w"]) ** 2), carry)  # noqa: E731
+    refit = llqr.Streaming(probe_share=1.0)
+    tx = llqr.streaming(0.1, structure="diagonal", metric="gaussian", refit=refit)
+    recipe = Recipe(tx, microbatches=2)
+    state = init(recipe, {"w": jnp.ones((3, 2))})
+    probing = llqr.Objective(forward, lambda z, batch: jnp.mean(z**2))
+    advance(loss, recipe, False, state, {"x": jnp.ones((8, 3))}, probing=probing)
+    assert seen == {(4, 3)}
 
 
 # --- data ----------------------------------------------------------------------------------

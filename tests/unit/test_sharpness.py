@@ -700,7 +700,7 @@ def test_groups_are_perturbed_on_their_own(kind) -> None:
 
 def test_groups_count_by_their_weight() -> None:
     params, batch = data()
-    weight = lambda b: jnp.sum(b["x"][:, 0] > 0, dtype=jnp.float32)  # noqa: E731
+    weight = lambda b: jnp.sum(b["x"][:, 0] > -1, dtype=jnp.float32)  # noqa: E731
     found = llqr.sam(RHO, groups=2)(OBJECTIVE, weight=weight)(params, batch)
     parts = [jax.tree.map(lambda x, i=i: x[i::2], batch) for i in range(2)]
     shares = [float(weight(part)) for part in parts]
