@@ -95,6 +95,19 @@ def test_cg_starts_again_where_phi_curves_down() -> None:
     np.testing.assert_array_equal(state.direction, state.residual)
 
 
+def test_a_searched_step_turns_where_its_direction_would_lead_uphill() -> None:
+    """Where Phi curves down there is no length that would turn it: -1/2 |x|^2 from the right."""
+    phi = Quadratic(-np.eye(2), np.zeros(2))
+    solver = solvers.make("cg_back_pr+", (), momentum=0.9, clip_norm=None, clip_value=None)
+    x = jnp.array([1.0, 0.5])
+    state = solver.init(x, None)
+    # The last gradient was half as long, so that beta is 2; and the last step went uphill.
+    state = state._replace(gradient=-x / 2, direction=-10 * x, started=jnp.array(True))
+    moved, state, before = solver.step(phi, x, state, 1.0)
+    assert float(phi.value_and_gradient(moved)[0]) < float(before)
+    np.testing.assert_allclose(state.direction, x)
+
+
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_memory_is_kept_from_refit_to_refit(warm: bool) -> None:
     """First in, first out, whether or not what is learned starts from the identity."""
@@ -196,6 +209,14 @@ def test_blocks_are_read_and_installed() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             llqr.install(tx, state, params, blocks)
+
+
+def test_every_leaf_has_normal_numbers_of_its_own() -> None:
+    """Like leaves with like numbers would be one direction."""
+    drawn = llqr.tree.normal_like(
+        {"a": jnp.zeros((5, 3)), "b": jnp.zeros((5, 3))}, jax.random.key(0)
+    )
+    assert np.abs(drawn["a"] - drawn["b"]).min() > 1e-6
 
 
 def test_every_memory_has_fresh_vectors_of_its_own() -> None:

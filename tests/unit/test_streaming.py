@@ -299,7 +299,7 @@ def test_kfac_converges_to_the_inverse_of_a_kronecker_product() -> None:
 
 def test_one_relative_step_is_that_of_numpy() -> None:
     params, bound = parameters(), OBJECTIVE.bind(batch(0))
-    options = Streaming(every=1, momentum=0.0)
+    options = Streaming(every=1, momentum=0.0, seed=5)
     tx = llqr.scale_by_llqr(
         structure="kfac", metric=METRIC, damping=LAMBDA, divergence_reduction="mean", graft="none",
         refit=options,
@@ -307,7 +307,7 @@ def test_one_relative_step_is_that_of_numpy() -> None:
     state = tx.init(params)
     a, b = np.eye(5), np.eye(4)
     for number in range(3):
-        key = jax.random.fold_in(jax.random.key(0), number)
+        key = jax.random.fold_in(jax.random.key(options.seed), number)
         key, noise = jax.random.split(key)
         h = probe(params, bound, options, number)[0]
         isotropic = llqr.tree.normal_like(params, noise)
@@ -376,6 +376,8 @@ def test_what_is_not_finite_is_not_installed(structure: str) -> None:
     followed = {k: v for k, v in after.stream.statistics.items() if k != "momentum"}
     assert np.isfinite(flat(followed)).all()
     assert "nonfinite" in after.refit.words
+    if structure == "kfac":  # what C was last divided by, while it cannot be told
+        np.testing.assert_array_equal(after.stream.top, state.stream.top)
     assert int(after.refit.guarded) > 0
 
 
@@ -714,6 +716,18 @@ def test_wide_sides_follow_every_gradient_up_to_the_end_of_the_warm_up() -> None
             g = np.asarray(gradient["w"])
             expected = 0.95 * expected + 0.05 * g @ g.T
     np.testing.assert_allclose(state.stream.statistics["left"]["w"], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "e-kfac"])
+def test_p_multiplies_the_nesterov_momentum(structure: str) -> None:
+    options = Streaming(momentum=0.8, signal_decay=None)
+    tx = llqr.scale_by_llqr(structure=structure, graft="none", refit=options)
+    params = {"w": jnp.ones((3, 2))}
+    first, second = (_drawn(params, seed) for seed in range(2))
+    _, state = tx.update(first, tx.init(params), params, refresh=False)
+    updates, _ = tx.update(second, state, params, refresh=False)
+    expected = second["w"] + 0.8 * (0.8 * first["w"] + second["w"])  # P is the identity
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-12)
 
 
 def test_the_momentum_of_what_the_outputs_do_not_depend_on_is_the_mean_of_its_gradients() -> None:
