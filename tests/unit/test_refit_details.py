@@ -211,14 +211,6 @@ def test_blocks_are_read_and_installed() -> None:
             llqr.install(tx, state, params, blocks)
 
 
-def test_every_leaf_has_normal_numbers_of_its_own() -> None:
-    """Like leaves with like numbers would be one direction."""
-    drawn = llqr.tree.normal_like(
-        {"a": jnp.zeros((5, 3)), "b": jnp.zeros((5, 3))}, jax.random.key(0)
-    )
-    assert np.abs(drawn["a"] - drawn["b"]).min() > 1e-6
-
-
 def test_every_memory_has_fresh_vectors_of_its_own() -> None:
     """Two like matrices, symmetric in every way: what differs after a refit is what was drawn."""
     w = jnp.asarray(np.random.default_rng(2).normal(size=(3, 3)))

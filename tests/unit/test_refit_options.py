@@ -542,6 +542,20 @@ def test_a_refit_is_judged_against_the_p_that_it_began_with() -> None:
     np.testing.assert_allclose(info.objective_before, model.value(plain), rtol=1e-6)
 
 
+def test_the_objective_in_the_record_is_in_units_of_the_largest_eigenvalue() -> None:
+    """Before the refit and after it, of what is installed."""
+    params, bound = problem()
+    options = {"damping": 0.2, "divergence_reduction": "unit"}
+    tx = llqr.scale_by_llqr(**options, refit=llqr.Refit(steps=3, learning_rate=0.05))
+    state = llqr.refresh(tx, tx.init(params), params, bound)
+    model = llqr.linearize(bound, params, **options)
+    plain = jax.tree.map(jnp.negative, model.gradient)
+    found = state.refit.objective_before, state.refit.objective_after
+    for value, u in zip(found, (plain, llqr.precondition(tx, state, plain)), strict=True):
+        np.testing.assert_allclose(value, model.value(u), rtol=1e-6)
+    assert float(found[1]) < float(found[0])
+
+
 def test_fresh_batches_share_the_largest_eigenvalue_of_the_first() -> None:
     """Else the objective would have another scale at each step."""
     params, first = problem()
