@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 from omegaconf import OmegaConf
 
 import llqr
@@ -95,6 +96,27 @@ def test_half_precision_trains_and_curvature_stays_in_float32(tmp_path):
     loss = [[row["train loss"] for row in rows if "train loss" in row] for rows in (full, half)]
     assert loss[0][0] != loss[1][0]
     np.testing.assert_allclose(loss[0], loss[1], rtol=0.05)
+
+
+def _of_products(program):
+    """Types of what is multiplied in a program, and in those inside it."""
+    inside = (jaxprs_in_params(equation.params) for equation in program.eqns)
+    found = {kind for programs in inside for one in programs for kind in _of_products(one)}
+    products = (e for e in program.eqns if e.primitive.name == "dot_general")
+    return found | {x.aval.dtype.name for e in products for x in e.invars}
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("bf16", "bfloat16"), ("float32", "float32")])
+def test_all_products_of_a_model_have_its_precision(precision, kind):
+    """Inputs too: else the first layer, and with it all that follow, would be in float32."""
+    job = prepare(support.config("experiment=quick-local-test", *PLAIN, f"precision={precision}"))
+    stream = job.task.material.streams.training(job.config)
+    batch = next(stream)
+    stream.close()
+    sums = dict.fromkeys(tasks.sums_of(batch), jnp.zeros(()))
+    carry = tasks.Carry(job.task.statistics, jax.random.key(0), sums)
+    program = jax.make_jaxpr(job.task.training)(job.task.params, batch, carry)
+    assert _of_products(program.jaxpr) == {kind}
 
 
 def test_tensors_of_rank_four_are_normalised_before_the_update():
