@@ -296,6 +296,29 @@ def test_an_array_that_reads_well_and_is_another_is_told_by_its_checksum(tmp_pat
     assert "the checkpoint of step 1 is damaged (0000.w is not what was written.)" in said[0]
 
 
+def test_an_array_of_which_a_part_has_no_checksum_is_damaged(tmp_path, monkeypatch):
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, 1, said.append)
+    with monkeypatch.context() as patch:
+        half = {"0:1": checkpoint._checksum(np.ones(1))}
+        patch.setattr(checkpoint, "_checksums", lambda arrays: dict.fromkeys(arrays, half))
+        checkpoints.save(1, {"w": np.ones(2)}, {})
+        checkpoints.close()
+    assert checkpoints.restore({"w": np.ones(2)}) is None
+    assert "(0000.w: not all of it has a checksum.)" in said[0]
+
+
+def test_initial_parameters_are_the_latest_where_there_is_a_best_too(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1, print)
+    for step, kind in ((3, BEST), (5, LATEST)):
+        checkpoints.save(step, {"w": jnp.full(2, float(step))}, {}, kind=kind)
+    checkpoints.close()
+    for kind, expected in ((None, 5), (BEST, 3)):
+        found, step = checkpoint.load_fields(tmp_path, {"w": jnp.ones(2)}, print, kind=kind)
+        assert step == expected
+        np.testing.assert_array_equal(found["w"], expected)
+
+
 def test_every_dtype_comes_back(tmp_path):
     state = {
         "half": jnp.arange(3, dtype=jnp.bfloat16),

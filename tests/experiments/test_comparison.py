@@ -13,19 +13,21 @@ from llqr_experiments.study import comparison, landscape, potholes
 from tests.experiments import support
 
 
-def quadratic(size):
-    """w.A w / 2 as a loss with data, A's eigenvalues, all of them positive."""
+def quadratic(size, lowest=0.5):
+    """w.A w / 2 as a loss with data, and A's eigenvalues."""
     random = np.random.default_rng(0)
     rotation = np.linalg.qr(random.normal(size=(size, size)))[0]
-    values = np.linspace(0.5, 8.0, size)
+    values = np.linspace(lowest, 8.0, size)
     a = jnp.asarray(rotation @ np.diag(values) @ rotation.T, jnp.float32)
     objective = llqr.Objective(lambda w, a: w["w"] @ a @ w["w"], lambda y, _: 0.5 * y)
     return objective.bind(a), values
 
 
 @pytest.mark.parametrize("size", [10, 60])  # as a matrix, and by Lanczos iterations
-def test_top_eigenvalue(size):
-    loss, values = quadratic(size)
+@pytest.mark.parametrize("lowest", [0.5, -20.0])
+def test_top_eigenvalue(size, lowest):
+    """The largest, and not the one of largest absolute value."""
+    loss, values = quadratic(size, lowest)
     found = landscape.top_eigenvalue(loss, {"w": jnp.zeros(size)})
     np.testing.assert_allclose(found, values[-1], rtol=1e-3)
 

@@ -52,6 +52,7 @@ def run(logged=None, changed=None, meta=None, time=None) -> Run:
 SICK = {
     "no_number": ({"train loss": [2.0, 1.0, None]}, {}, {}, "not finite", "first at step 2"),
     "rises": ({"train loss": [2.0, 0.5, 3.0, 4.0, 4.0]}, {}, {}, "after it had", "0.5 at"),
+    "rises late": ({"train loss": [2.0, 1.0, 0.5, 3.0, 4.0, 5.0]}, {}, {}, "after it had", "4 at"),
     "rises at once": ({"train loss": [2.0] + 30 * [9.0]}, {}, {}, "from the beginning", "9 at the"),
     "rejected": (
         {"refit guarded blocks": [2.0, 1.0], "a guarded, objective not lower": [1.0]}, {}, {},
@@ -112,6 +113,8 @@ def test_each_symptom_is_one_finding_with_its_figures(kind):
         {},
         {"train loss": [1.0, 0.001, 0.004, 0.003]},  # noise near zero
         {"train loss": [0.01, 0.02]},  # too short to tell
+        {"train loss": [2.0, 2.1, 2.0, 0.5]},  # it falls at last
+        {"train loss": [2.0, 1.0, 0.5, 0.5, 9.0]},  # the last one alone
         {"refit guarded blocks": [1.0, 0.0, 0.0], "a guarded, direction turned": [1.0]},
         {"Preconditioner l2 norm": [1.0, 50.0]},
     ],
@@ -164,3 +167,13 @@ def test_the_length_of_the_next_update():
     bound = llqr.Objective(lambda p, x: p["w"] * x, lambda z, x: jnp.sum(z)).bind(x)
     found = insight.step_length(tx, tx.init(params), bound, params)
     assert float(found) == pytest.approx(0.5 * 14**0.5 / 4, rel=1e-6)
+
+
+def test_the_length_of_p_is_that_of_all_blocks_together():
+    params = {"a": jnp.ones((3, 3)), "b": jnp.ones((4, 4))}
+    tx = llqr.scale_by_llqr(structure="diagonal")
+    report = llqr.inspect(tx, tx.init(params), params)
+    record = insight.refit_record(report, 1.0, 1.0)
+    assert record["a l2 norm"] == pytest.approx(3)
+    assert record["b l2 norm"] == pytest.approx(4)
+    assert record["Preconditioner l2 norm"] == pytest.approx(5)

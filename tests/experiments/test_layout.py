@@ -8,14 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import llqr
 from llqr_experiments import data
 from llqr_experiments.command import forecast
 from llqr_experiments.data.variants import cifar_augmentation
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.layout import Layout, Share, arrange
-from llqr_experiments.run import checkpoint
+from llqr_experiments.record.clock import Clock
+from llqr_experiments.record.console import Display
+from llqr_experiments.record.trackers import Trackers
+from llqr_experiments.run import checkpoint, phases
 from llqr_experiments.run.checkpoint import Checkpoints
 from llqr_experiments.run.job import prepare
+from llqr_experiments.run.origin import origin
+from llqr_experiments.run.preemption import Interrupts
+from llqr_experiments.run.session import Desk
+from llqr_experiments.run.session import begin as open_session
 from llqr_experiments.run.step import begin, shardings
 from llqr_experiments.run.train import train_step
 from tests.experiments import sequence_files, support
@@ -88,6 +96,25 @@ def test_a_step_leaves_the_state_where_it_lies():
         spread += not where.is_fully_replicated
     # Two matrices, and of P two sides and a spectrum of each.
     assert spread == 2 + 2 * 3
+
+
+def test_a_refit_leaves_the_state_where_it_lies(tmp_path):
+    """What it learns comes out where the compiler wants it: of biases, in halves."""
+    options = ("block_structure=diagonal", "precond_batch_size=8", "mesh.tensor=2")
+    job = prepare(support.config("experiment=quick-local-test", *QUICK[1:], *options))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1, print)
+    session = open_session(job, origin(job, False, tmp_path, checkpoints, print), tmp_path, print)
+    desk = Desk(
+        Display(1, 1, quiet=True), Trackers(print), Clock(), checkpoints, Interrupts(), tmp_path
+    )
+    before = session.state.opt_state
+    phases.refit(job, session, job.join(next(session.stream)), desk)
+    session.stream.close()
+    session.refits.close()
+    after = session.state.opt_state
+    assert int(llqr.find(after).refit.refits) == 1
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
 
 
 WAYS = {
@@ -227,6 +254,34 @@ def test_the_devices_hold_the_rows_of_a_batch():
     assert pieces == {(0.0, 3.0), (6.0, 9.0)}
     assert not found.put(rows).is_fully_replicated
     assert found.put(rows[:3]).is_fully_replicated, "three rows divide over no two devices"
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [((4, 16, 6), (None, "fsdp", None)), ((8, 8), ("fsdp", None)), ((3, 8), (None, "fsdp"))],
+)
+def test_a_parameter_is_spread_along_its_longest_axis(shape, spec):
+    """The first of those that are as long, and only one that the devices divide."""
+    layout = arrange(1, 2, 1)
+    assert layout is not None
+    assert tuple(layout.parameter(shape).spec) == spec
+
+
+def test_rows_are_filled_up_until_they_divide_over_the_devices():
+    job = prepare(support.config("experiment=quick-local-test", *FSDP))
+    assert [job.multiple(rows) for rows in (1, 2, 33)] == [2, 2, 34]
+
+
+def test_rows_behind_another_axis_are_spread_along_their_own():
+    """A batch for every inner step of a refit: [steps, rows, ...]."""
+    layout = arrange(1, 2, 1)
+    assert layout is not None
+    stacked = np.arange(24.0).reshape(3, 4, 2)
+    put = layout.put({"x": stacked, "of all": np.arange(3.0)}, axis=1)
+    np.testing.assert_array_equal(put["x"], stacked)
+    pieces = sorted(np.asarray(s.data)[0, 0, 0] for s in put["x"].addressable_shards)
+    assert pieces == [stacked[0, 0, 0], stacked[0, 2, 0]]
+    assert put["of all"].is_fully_replicated
 
 
 # --- checkpoints ------------------------------------------------------------------------------

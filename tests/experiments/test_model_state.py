@@ -145,6 +145,16 @@ def test_dropout_differs_from_step_to_step_and_not_from_run_to_run():
     assert len(set(seen[0])) == 3
 
 
+def test_dropout_differs_from_micro_batch_to_micro_batch():
+    job, state, (batch, *_) = prepared("architecture.dropout=0.5")
+    sums = dict.fromkeys(tasks.sums_of(batch), jnp.zeros(()))
+    carry, losses = tasks.Carry(state.statistics, jax.random.key(0), sums), []
+    for _ in range(3):
+        value, carry = job.task.training(state.params, batch, carry)
+        losses.append(float(value))
+    assert len(set(losses)) == 3
+
+
 def test_refits_and_evaluation_see_the_running_statistics(tmp_path):
     """Inference on a batch is that of the module with the trained statistics."""
     job, state, batches = prepared("architecture.dropout=0.5")

@@ -198,13 +198,17 @@ def test_faults_are_told_in_words(overrides, message):
                 (3, "boundaries=3: must be a list: a list of 2"),
                 ([[1]], "must be a list"),
                 ([[2, 1], [1, 1]], "rising"),
+                ([[2, 1], [2, 3]], "rising"),
                 ([[1, 0]], "factor > 0"),
             ]
         ),
-        (
-            "lr_scheduler",
-            {"name": "warmup_piecewise_decay", "epoch_decay_bounds": [3, 2]},
-            "a list: a number >= 0, rising",
+        *(
+            (
+                "lr_scheduler",
+                {"name": "warmup_piecewise_decay", "epoch_decay_bounds": value},
+                "a list: a number >= 0, rising",
+            )
+            for value in ([3, 2], [3, 3])
         ),
     ],
 )

@@ -141,9 +141,10 @@ def test_parameters_of_another_run(tmp_path, said):
     assert said == [f"parameters of step 6 of {tmp_path / 'first'}\n"]
 
 
-def test_other_options_of_the_data_start_the_streams_anew(tmp_path, said):
+@pytest.mark.parametrize("option", ["rng_seed=9", "grad_acc_steps=2"])
+def test_other_options_of_the_data_start_the_streams_anew(tmp_path, said, option):
     save(job_of(), tmp_path / "first", 6)
-    job = job_of(f"resume={tmp_path / 'first'}", "rng_seed=9")
+    job = job_of(f"resume={tmp_path / 'first'}", option)
     _, session = started(job, tmp_path / "second", said)
     first = next(job.task.material.streams.training(job.config))
     np.testing.assert_array_equal(next(session.stream)["label"], first["label"])

@@ -5,6 +5,7 @@ The slow tests start real processes, with a limit on their time, and end what is
 
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from llqr_experiments import processes
+from llqr_experiments.command import cli
 from llqr_experiments.errors import ConfigError
 from tests.experiments import support
 from tests.experiments.test_layout import assert_alike
@@ -57,6 +59,31 @@ def test_one_process_decides_by_itself():
     assert processes.first()
     assert not processes.several()
     assert (processes.count(), processes.index()) == (1, 0)
+
+
+@pytest.mark.parametrize("writes", [True, False], ids=["first", "other"])
+def test_an_error_of_the_first_process_is_that_of_all(monkeypatch, capsys, writes):
+    """One tells it: in the others it is marked as known."""
+    sent = []
+
+    def broadcast(content):  # from the first process, in which it is the same
+        sent.append(content if writes else pickle.dumps((False, ConfigError("no such folder"))))
+        return sent[-1]
+
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "first", lambda: writes)
+    monkeypatch.setattr(processes, "_broadcast", broadcast)
+
+    def look():
+        assert writes, "only the first one looks"
+        raise ConfigError("no such folder")
+
+    with pytest.raises(ConfigError, match="no such folder") as caught:
+        processes.decide(look)
+    cli.show(caught.value)
+    assert ("no such folder" in capsys.readouterr().err) == writes
+    cli.show(ConfigError("mine alone"))
+    assert "mine alone" in capsys.readouterr().err
 
 
 # --- runs of two ------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ def test_measure_leaves_masked_rows_out():
             optax.chain(optax.add_decayed_weights(0.2), optax.sgd(0.1, momentum=0.9)),
         ),
         (
-            ["main_optimizer=sgd", "weight_decay=0.2", "wd_mask=[bias]"],
+            ["main_optimizer=sgd", "weight_decay=0.2", "wd_mask=[bias,scale]"],
             optax.chain(
                 optax.add_decayed_weights(0.2, {"a": {"kernel": True, "bias": False}}),
                 optax.sgd(0.1),

@@ -121,6 +121,14 @@ def test_without_a_first_step_it_is_no_run(tmp_path, config):
         run_folder.look(config, leave(tmp_path / "run", other, 0, 1))
 
 
+@pytest.mark.parametrize(
+    "option", ["data_threads=0", "checkpoint_keep=9", "logging.tensorboard=true", "mesh.fsdp=2"]
+)
+def test_what_changes_no_number_may_be_another(tmp_path, config, option):
+    other = support.config("experiment=quick-local-test", option)
+    assert run_folder.look(other, leave(tmp_path / "run", config, 0, 1))
+
+
 @pytest.mark.parametrize("bad", ["resume={run}", "quality=[foo]", "{mask}", "total_epochs=0.001"])
 def test_a_start_that_fails_leaves_nothing(tmp_path, bad):
     run = tmp_path / "other" / "checkpoints" / "latest" / "3"

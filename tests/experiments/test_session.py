@@ -2,8 +2,10 @@
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from llqr_experiments.data import kinds
@@ -11,6 +13,7 @@ from llqr_experiments.errors import ConfigError, TrainingError
 from llqr_experiments.record.clock import Clock
 from llqr_experiments.record.console import Display
 from llqr_experiments.record.trackers import Trackers
+from llqr_experiments.run import phases
 from llqr_experiments.run.checkpoint import BEST, Checkpoints, steps
 from llqr_experiments.run.goal import Goal, goal
 from llqr_experiments.run.job import prepare
@@ -98,6 +101,30 @@ def test_the_best_is_the_first_of_equals(at_desk):
     assert saved(desk, BEST) == [4], "the one before is gone"
     keep_best(job, session, {"train_eval accuracy": 99.0}, desk)
     assert session.best["value"] == 81.0, "another metric says nothing"
+
+
+def test_a_milestone_is_the_first_step_that_reaches_it():
+    """Grokking's, 95 and 99 %: the very number is enough, and later ones change nothing."""
+    made = kinds.make(support.config("dataset.name=mod_sum", "dataset.p=5").dataset)
+    job, session = (SimpleNamespace(task=SimpleNamespace(material=made)), SimpleNamespace())
+    session.reached = {}
+    for session.step, accuracy in ((2, 94.9), (3, 95.0), (4, 80.0), (5, 99.5), (6, 99.9)):
+        phases._reached(job, session, {"test accuracy": accuracy})  # type: ignore[arg-type]
+    assert session.reached == {
+        f"first step with test accuracy of {share} %": step for share, step in ((95, 3), (99, 5))
+    }
+
+
+def test_every_inner_step_of_a_refit_has_a_batch_of_its_own(at_desk):
+    job, session, _ = at_desk("multibatch_training=true", "precond_steps=3")
+    expected = [next(session.refits) for _ in range(3)]
+    again = job.task.material.streams.refits(job.config)
+    batch, objective = phases.refit_objective(job, again, session.state.statistics)
+    again.close()
+    for i, one in enumerate(expected):
+        np.testing.assert_array_equal(objective.batch["label"][i], one["label"])
+    np.testing.assert_array_equal(batch["label"], expected[0]["label"])
+    assert not np.array_equal(expected[0]["label"], expected[1]["label"])
 
 
 def test_four_options_and_one_goal():

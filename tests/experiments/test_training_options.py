@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 from omegaconf import OmegaConf
 
 import llqr
 from llqr_experiments.command import cli, forecast, memory, reference, sweep
+from llqr_experiments.config import build
 from llqr_experiments.config.options import Config
 from llqr_experiments.config.row import rows
 from llqr_experiments.errors import ConfigError, DataError
@@ -98,6 +100,27 @@ def test_half_precision_trains_and_curvature_stays_in_float32(tmp_path):
     np.testing.assert_allclose(loss[0], loss[1], rtol=0.05)
 
 
+def _of_products(program):
+    """Types of what is multiplied in a program, and in those inside it."""
+    inside = (jaxprs_in_params(equation.params) for equation in program.eqns)
+    found = {kind for programs in inside for one in programs for kind in _of_products(one)}
+    products = (e for e in program.eqns if e.primitive.name == "dot_general")
+    return found | {x.aval.dtype.name for e in products for x in e.invars}
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("bf16", "bfloat16"), ("float32", "float32")])
+def test_all_products_of_a_model_have_its_precision(precision, kind):
+    """Inputs too: else the first layer, and with it all that follow, would be in float32."""
+    job = prepare(support.config("experiment=quick-local-test", *PLAIN, f"precision={precision}"))
+    stream = job.task.material.streams.training(job.config)
+    batch = next(stream)
+    stream.close()
+    sums = dict.fromkeys(tasks.sums_of(batch), jnp.zeros(()))
+    carry = tasks.Carry(job.task.statistics, jax.random.key(0), sums)
+    program = jax.make_jaxpr(job.task.training)(job.task.params, batch, carry)
+    assert _of_products(program.jaxpr) == {kind}
+
+
 def test_tensors_of_rank_four_are_normalised_before_the_update():
     params = {"conv": 3 * jnp.ones((2, 2, 1, 4)), "dense": 3 * jnp.ones((2, 2))}
     loss = lambda p, _, carry: (jnp.sum(p["conv"]) + jnp.sum(p["dense"]), carry)  # noqa: E731
@@ -121,6 +144,44 @@ def test_a_parameter_that_overflows_is_noted(skip):
     assert int(state.health.bad_leaf) == 2 + 1, "behind the two gradients, the second parameter"
     assert bool(jnp.all(state.params["b"] == 1.0)) is skip
     assert int(state.step) == 1
+
+
+def test_the_first_step_that_is_not_finite_is_the_one_that_is_told():
+    loss = lambda p, batch, carry: (p * batch, carry)  # noqa: E731
+    recipe = Recipe(optax.with_extra_args_support(optax.sgd(0.1)), skip=True)
+    state = init(recipe, jnp.ones(()))
+    for factor in (1.0, jnp.nan, 1.0, jnp.inf):
+        state, _ = advance(loss, recipe, False, state, jnp.asarray(factor))
+    assert (int(state.health.bad_step), int(state.health.bad_steps)) == (1, 2)
+
+
+def test_a_random_direction_is_another_at_every_step():
+    loss = lambda p, _, carry: (jnp.sum(p * jnp.arange(4.0)), carry)  # noqa: E731
+    ascent = build.Ascent(llqr.sam(0.1), "random_direction", True)
+    recipe = Recipe(optax.with_extra_args_support(optax.sgd(0.0)), ascent)
+    state, seen = init(recipe, jnp.ones(4)), []
+    for _ in range(2):
+        state, _ = advance(loss, recipe, True, state, None)
+        assert state.sharpness is not None
+        seen.append(float(state.sharpness.info.perturbed_loss))
+    assert abs(seen[0] - seen[1]) > 1e-3
+
+
+def test_a_probe_sees_one_of_the_micro_batches():
+    seen = set()
+
+    def forward(params, batch):
+        seen.add(batch["x"].shape)
+        return batch["x"] @ params["w"]
+
+    loss = lambda p, batch, carry: (jnp.mean((batch["x"] @ p["w"]) ** 2), carry)  # noqa: E731
+    refit = llqr.Streaming(probe_share=1.0)
+    tx = llqr.streaming(0.1, structure="diagonal", metric="gaussian", refit=refit)
+    recipe = Recipe(tx, microbatches=2)
+    state = init(recipe, {"w": jnp.ones((3, 2))})
+    probing = llqr.Objective(forward, lambda z, batch: jnp.mean(z**2))
+    advance(loss, recipe, False, state, {"x": jnp.ones((8, 3))}, probing=probing)
+    assert seen == {(4, 3)}
 
 
 # --- data ----------------------------------------------------------------------------------

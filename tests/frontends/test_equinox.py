@@ -163,3 +163,15 @@ def test_rules_see_weights_as_out_by_in() -> None:
         "head/weight": ((10, 64), "kfac"),
         "head/bias": ((10,), "diagonal"),
     }
+
+
+def test_rows_that_do_not_count_are_left_out() -> None:
+    model = eqx.nn.Linear(3, 2, key=jax.random.key(0))
+    kept = jnp.arange(4) < 3
+    bound = llqr_equinox.objective(
+        model,
+        lambda model, batch: jax.vmap(model)(batch),
+        lambda z, batch: jnp.mean(z**2),
+        mask=lambda batch: kept,
+    ).bind(jnp.ones((4, 3)))
+    np.testing.assert_array_equal(bound.mask(), kept)

@@ -248,3 +248,16 @@ def test_a_refit_inside_the_step_moves_no_statistics_and_draws_no_mask() -> None
     for x, y in zip(*ends, strict=True):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-13)
     assert float(jnp.abs(ends[0][0]).max()) > 0  # they did move
+
+
+def test_rows_that_do_not_count_are_left_out() -> None:
+    """The mask sees the batch alone, and not the model's other state beside it."""
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    objective = llqr_nnx.objective(
+        model,
+        lambda model, batch: model(batch["x"]),
+        lambda z, batch: jnp.mean(z**2),
+        mask=lambda batch: batch["kept"],
+    )
+    batch = {"x": jnp.ones((4, 3)), "kept": jnp.arange(4) < 3}
+    np.testing.assert_array_equal(llqr_nnx.bind(objective, model, batch).mask(), batch["kept"])

@@ -84,3 +84,10 @@ def test_an_output_that_is_no_float_is_named(route: llqr.Route) -> None:
     metric = {"logits": "ngd", "class": None}
     with pytest.raises(TypeError, match=r"output 'class'.*has dtype int.*floating-point"):
         llqr.linearize(bound, W, metric, route=route)
+
+
+@pytest.mark.parametrize(("share", "examples"), [(0.25, 3), (0.35, 4), (0.01, 1), (0.8, 5)])
+def test_a_part_of_a_batch_is_rounded_up(share: float, examples: int) -> None:
+    """Of 10, to 3, 4, 1 and 8, of which two chunks would leave 2 over, and hold 5 each."""
+    bound = llqr.Objective(lambda w, x: w * x, lambda z, x: jnp.mean(z)).bind(jnp.arange(10.0))
+    assert len(bound.part(share, 0).batch) == examples

@@ -308,6 +308,10 @@ class TestErrors:
         inside = jax.jit(lqr.solve)(p)
         assert np.isnan(flat_of(inside)).all()
 
+    def test_too_few_steps_are_told(self):
+        with pytest.raises(ValueError, match="stopped after 2 steps at the relative residual"):
+            lqr.solve_cg(problem(self.case(), "ngd"), max_steps=2)
+
     def test_sizes_are_bounded(self):
         p = problem(self.case(), "ngd")
         with pytest.raises(ValueError, match=r"'layer0' has a state of 16 entries.*solve_cg"):

@@ -143,3 +143,17 @@ def test_missing_pieces():
     small = llqr.exact(optax.sgd(1.0), solver="riccati", max_size=10, damping=0.1)
     with pytest.raises(ValueError, match=r"'hidden' has a .* stops at max_size=10"):
         small.update(grads, small.init(params), params, objective=bound)
+
+
+def test_a_bound_on_the_steps_is_kept_and_no_error():
+    """One step of conjugate gradients is steepest descent of the length that is best."""
+    params, bound = problem()
+    tx = llqr.exact(optax.sgd(1.0), damping=0.1, max_steps=1)
+    grads = jax.grad(bound)(params)
+    updates, state = tx.update(grads, tx.init(params), params, objective=bound)
+    g = ravel_pytree(grads)[0]
+    curved = ravel_pytree(llqr.linearize(bound, params, damping=0.1).product(grads))[0]
+    expected = -(g @ g) / (g @ curved) * g
+    np.testing.assert_allclose(ravel_pytree(updates)[0], expected, rtol=1e-10)
+    assert int(state.steps) == 1
+    assert float(state.residual) > 1e-3

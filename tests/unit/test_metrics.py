@@ -161,3 +161,25 @@ def test_one_column_is_no_categorical_distribution(metric, shape):
     bound, w = objective.bind(jnp.ones((6, 2))), jnp.ones((2, 1))
     with pytest.raises(ValueError, match=r"shape \(6,.*metric='bernoulli'"):
         llqr.linearize(bound, w, metric)
+
+
+@pytest.mark.parametrize(
+    ("metric", "factor"),
+    [("ngd", 1), ("reverse_kl", 1), *((metrics.renyi(p), p) for p in (0.5, 1, 4))],
+)
+def test_classes_drawn_have_the_curvature_as_covariance(metric, factor):
+    z, number = jnp.asarray(R), 4000
+    draw = lambda key: metrics.sample(metrics.resolve(metric), key, z, None, "sum")  # noqa: E731
+    drawn = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), number)))
+    s = softmax(R)
+    for i in range(2):
+        fisher = np.diag(s[i]) - np.outer(s[i], s[i])
+        np.testing.assert_allclose(np.cov(drawn[:, i].T) / factor, fisher, atol=0.02)
+
+
+def test_each_output_has_draws_of_its_own():
+    """Drawn alike, two of them would be correlated."""
+    outputs = {"a": jnp.zeros((5, 3)), "b": jnp.zeros((5, 3))}
+    tree = metrics.resolve({"a": "gaussian", "b": "gaussian"})
+    drawn = metrics.sample(tree, jax.random.key(0), outputs, None, "sum")
+    assert np.abs(drawn["a"] - drawn["b"]).min() > 1e-6

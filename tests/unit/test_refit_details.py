@@ -1,5 +1,6 @@
 """Details of a refit that a rough comparison does not see, each against a formula."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -92,6 +93,19 @@ def test_cg_starts_again_where_phi_curves_down() -> None:
     moved, state, _ = solver.step(phi, x, state, 1.0)
     np.testing.assert_array_equal(moved, x)
     np.testing.assert_array_equal(state.direction, state.residual)
+
+
+def test_a_searched_step_turns_where_its_direction_would_lead_uphill() -> None:
+    """Where Phi curves down there is no length that would turn it: -1/2 |x|^2 from the right."""
+    phi = Quadratic(-np.eye(2), np.zeros(2))
+    solver = solvers.make("cg_back_pr+", (), momentum=0.9, clip_norm=None, clip_value=None)
+    x = jnp.array([1.0, 0.5])
+    state = solver.init(x, None)
+    # The last gradient was half as long, so that beta is 2; and the last step went uphill.
+    state = state._replace(gradient=-x / 2, direction=-10 * x, started=jnp.array(True))
+    moved, state, before = solver.step(phi, x, state, 1.0)
+    assert float(phi.value_and_gradient(moved)[0]) < float(before)
+    np.testing.assert_allclose(state.direction, x)
 
 
 @pytest.mark.parametrize("warm", [True, False])
@@ -195,3 +209,18 @@ def test_blocks_are_read_and_installed() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             llqr.install(tx, state, params, blocks)
+
+
+def test_every_memory_has_fresh_vectors_of_its_own() -> None:
+    """Two like matrices, symmetric in every way: what differs after a refit is what was drawn."""
+    w = jnp.asarray(np.random.default_rng(2).normal(size=(3, 3)))
+    params = {"a": w + w.T, "b": w + w.T}
+    objective = llqr.Objective(lambda p, _: p["a"] + p["b"], lambda z, _: jnp.sum(z**2))
+    refit = llqr.Refit(steps=2, learning_rate=0.01)
+    tx = llqr.scale_by_llqr(structure="sym_swm_kfac", metric="gaussian", damping=0.1, refit=refit)
+    state = llqr.refresh(tx, tx.init(params), params, objective.bind(jnp.zeros(())))
+    assert llqr.find(state).refit.words == ("updated",) * 2
+    sides = [side for own in llqr.blocks(tx, state, params).values() for side in own.values()]
+    assert len(sides) == 4
+    for one, other in itertools.combinations(sides, 2):
+        assert jnp.max(jnp.abs(one - other)) > 1e-4

@@ -1,5 +1,6 @@
 """Every option of a refit has its effect: against numpy, or against what it must equal."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -504,3 +505,85 @@ def test_inspect_measures_every_block() -> None:
     # The spectrum [4, 5] is not square: it has no asymmetry, and raises nothing.
     assert set(report.blocks[1].skew) == {"left", "right"}
     assert report.blocks[0].skew == {}
+
+
+# --- what a slip would change ---------------------------------------------------------------
+
+
+def test_fisher_probes_are_in_units_of_the_largest_eigenvalue() -> None:
+    """C / top = I, so that Phi of the identity is -|h|^2 / 2, and h has a hundred entries."""
+    bound = llqr.Objective(lambda w, x: 10 * w * x, lambda z, x: jnp.sum(z)).bind(jnp.ones(100))
+    refit = llqr.Refit(probe="fisher", steps=1)
+    tx = llqr.scale_by_llqr(metric="gaussian", divergence_reduction="unit", refit=refit)
+    info = llqr.refresh(tx, tx.init(jnp.ones(100)), jnp.ones(100), bound).refit
+    np.testing.assert_allclose(info.objective_before, -100 / 2, rtol=0.2)
+
+
+def test_probes_teach_p_where_the_gradient_is_zero() -> None:
+    """Nothing there is turned uphill."""
+    params = {"a": jnp.ones(4), "b": jnp.ones(4)}
+    bound = llqr.Objective(
+        lambda p, x: {k: x * v for k, v in p.items()}, lambda z, x: jnp.sum(z["a"])
+    ).bind(jnp.ones(4))
+    refit = llqr.Refit(probe="gaussian", steps=2, learning_rate=0.05)
+    metric = {"a": "gaussian", "b": "gaussian"}
+    tx = llqr.scale_by_llqr(metric=metric, damping=1.0, refit=refit)
+    state = llqr.refresh(tx, tx.init(params), params, bound)
+    assert state.refit.words == ("updated", "updated")
+    assert np.all(np.asarray(state.blocks["spectrum"]["b"]) < 1)
+
+
+def test_a_refit_is_judged_against_the_p_that_it_began_with() -> None:
+    """Of a memory too, whose first step begins with fresh vectors already."""
+    params, bound = problem()
+    tx = llqr.scale_by_llqr(
+        structure="low-rank-memory", damping=0.2, refit=llqr.Refit(steps=1, learning_rate=1e-3)
+    )
+    info = llqr.refresh(tx, tx.init(params), params, bound).refit
+    model = llqr.linearize(bound, params, damping=0.2)
+    plain = jax.tree.map(jnp.negative, model.gradient)
+    np.testing.assert_allclose(info.objective_before, model.value(plain), rtol=1e-6)
+
+
+def test_the_objective_in_the_record_is_in_units_of_the_largest_eigenvalue() -> None:
+    """Before the refit and after it, of what is installed."""
+    params, bound = problem()
+    options = {"damping": 0.2, "divergence_reduction": "unit"}
+    tx = llqr.scale_by_llqr(**options, refit=llqr.Refit(steps=3, learning_rate=0.05))
+    state = llqr.refresh(tx, tx.init(params), params, bound)
+    model = llqr.linearize(bound, params, **options)
+    plain = jax.tree.map(jnp.negative, model.gradient)
+    found = state.refit.objective_before, state.refit.objective_after
+    for value, u in zip(found, (plain, llqr.precondition(tx, state, plain)), strict=True):
+        np.testing.assert_allclose(value, model.value(u), rtol=1e-6)
+    assert float(found[1]) < float(found[0])
+
+
+def test_fresh_batches_share_the_largest_eigenvalue_of_the_first() -> None:
+    """Else the objective would have another scale at each step."""
+    params, first = problem()
+    _, last = problem(5)
+    scaled = last.batch | {"x": 3 * last.batch["x"]}
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), first.batch, scaled)
+    refit = llqr.Refit(steps=2, fresh_batches=True, learning_rate=1e-6)
+    tx = llqr.scale_by_llqr(damping=0.2, divergence_reduction="unit", refit=refit)
+    info = llqr.refresh(tx, tx.init(params), params, OBJECTIVE.bind(stacked)).refit
+    top, model = (
+        llqr.linearize(b, params, damping=0.2, divergence_reduction=reduction)
+        for b, reduction in ((first, "unit"), (OBJECTIVE.bind(scaled), "mean"))
+    )
+    model = replace(model, top_eigenvalue=top.top_eigenvalue)
+    plain = jax.tree.map(jnp.negative, model.gradient)
+    np.testing.assert_allclose(info.objective_before, model.value(plain), rtol=1e-6)
+
+
+def test_probes_by_which_a_refit_is_judged_are_not_those_it_has_learned_on() -> None:
+    """P that fits four directions alone, of fifty, is no better on four others."""
+    bound = llqr.Objective(lambda w, x: jnp.sum(w)[None, None] * x, lambda z, x: jnp.sum(z)).bind(
+        jnp.ones((1, 1))
+    )
+    refit = llqr.Refit(solver="cg", steps=20, probe="gaussian", probes=4, allow_grad_inversion=True)
+    tx = llqr.scale_by_llqr(metric="gaussian", damping=1e-3, refit=refit)
+    info = llqr.refresh(tx, tx.init(jnp.ones(50)), jnp.ones(50), bound).refit
+    assert info.words == ("rejected",)
+    assert float(info.objective_after) > 0

@@ -164,3 +164,38 @@ def test_an_axis_that_is_not_there_says_so() -> None:
         llqr.Route(axis_name="d", layerwise=True)
     with pytest.raises(TypeError, match="name of a mapped axis"):
         llqr.Route(axis_name=3)  # pyright: ignore[reportArgumentType]
+
+
+def test_blocks_of_devices_are_whole_in_each_replica() -> None:
+    """Inside shard_map a device has no others, over which it could spread a stack."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    params = {"a": jnp.ones((3, 2)), "b": jnp.ones((3, 2))}
+    tx = llqr.scale_by_llqr(structure="kfac", shard="blocks", refit=llqr.Refit(every=None))
+    left = {"left": np.arange(9.0).reshape(3, 3)}
+    state = llqr.install(tx, tx.init(params), params, {"b": left})
+
+    def apply(params: Any, state: Any) -> Any:
+        return tx.update(params, state, params)[0]
+
+    run = jax.shard_map(apply, mesh=mesh, in_specs=(P(), P()), out_specs=P())
+    found = jax.jit(run)(params, state)
+    np.testing.assert_array_equal(found["a"], params["a"])
+    np.testing.assert_array_equal(found["b"], left["left"] @ params["b"])
+
+
+def test_minibatch_probes_of_replicas_are_of_rows_of_their_own() -> None:
+    """Of two like parts, else, the mean of two draws would be the draw of one."""
+    part = jax.tree.map(lambda x: x[:4], BATCH)
+    refit = llqr.Refit(every=None, steps=1, probe="minibatch", learning_rate=0.01, seed=2)
+    options = {"metric": "gaussian", "divergence_reduction": "mean", "refit": refit}
+    alone, both = (llqr.scale_by_llqr(**options, route=route) for route in (None, ROUTE))
+
+    def run(part: Any, tx: Any = both) -> Any:
+        state = llqr.refresh(tx, tx.init(PARAMS), PARAMS, OBJECTIVE.bind(part))
+        return state.blocks["spectrum"]["b"], state.refit.count("updated")
+
+    expected, one = run(part, alone)
+    found, two = jax.pmap(run, axis_name="d")(jax.tree.map(lambda x: jnp.stack([x, x]), part))
+    assert [int(one), *two.tolist()] == [2, 2, 2]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert np.abs(found[0] - expected).max() > 1e-4

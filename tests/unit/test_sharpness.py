@@ -307,6 +307,15 @@ def test_research_switches(sign) -> None:
 # --- safe --------------------------------------------------------------------------------------
 
 
+def test_asam_takes_a_bias_by_the_name_of_the_leaf_alone() -> None:
+    kernel = {"kernel": jnp.array([0.1, 2.0])}
+    there, other = (
+        llqr.asam(RHO).perturbation({name: kernel}, {name: kernel}, RHO)[0][name]["kernel"]
+        for name in ("bias_net", "net")
+    )
+    np.testing.assert_array_equal(there, other)
+
+
 def test_zero_gradient_has_no_perturbation() -> None:
     for make in (llqr.sam, llqr.friendly_sam, llqr.asam, llqr.fisher_sam, llqr.past_friendly_sam):
         for options in ({}, {"norm": "layer_matrix_norm"}):
@@ -360,6 +369,8 @@ def test_a_layer_without_gradient_is_not_perturbed_by_its_neighbour() -> None:
     np.testing.assert_allclose(eps["a"], RHO * 2 / np.sqrt(2 * 2), rtol=1e-12)
     assert float(eps["b"][0]) == 0.0
     assert int(guarded) == 1
+    _, guarded = method.perturbation(w, w, RHO, lambda v: v)
+    assert int(guarded) == 0, "where P w is zero too, nothing gives way"
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -528,6 +539,16 @@ def test_rho_follows_a_schedule_of_the_step() -> None:
         np.testing.assert_allclose(state.info.perturbation_norm, 0.1 * (i + 1), rtol=1e-6)
 
 
+def test_the_steps_before_a_late_start_count_for_the_schedule_of_rho() -> None:
+    params, batch = data()
+    oracle = llqr.sam(optax.linear_schedule(0.1, 0.4, 3), start=2)(OBJECTIVE)
+    state = oracle.init(params)
+    for i in range(4):
+        _, _, state = oracle.step(params, state, batch)
+        expected = 0.1 * (i + 1) if i >= 2 else 0.0
+        np.testing.assert_allclose(state.info.perturbation_norm, expected, rtol=1e-6)
+
+
 def test_a_late_start_compiles_once_or_is_chosen_by_the_caller() -> None:
     """`cond` inside one step, and two static steps: the same numbers; buffers wait."""
     params, batch = data()
@@ -675,6 +696,18 @@ def test_groups_are_perturbed_on_their_own(kind) -> None:
     if state.average is not None:
         wanted = BETA * flat_tree(state.average) + (1 - BETA) * np.mean(clean, 0)
         np.testing.assert_allclose(flat_tree(new.average), wanted, rtol=1e-12)
+
+
+def test_groups_count_by_their_weight() -> None:
+    params, batch = data()
+    weight = lambda b: jnp.sum(b["x"][:, 0] > -1, dtype=jnp.float32)  # noqa: E731
+    found = llqr.sam(RHO, groups=2)(OBJECTIVE, weight=weight)(params, batch)
+    parts = [jax.tree.map(lambda x, i=i: x[i::2], batch) for i in range(2)]
+    shares = [float(weight(part)) for part in parts]
+    assert shares[0] != shares[1]
+    each = [llqr.sam(RHO)(OBJECTIVE)(params, part) for part in parts]
+    for ours, *theirs in zip(*map(jax.tree.leaves, (found, *each)), strict=True):
+        np.testing.assert_allclose(ours, np.average(theirs, axis=0, weights=shares), rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

@@ -15,6 +15,7 @@ from llqr._linalg import orthonormal
 from llqr.structures import block, trees
 from llqr.structures import plan as plans
 from llqr.structures.rules import rule_table
+from llqr.structures.view import Cut
 from tests.cases import product
 
 LAYERS, WIDTH, ROWS = 3, 4, 7
@@ -184,6 +185,19 @@ def test_rows_after_columns() -> None:
     np.testing.assert_array_equal(found, x["w"] * jnp.array([1.0, 2.0, 3.0]))
 
 
+def test_axes_whose_order_is_not_its_own_inverse() -> None:
+    """Rows, columns and then the stack [3, 3, 3]: each member is multiplied by its own P."""
+    rule = llqr.Rule(match="*", structure="kfac", rows=(0,), columns=(1,))
+    tx = llqr.scale_by_llqr(structure=[rule], refit=llqr.Refit(every=None))
+    x = {"w": jnp.arange(27.0).reshape(3, 3, 3)}
+    left = np.arange(9.0).reshape(3, 3)
+    state = llqr.install(tx, tx.init(x), x, {"w[1]": {"left": left}})
+    found = llqr.precondition(tx, state, x)["w"]
+    expected = np.asarray(x["w"]).copy()
+    expected[:, :, 1] = left @ expected[:, :, 1]
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
@@ -298,15 +312,60 @@ def test_parts_stream_and_share_their_scale() -> None:
     np.testing.assert_allclose(spectrum, 1 / (c / jnp.max(c) + 1e-4), rtol=1e-6)
 
 
-def test_nothing_lies_behind_the_ends_of_parts() -> None:
+def test_parts_of_two_matrices_share_a_scale_with_those_of_their_own() -> None:
+    """Of one size and of other numbers: they are told apart where like matrices run together."""
+    rng = np.random.default_rng(12)
+    params = {"a": jnp.asarray(rng.normal(size=(4, 4))), "b": jnp.asarray(rng.normal(size=(4, 8)))}
+    x = jnp.asarray(rng.normal(size=(5, 4)) * np.array([1.0, 2.0, 4.0, 8.0]))
+    objective = llqr.Objective(
+        lambda p, x: {"a": x @ p["a"], "b": jnp.tanh(x @ p["b"])},
+        lambda z, x: sum(jnp.mean(own**2) for own in z.values()),
+    )
+    metric = {"a": "gaussian", "b": "gaussian"}
+    refit = llqr.Streaming()
+    options = {"structure": "e-kfac", "block_size": 2, "metric": metric, "refit": refit}
+    _, state = train(params, objective.bind(x), 1, **options)
+    ours = llqr.find(state)
+    for name in params:
+        c = ours.stream.statistics["spectrum"][name]
+        d = ours.blocks["spectrum"][name]
+        np.testing.assert_allclose(d, 1 / (c / jnp.max(c) + 1e-4), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("whole", "lengths"),
+    [
+        ((5, 4), [(3, 2), (3, 2), (2, 2), (2, 2)]),
+        ((4, 5), [(2, 3), (2, 2), (2, 3), (2, 2)]),
+        ((4, 4), [(2, 2)] * 4),
+    ],
+    ids=["rows", "columns", "neither"],
+)
+def test_a_cut_is_filled_up_where_one_of_its_sides_does_not_fit(
+    whole: tuple[int, int], lengths: list[tuple[int, int]]
+) -> None:
+    cut = Cut(whole, lengths[0])
+    assert cut.lengths() == lengths
+    assert cut.fills == (whole != (4, 4))
+    x = 1 + jnp.arange(20.0)[: whole[0] * whole[1]].reshape(1, *whole)
+    parts = cut.open(x)
+    assert [(int((p.any(1)).sum()), int(p.any(0).sum())) for p in parts] == lengths
+    np.testing.assert_array_equal(cut.close(parts), x)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (4, 5)], ids=["rows", "columns"])
+def test_nothing_lies_behind_the_ends_of_parts(shape: tuple[int, int]) -> None:
     """Where a matrix was filled up with zeros, P x is zero too, and no length sees it."""
-    x = {"w": jnp.asarray(np.random.default_rng(4).normal(size=(5, 4)))}
+    x = {"w": jnp.asarray(np.random.default_rng(4).normal(size=shape))}
     (block,) = plans.make_plan(x, rule_table("kfac"), 100, block_size=3)
-    arrays = {"left": jnp.ones((4, 3, 3)), "right": jnp.ones((4, 2, 2))}
+    rows, columns = block.shape
+    arrays = {"left": jnp.ones((4, rows, rows)), "right": jnp.ones((4, columns, columns))}
     found = block.product(arrays, block.gather([x["w"]]))
-    assert block.shape == (3, 2)
-    inside = np.ones((4, 3, 2), bool)
-    inside[2:, 2] = False  # the lower parts have two rows
+    inside = np.ones((4, rows, columns), bool)
+    if shape == (5, 4):
+        inside[2:, 2] = False  # the lower parts have two rows
+    else:
+        inside[1::2, :, 2] = False  # those on the right two columns
     np.testing.assert_array_equal(found != 0, inside)
 
 

@@ -133,6 +133,18 @@ def test_like_matrices_are_spread_over_devices_together() -> None:
     assert stream.statistics["momentum"]["1"] is None
 
 
+@pytest.mark.parametrize("sizes", [(2, 4), (4, 2)])
+def test_a_stack_is_spread_along_the_axis_of_most_devices(sizes: tuple[int, int]) -> None:
+    mesh = AbstractMesh(sizes, ("data", "fsdp"))
+    alone = NamedSharding(mesh, P())
+    params = {
+        f"{i}": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=alone) for i in range(4)
+    }  # fmt: skip
+    tx = llqr.scale_by_llqr(structure="kfac", metric="gaussian", shard="blocks")
+    found = llqr.state_shardings(tx, params).blocks["left"]["0"]
+    assert found.spec == P(("fsdp",) if sizes[1] == 4 else ("data",))
+
+
 def test_without_sharding_every_device_holds_all_of_p() -> None:
     params = shapes(AbstractMesh((4,), ("d",)))
     tx = llqr.llqr(optax.adam(0.1), structure="e-kfac", metric="gaussian", shard=None)

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -301,7 +301,7 @@ def test_kfac_converges_to_the_inverse_of_a_kronecker_product() -> None:
 
 def test_one_relative_step_is_that_of_numpy() -> None:
     params, bound = parameters(), OBJECTIVE.bind(batch(0))
-    options = Streaming(every=1, momentum=0.0)
+    options = Streaming(every=1, momentum=0.0, seed=5)
     tx = llqr.scale_by_llqr(
         structure="kfac", metric=METRIC, damping=LAMBDA, divergence_reduction="mean", graft="none",
         refit=options,
@@ -309,7 +309,7 @@ def test_one_relative_step_is_that_of_numpy() -> None:
     state = tx.init(params)
     a, b = np.eye(5), np.eye(4)
     for number in range(3):
-        key = jax.random.fold_in(jax.random.key(0), number)
+        key = jax.random.fold_in(jax.random.key(options.seed), number)
         key, noise = jax.random.split(key)
         h = probe(params, bound, options, number)[0]
         isotropic = llqr.tree.normal_like(params, noise)
@@ -377,6 +377,8 @@ def test_what_is_not_finite_is_not_installed(structure: str) -> None:
     assert np.isfinite(flat(after.blocks)).all()
     assert np.isfinite(flat(after.stream.statistics)).all()
     assert "nonfinite" in after.refit.words
+    if structure == "kfac":  # what C was last divided by, while it cannot be told
+        np.testing.assert_array_equal(after.stream.top, state.stream.top)
     assert int(after.refit.guarded) > 0
 
 
@@ -775,3 +777,114 @@ def test_a_family_of_sides_of_ones_own_streams_where_its_form_allows() -> None:
 def test_nothing_to_train_is_no_error() -> None:
     tx = llqr.streaming(0.1)
     assert tx.update({}, tx.init({}), {}, refresh=False)[0] == {}
+
+
+# --- what a slip would change ---------------------------------------------------------------
+
+
+def _drawn(params: Any, seed: int) -> Any:
+    """Numbers in the place of a gradient."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
+
+
+def test_wide_sides_follow_every_gradient_up_to_the_end_of_the_warm_up() -> None:
+    """Which is counted from `start` on; before and after it, they follow every second."""
+    options = Streaming(wide=2, start=4, warmup=2, momentum=0.0)
+    tx = llqr.scale_by_llqr(structure="e-kfac", refit=options)
+    params = {"w": jnp.ones((3, 2))}
+    state, expected = tx.init(params), 0.0
+    for step in range(9):
+        gradient = _drawn(params, step)
+        _, state = tx.update(gradient, state, params, refresh=False)
+        if step < 4 + 2 or step in (6, 8):
+            g = np.asarray(gradient["w"])
+            expected = 0.95 * expected + 0.05 * g @ g.T
+    np.testing.assert_allclose(state.stream.statistics["left"]["w"], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "e-kfac"])
+def test_p_multiplies_the_nesterov_momentum(structure: str) -> None:
+    options = Streaming(momentum=0.8, signal_decay=None)
+    tx = llqr.scale_by_llqr(structure=structure, graft="none", refit=options)
+    params = {"w": jnp.ones((3, 2))}
+    first, second = (_drawn(params, seed) for seed in range(2))
+    _, state = tx.update(first, tx.init(params), params, refresh=False)
+    updates, _ = tx.update(second, state, params, refresh=False)
+    expected = second["w"] + 0.8 * (0.8 * first["w"] + second["w"])  # P is the identity
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-12)
+
+
+def test_the_momentum_of_what_the_outputs_do_not_depend_on_is_the_mean_of_its_gradients() -> None:
+    """Its bases stay, and so does what lies in them."""
+    refit = Streaming(nesterov=False, signal_decay=None)
+    tx = llqr.scale_by_llqr(structure="e-kfac", metric=METRIC, refit=refit, graft="none")
+    params, m = parameters() | {"unseen": {"kernel": jnp.ones((3, 2))}}, 0.0
+    state = tx.init(params)
+    for step in range(3):
+        gradient = _drawn(params, step)
+        m = 0.9 * m + np.asarray(gradient["unseen"]["kernel"])
+        updates, state = tx.update(
+            gradient, state, params, objective=OBJECTIVE.bind(batch(step)), refresh=True
+        )
+    assert state.refit.words == ("updated",) * 3 + ("flat",)
+    np.testing.assert_allclose(updates["unseen"]["kernel"], m, rtol=1e-12)
+
+
+@lru_cache
+def _of_a_diagonal() -> tuple[Any, Any]:
+    """Two states, one refit apart: the bases are the parameters' own."""
+    tx = llqr.scale_by_llqr(
+        structure="diagonal", metric=METRIC, damping=LAMBDA, divergence_reduction="mean",
+        refit=Streaming(spectrum_decay=0.5),
+    )  # fmt: skip
+    params, found = parameters(), [tx.init(parameters())]
+    for step in range(2):
+        _, state = tx.update(
+            _drawn(params, step), found[-1], params, objective=OBJECTIVE.bind(batch(step)),
+            refresh=True,
+        )  # fmt: skip
+        found.append(state)
+    return found[1], found[2]
+
+
+def test_the_record_has_the_objective_of_the_old_spectrum_and_of_the_new_one() -> None:
+    before, after = _of_a_diagonal()
+    c = flat(after.stream.statistics["spectrum"])
+    for state, value in (
+        (before, after.refit.objective_before), (after, after.refit.objective_after)
+    ):  # fmt: skip
+        d = flat(state.blocks["spectrum"])
+        expected = np.sum(0.5 * d**2 * c * (c + LAMBDA) - d * c)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+def test_the_record_has_the_cosines_of_the_new_spectrum() -> None:
+    _, state = _of_a_diagonal()
+    ms, ds = (
+        list(map(np.asarray, jax.tree.leaves(tree["spectrum" if i else "momentum"])))
+        for i, tree in enumerate((state.stream.statistics, state.blocks))
+    )
+    expected = [
+        np.sum(d * m**2) / np.linalg.norm(m) / np.linalg.norm(d * m)
+        for d, m in zip(ds, ms, strict=True)
+    ]
+    np.testing.assert_allclose(state.refit.cosines, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("graft", ["global", "block"])
+def test_a_graft_measures_p_before_it_is_weighed(graft: Any) -> None:
+    """Else the weight by which all entries are alike would be divided out again."""
+    tx = llqr.scale_by_llqr(structure="diagonal", graft=graft, refit=Streaming(nesterov=False))
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 2))}
+    state, gradient, d = tx.init(params), _drawn(params, 0), _drawn(params, 1)
+    d = jax.tree.map(lambda x: x * x, d)
+    state = llqr.install(tx, state, params, {name: {"spectrum": x} for name, x in d.items()})
+    updates, _ = tx.update(gradient, state, params, refresh=False)
+    pm = jax.tree.map(lambda d, g: np.asarray(d * g), d, gradient)
+    length = lambda tree: float(np.linalg.norm(flat(tree)))  # noqa: E731
+    for name, u in updates.items():
+        ours, g = (pm, gradient) if graft == "global" else (pm[name], gradient[name])
+        # Of one gradient, a tenth is in the momentum: the share on which gradients agree.
+        weight = 0.1 * math.sqrt(19) * length(g) / length(ours)
+        np.testing.assert_allclose(u, weight * pm[name], rtol=1e-12)

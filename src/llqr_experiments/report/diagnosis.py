@@ -101,8 +101,10 @@ def _diverged(run: Run) -> Iterator[Finding]:
         if len(values) < 3:
             continue
         low, tail = min(values), median(values[-3:])
+        # The last one alone may be noise, upwards; that it is low is no divergence.
+        risen = min(tail, values[-1])
         # Near zero, a loss that is noise is many times its least.
-        if tail > RISE * low and tail > 0.9 * values[0]:
+        if risen > RISE * low and risen > 0.9 * values[0]:
             early = values.index(low) < len(values) / 10
             when = "from the beginning on" if early else "after it had fallen"
             rate = "learning_rate" if early else "lr_scheduler (the rate does not fall)"
