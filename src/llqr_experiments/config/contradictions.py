@@ -46,7 +46,8 @@ def contradictions(config: Any) -> Iterator[str]:
 
 
 def _of_labels(config: Any) -> Iterator[str]:
-    streaming, fisher = config.precond_streaming, config.precond_probe == "fisher"
+    streaming = config.precond_streaming and config.precond_stream_probe == "fisher"
+    fisher = config.precond_probe == "fisher" and not config.precond_streaming
     if config.use_preconditioner and (streaming or fisher) and config.divergence not in DRAWN:
         yield (
             f"{'precond_streaming=true' if streaming else 'precond_probe=fisher'} needs a "

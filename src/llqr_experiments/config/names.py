@@ -33,5 +33,8 @@ SOLVERS = ("momentum", "sgd", "adam", "relative", "cg", "cg_zoom_hz", "cg_back_p
 PROBES = ("gradient", "minibatch", "gaussian", "fisher")
 """Directions that P is learned on."""
 
+STREAM_PROBES = ("fisher", "gradient")
+"""Where streaming refits see curvature."""
+
 GRAFTS = ("none", "global", "block", "rms")
 """Lengths of P g."""

@@ -23,7 +23,14 @@ from llqr_experiments.config.groups import (
     Toy,
     TranslationEval,
 )
-from llqr_experiments.config.names import DIVERGENCES, GRAFTS, PROBES, SOLVERS, STRUCTURES
+from llqr_experiments.config.names import (
+    DIVERGENCES,
+    GRAFTS,
+    PROBES,
+    SOLVERS,
+    STREAM_PROBES,
+    STRUCTURES,
+)
 from llqr_experiments.config.row import check, option, rows
 from llqr_experiments.config.schedulers import check_scheduler
 from llqr_experiments.errors import ConfigError
@@ -233,6 +240,12 @@ class Config:
     precond_stream_every: int = option(
         10, "steps between such probes", low=1, becomes="streaming.every"
     )
+    precond_stream_probe: str = option(
+        "fisher",
+        "where curvature is seen: in labels drawn from the model, or in the gradients alone",
+        choices=STREAM_PROBES,
+        becomes="streaming.probe",
+    )
     precond_stream_probe_share: float = option(
         0.25,
         "share of the examples of the batch that a probe sees",
@@ -272,7 +285,7 @@ class Config:
         256, "sides longer than this follow more rarely", low=1, becomes="streaming.wide"
     )
     precond_stream_rate: float = option(
-        0.3, "relative step of kfac's sides", low=0, below=1, becomes="streaming.rate"
+        0.3, "relative step of kfac's sides", above=0, below=1, becomes="streaming.rate"
     )
     precond_batch_size: int = option(64, "examples in a refit", low=1)
     precond_steps: int = option(50, "inner steps of a refit", low=1, becomes="refit.steps")
