@@ -512,7 +512,7 @@ def test_inspect_measures_every_block() -> None:
 
 def test_fisher_probes_are_in_units_of_the_largest_eigenvalue() -> None:
     """C / top = I, so that Phi of the identity is -|h|^2 / 2, and h has a hundred entries."""
-    bound = llqr.Objective(lambda w, x: 10 * w * x, lambda z, x: jnp.sum(z)).bind(jnp.ones(100))
+    bound = llqr.Objective(lambda w, x: 50 * w * x, lambda z, x: jnp.sum(z)).bind(jnp.ones(100))
     refit = llqr.Refit(probe="fisher", steps=1)
     tx = llqr.scale_by_llqr(metric="gaussian", divergence_reduction="unit", refit=refit)
     info = llqr.refresh(tx, tx.init(jnp.ones(100)), jnp.ones(100), bound).refit
