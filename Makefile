@@ -1,6 +1,10 @@
 .PHONY: help check format lint types layers test typed slow docs lock bench
 RUN = uv run --no-sync
 
+# Bytecode is kept, whatever the environment says: many tests are processes of their own, and half of
+# what those do would be to compile the same modules again.
+export PYTHONDONTWRITEBYTECODE =
+
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -18,17 +22,18 @@ types:  ## Types
 layers:  ## Imports only go down
 	$(RUN) lint-imports
 
+# Parts of a list that a worker has not come to yet are done by the other.
+PYTEST = $(RUN) pytest -n 2 --dist worksteal -m "not slow"
+
 # These touch every numerical module, and run with every function of the library under jaxtyping and
 # beartype: annotations of shapes are checked where they run.
 TYPED = $(addprefix tests/unit/test_,metrics.py quadratic.py routes.py describe.py operators.py streaming.py)
 
 test: typed  ## Tests, without the slow ones
-	$(RUN) pytest -n 2 -m "not slow" $(addprefix --ignore=,$(TYPED))
-	$(RUN) pytest -m "wrong_type and not slow" $(TYPED)
+	$(PYTEST) $(addprefix --ignore=,$(TYPED))
 
 typed:  ## Those that run under the type checker
-	PYTHONPATH=tests $(RUN) pytest -n 2 -m "not slow and not wrong_type" \
-		--jaxtyping-packages=llqr,typechecking.check $(TYPED)
+	PYTHONPATH=tests $(PYTEST) --jaxtyping-packages=llqr,typechecking.check $(TYPED)
 
 slow:  ## The slow tests
 	$(RUN) pytest -m slow

@@ -9,16 +9,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before jax is imported anywhere. Two devices, so that sharded paths run on any machine; and loops
-# written by XLA's older code, which compiles in half of the time (versions without it ignore this).
+# Before jax is imported anywhere, and inherited by the processes that tests start. Two devices, so
+# that sharded paths run on any machine. Most of the time of tests goes into compiling: without the
+# passes that only make programs faster, and with XLA's older way to write loops (versions that have
+# no other ignore this), it is a quarter of what it would be.
 _FLAGS = (
     "--xla_force_host_platform_device_count=2",
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
 )
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
-# Most of the time goes into compiling, and many tests compile the same programs: they share
-# a cache on disk, made anew for each session. Workers inherit the variable.
+# Many tests compile the same programs: they share a cache on disk, made anew for each session.
+# Workers inherit the variable.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.mkdtemp(prefix="llqr-tests-")
     atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
@@ -29,6 +32,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     }
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 _HERE = Path(__file__).parent
@@ -62,6 +66,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"tests/repeated.txt names cases that are not there: {stale}")
 
 
+def pytest_collection_finish() -> None:
+    """Keep what is imported out of every later collection of garbage: there is much of it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled_functions() -> Iterator[None]:
     """Each one holds memory mappings, and a process may have about 65,000 of them."""
@@ -79,22 +89,17 @@ def _forget_after_slow_tests(request: pytest.FixtureRequest) -> Iterator[None]:
         gc.collect()
 
 
-def _unoptimized() -> Iterator[None]:
-    """Skip XLA's optimisation passes: most of the time of tests would go into them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
-unoptimized = pytest.fixture(_unoptimized)
-unoptimized_module = pytest.fixture(_unoptimized, scope="module", name="unoptimized_module")
-"""For modules whose runs other fixtures of the module share."""
+@pytest.fixture(autouse=True)
+def _no_type_checker(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The library itself meets what has a wrong type on purpose, where `make typed` checks types."""
+    wrong = request.node.get_closest_marker("wrong_type") is not None
+    jaxtyping.config.update("jaxtyping_disable", wrong)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture
-def float64(unoptimized: None) -> Iterator[None]:
+def float64() -> Iterator[None]:
     """Compare numbers.
 
     A context, not the global flag: doctests of src run in the same process and show float32.

@@ -57,7 +57,10 @@ def run(page: Path) -> Path:
             "MATPLOTLIBRC": str(STYLE),
             "MPLBACKEND": "agg",
             "OPENBLAS_NUM_THREADS": "1",  # its threads and XLA's get in each other's way
-            "XLA_FLAGS": "",  # a page says itself how many devices it has
+            # A page says itself how many devices it has; and most of its time is compiling, without
+            # the passes that only make programs faster a quarter of it (tests/conftest.py).
+            "XLA_FLAGS": "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
         done = subprocess.run(
             [sys.executable, __file__, page],

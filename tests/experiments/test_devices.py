@@ -29,9 +29,6 @@ QUICK = (
 )  # fmt: skip
 
 
-pytestmark = pytest.mark.usefixtures("unoptimized_module")
-
-
 def assert_alike(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], within: float) -> None:
     """Two records differ by rounding alone."""
     assert len(ours) == len(theirs)

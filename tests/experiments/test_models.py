@@ -24,9 +24,6 @@ MNIST, CIFAR, IMAGENET = (28, 28, 1), (32, 32, 3), (224, 224, 3)
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
-
 # --- sizes --------------------------------------------------------------------------------------
 
 

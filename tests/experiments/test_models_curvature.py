@@ -13,8 +13,6 @@ from llqr_experiments import models
 from tests.experiments import models_oracle
 from tests.experiments.model_cases import BATCH, CASES, Case
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 def objective(network, batch):
     forward = network.model.as_forward(lambda b: b["x"], context=lambda b: b["statistics"])

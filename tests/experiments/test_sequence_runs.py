@@ -24,9 +24,6 @@ COMMON = (
 )  # fmt: skip
 
 
-pytestmark = pytest.mark.usefixtures("unoptimized_module")
-
-
 def lines(out):
     return [json.loads(line) for line in (out / translations.FILE).read_text().splitlines()]
 

@@ -22,7 +22,9 @@ TOLERANCE = 1e-12
 
 def told(*command: str) -> list[Any]:
     """Return the lines of JSON that a program prints."""
-    environment = os.environ | {"XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = os.environ | {  # what is counted is counted in programs as users have them
+        "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "TF_CPP_MIN_LOG_LEVEL": "3",
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
     )

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ def loss(z: Any, batch: Any) -> Any:
 
 OBJECTIVE = llqr.Objective(forward, loss)
 METRIC = "gaussian"
+slope = jax.jit(jax.grad(OBJECTIVE))
 
 
 def parameters(dtype: Any = np.float64) -> Any:
@@ -54,27 +55,32 @@ def batch(seed: int, dtype: Any = np.float64) -> Any:
     return {"x": x, "y": jnp.asarray(rng.integers(0, 3, ROWS), jnp.int32)}
 
 
-def part(bound: Any, options: Streaming, number: int) -> Any:
+def part(data: Any, options: Streaming, number: int) -> Any:
     """The examples of a refit's probes: every second, or fourth, from another one each time."""
     parts = round(1 / options.probe_share)
-    return OBJECTIVE.bind(jax.tree.map(lambda x: x[number % parts :: parts], bound.batch))
+    return jax.tree.map(lambda x: x[number % parts :: parts], data)
 
 
-def probe(params: Any, bound: Any, options: Streaming, number: int) -> list[Any]:
-    """The library's draws of labels, pulled back by a dense Jacobian."""
-    bound = part(bound, options, number)
-    key = jax.random.fold_in(jax.random.key(options.seed), number)
-    key = jax.random.split(key)[0]
-    params = jax.tree.map(jnp.asarray, params)
-    outputs = bound.outputs(params)
-    jacobian = jax.jacobian(bound.outputs)(params)
-    found = []
-    for one in jax.random.split(key, options.probes):
-        w = metrics.sample(metrics.resolve(METRIC), one, outputs, bound.mask(), "mean")
-        found.append(jax.tree.map(lambda j, w=w: np.tensordot(w, j, axes=2), jacobian))
-    return found
+@partial(jax.jit, static_argnames=("seed", "probes"))
+def drawn(params: Any, data: Any, number: Any, seed: int, probes: int) -> Any:
+    """The library's draws of labels, and the dense Jacobian that pulls them back."""
+    bound = OBJECTIVE.bind(data)
+    key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))[0]
+    outputs, metric = bound.outputs(params), metrics.resolve(METRIC)
+    labels = [
+        metrics.sample(metric, one, outputs, bound.mask(), "mean")
+        for one in jax.random.split(key, probes)
+    ]
+    return labels, jax.jacobian(bound.outputs)(params)
 
 
+def probe(params: Any, data: Any, options: Streaming, number: int) -> list[Any]:
+    data = part(data, options, number)
+    labels, jacobian = drawn(params, data, number, options.seed, options.probes)
+    return [jax.tree.map(lambda j, w=w: np.tensordot(w, j, axes=2), jacobian) for w in labels]
+
+
+@cache  # for all modes of the library's loop
 def numpy_loop(options: Streaming, structure: str, steps: int, rate: float) -> Any:
     """The whole method for e-kfac and diagonal, every formula of the module written out."""
     params = jax.tree.map(np.asarray, parameters())
@@ -92,8 +98,8 @@ def numpy_loop(options: Streaming, structure: str, steps: int, rate: float) -> A
         }  # fmt: skip
     number = 0
     for step in range(steps):
-        bound = OBJECTIVE.bind(batch(step))
-        gradient = jax.tree.map(np.asarray, jax.grad(bound)(params))
+        data = batch(step)
+        gradient = jax.tree.map(np.asarray, slope(params, data))
         for n in names:
             g, s = gradient[n[0]][n[1]], state[n]
             m[n] = options.momentum * m[n] + g
@@ -102,7 +108,7 @@ def numpy_loop(options: Streaming, structure: str, steps: int, rate: float) -> A
                     b = options.basis_decay
                     s[side] = b * s[side] + (1 - b) * moment
         if step < options.warmup or step % options.every == 0:
-            draws = probe(params, bound, options, number)
+            draws = probe(params, data, options, number)
             number += 1
             a = min(options.spectrum_decay, 1 - 1 / number)
             for n in names:
@@ -309,10 +315,10 @@ def test_one_relative_step_is_that_of_numpy() -> None:
     for number in range(3):
         key = jax.random.fold_in(jax.random.key(0), number)
         key, noise = jax.random.split(key)
-        h = probe(params, bound, options, number)[0]
+        h = probe(params, bound.batch, options, number)[0]
         isotropic = llqr.tree.normal_like(params, noise)
         h = jax.tree.map(lambda x, n: x + np.sqrt(0.1 * LAMBDA) * n, h, isotropic)
-        seen = part(bound, options, number)
+        seen = OBJECTIVE.bind(part(bound.batch, options, number))
         model = llqr.linearize(seen, params, METRIC, damping=LAMBDA, divergence_reduction="mean")
         u = llqr.precondition(tx, state, h)
         r = jax.tree.map(jnp.subtract, model.product(u), h)
