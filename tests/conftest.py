@@ -91,7 +91,7 @@ def _forget_after_slow_tests(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_type_checker(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What has a wrong type on purpose meets the library itself, where `make typed` checks types."""
+    """What has a wrong type on purpose meets no type checker, where `make typed` puts one."""
     wrong = request.node.get_closest_marker("wrong_type") is not None
     jaxtyping.config.update("jaxtyping_disable", wrong)
     yield
