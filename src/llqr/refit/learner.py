@@ -6,7 +6,7 @@ learner remembers of each matrix, are those of blocks instead of trees.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import optax
 
@@ -79,6 +79,7 @@ class Defaults(NamedTuple):
     graft: Graft
 
 
+@runtime_checkable
 class Rhythm(Protocol):
     """Options of refits: when they are due."""
 
@@ -92,6 +93,7 @@ class Rhythm(Protocol):
         ...
 
 
+@runtime_checkable
 class Learner(Protocol):
     """One way to learn P; it owns what it remembers, and checks its options.
 
