@@ -754,6 +754,10 @@ def test_a_rule_says_what_is_seldom_and_how_long_steps_are() -> None:
     updates, _ = plain.update(grads, plain.init(params), params, refresh=False)
     rms = {k: float(jnp.sqrt(jnp.mean(u**2))) for k, u in updates.items()}
     assert rms == pytest.approx({"table": 0.2, "bias": 0.2, "embedding": 0.05})
+
+
+@pytest.mark.wrong_type
+def test_a_rule_knows_two_lengths() -> None:
     with pytest.raises(ValueError, match="length"):
         llqr.Rule(match="x", structure="kfac", length="long")  # pyright: ignore
 
