@@ -85,7 +85,12 @@ def test_the_architecture_names_every_module_of_the_runner():
 def test_the_api_explains_every_public_name():
     explained = crosslinks.entries()
     for name in llqr.__all__:
-        assert f"llqr.{name}" in explained or name in ("diagnostics", "quadratic", "stages"), name
+        assert f"llqr.{name}" in explained or name in (
+            "diagnostics",
+            "quadratic",
+            "stages",
+            "structures",
+        ), name
 
 
 def test_names_link_to_the_api():
