@@ -1,4 +1,4 @@
-.PHONY: help check format lint types layers test typed slow docs lock bench
+.PHONY: help check fast format lint types layers test typed slow docs lock bench
 RUN = uv run --no-sync
 
 # Bytecode is kept, whatever the environment says: many tests are processes of their own, and half of
@@ -34,6 +34,14 @@ test: typed  ## Tests, without the slow ones
 
 typed:  ## Those that run under the type checker
 	PYTHONPATH=tests $(PYTEST) --jaxtyping-packages=llqr,typechecking.check $(TYPED)
+
+# What a change of the library meets first: the maths of structures, one loop in numpy for each way to
+# learn P, what is refused, and in what words.
+FAST = $(addprefix tests/unit/test_,advice.py bases.py batches.py gradients.py operators.py schedules.py \
+	structures.py) tests/contract/test_wrong_state.py tests/golden
+
+fast:  ## The tests that a change of the library should meet first, in a minute
+	$(PYTEST) $(FAST)
 
 slow:  ## The slow tests
 	$(RUN) pytest -m slow
