@@ -90,6 +90,8 @@ def test_a_preconditioner_is_an_operator(structure: str) -> None:
     tx = llqr.scale_by_llqr(structure=structure, identity_scaling=4.0)
     rng, state = np.random.default_rng(0), tx.init(params)
     draw = lambda x: jnp.asarray(x + 0.3 * rng.normal(size=x.shape))  # noqa: E731
+    before = llqr.preconditioner(tx, state, params).as_matrix()
+    np.testing.assert_allclose(before, np.eye(8), atol=1e-12)  # whatever sigma is
     state = state._replace(blocks=jax.tree.map(draw, state.blocks))
     p = llqr.preconditioner(tx, state, params)
     assert p.in_structure == jax.tree.map(jax.typeof, params)
