@@ -22,7 +22,8 @@ def check_plain(base: optax.GradientTransformation, params: Params, *, momentum:
     Args:
       base: with extra keywords supported.
       params: the parameters, or their shapes.
-      momentum: mu of the refits; with 0 a base may have a momentum, though no second moments.
+      momentum: mu of the refits; with 0 a base may have a momentum, though no second moments, nor
+        clipping before it: that belongs in front of P.
     """
     kept = _memory(base, params)
     if not kept or (momentum == 0 and _is_momentum(base, params)):

@@ -74,8 +74,8 @@ def note(plan: Plan, learner: Learner, shard: str | None) -> None:
         found.append(Visited(plan, learner, shard))
 
 
-def plans_of(tx: optax.GradientTransformation, params: PyTree) -> tuple[Plan, ...]:
-    """Return the plan of every LLQR transformation inside `tx`, however it is composed.
+def visited(tx: optax.GradientTransformation, params: PyTree) -> tuple[Visited, ...]:
+    """Return what `init` of every LLQR transformation inside `tx` has recorded.
 
     A composed optax transformation does not show its parts; its `init` visits them all.
 
@@ -84,17 +84,7 @@ def plans_of(tx: optax.GradientTransformation, params: PyTree) -> tuple[Plan, ..
       params: the parameters, or their shapes.
 
     Returns:
-      The plans in the order in which `init` comes by them; empty where there are none.
-    """
-    return tuple(found.plan for found in visited(tx, params))
-
-
-def visited(tx: optax.GradientTransformation, params: PyTree) -> tuple[Visited, ...]:
-    """Return what `init` of every LLQR transformation inside `tx` has recorded.
-
-    Args:
-      tx: any optimizer.
-      params: the parameters, or their shapes.
+      In the order in which `init` comes by them; empty where there are none.
     """
     leaves, treedef = jax.tree.flatten(params)
     shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)

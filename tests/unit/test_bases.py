@@ -75,14 +75,14 @@ def test_a_base_that_does_not_is_taken(name: str) -> None:
 
 
 def test_without_momentum_of_its_own_p_may_have_one_behind_it() -> None:
-    """A momentum, with clipping or a schedule around it; not second moments, nor a sign."""
+    """A momentum; not second moments, nor a sign, nor one behind something that is not linear."""
+    for name in ("momentum", "ema"):
+        wrapped(REMEMBER[name], momentum=0.0).init(PARAMS)
     clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
-    for base in (REMEMBER["momentum"], REMEMBER["ema"], clipped):
-        if base is not clipped:
-            wrapped(base, momentum=0.0).init(PARAMS)
-    for name in ("adam", "lion", "adagrad", "novograd", "rprop", "lbfgs"):
+    others = ("adam", "lion", "adagrad", "novograd", "rprop", "lbfgs")
+    for base in (clipped, *(REMEMBER[name] for name in others)):
         with pytest.raises(ValueError, match="keeps a memory of gradients"):
-            wrapped(REMEMBER[name], momentum=0.0).init(PARAMS)
+            wrapped(base, momentum=0.0).init(PARAMS)
 
 
 def test_the_leaf_is_named() -> None:

@@ -405,9 +405,9 @@ def test_graft_keeps_lengths(graft: Any) -> None:
 
 
 def _plan_and_blocks(tx: Any, state: Any, params: Any) -> Any:
-    from llqr.state import plans_of
+    from llqr.state import visited
 
-    plan = plans_of(tx, params)[0]
+    plan = visited(tx, params)[0].plan
     return plan, trees.unpack(plan, state.blocks, params)
 
 

@@ -218,10 +218,7 @@ class Following(ABC):
     # --- a refit --------------------------------------------------------------------------------
 
     def refit(self, plan: Plan, held: Held, asked: Asked) -> Held:
-        """Return what is held after one refit: new bases, one more probe, the spectrum.
-
-        A block whose probe is not finite keeps its curvature.
-        """
+        """Return what is held after one refit, in which like matrices are one block."""
         python = _loops.in_python(held, asked)
         run = _loops.compiled if python and not self.setting.route.layerwise else _loops.direct
         return run(_refit, (self, plan), held, asked)

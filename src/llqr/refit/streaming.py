@@ -77,7 +77,10 @@ class Streamed(Following):
         return kind is not None and (kind is not factors or moves)
 
     def follow(self, plan: Plan, held: Held, asked: Asked) -> Held:
-        """Return what is held after what all matrices do at a refit, like ones as one block."""
+        """Return what is held after new bases, one more probe, and the spectrum that follows.
+
+        A block whose probe is not finite keeps its curvature.
+        """
         options, setting, damping = self.options, self.setting, asked.damping
         was, info = held.memory.blocks, held.info
         model, probes, noise = _draw(self, info.refits, asked)
