@@ -1,4 +1,4 @@
-"""LLQR in its four forms."""
+"""LLQR in its five forms."""
 
 from typing import Any
 
@@ -65,6 +65,16 @@ def _streaming(workload: Workload, *, refit: llqr.Streaming, **options: Any) -> 
     )
 
 
+def _gradients(workload: Workload, *, refit: llqr.Streaming, **options: Any) -> Engine:
+    """No objective: each step sees its gradient, and some turn the bases."""
+    return optax_engine(
+        workload,
+        lambda rate: llqr.streaming(rate, refit=refit, **options),
+        keywords=lambda kind, params, batch: {"refresh": kind == REFIT},
+        kind=lambda step: REFIT if refit.is_due(step) else PLAIN,
+    )
+
+
 def _learned(
     workload: Workload,
     *,
@@ -120,6 +130,10 @@ def _is_small(workload: Workload) -> bool:
 
 METHODS = (
     Method("LLQR streaming", _streaming, 1.6e-2, {"structure": "e-kfac", "refit": llqr.Streaming()},
+           ({"damping": 1e-3}, {"damping": 1e-5}, {"weight_decay": 0.01}),
+           second_order=True, ours=True),
+    Method("LLQR gradients", _gradients, 1.6e-2,
+           {"structure": "e-kfac", "refit": llqr.Streaming(probe="gradient")},
            ({"damping": 1e-3}, {"damping": 1e-5}, {"weight_decay": 0.01}),
            second_order=True, ours=True),
     Method("LLQR published", _learned, 0.3,

@@ -17,7 +17,7 @@ r"""One matrix between bases: what happens to it at a step, and at a refit.
     spectrum    D = 1 / (c / top + lambda)
     signal      q <- e q + (1 - e) g^2
                 s = min(1, (1 - mu) |m| / sqrt(q)) / sqrt((1 - mu) / (1 + mu))
-    step        V_L (s * D * v) V_R^T
+    step        V_L (s * D * v) V_R^T, or V_L ns(s * D * v) V_R^T
 
 The momentum lies in the bases, so that a step projects the gradient alone. For fixed bases, D is
 the minimiser of the objective of a probe (`llqr.refit.objective`), E[1/2 u.(C / top + lambda I) u -
@@ -31,6 +31,11 @@ times the length that one of noise has; one that swings from step to step, becau
 long for it, gets shorter at once, without waiting for the learning rate to decay. As the length
 (the graft) is given before, a whole leaf becomes shorter too. `signal_decay=None` leaves s at 1.
 
+With `Streaming.orthogonalize`, ns(x) has the length of x and the singular values of x near to one
+another: P scales directions by a curvature that it has seen, and what it took for well known on
+little evidence does not lead the step. A change of bases leaves it the same, so that it is done in
+them.
+
 Sources: Layerwise LQR (arXiv 2605.04230) for the objective; bases as in SOAP (arXiv 2409.11321).
 """
 
@@ -41,12 +46,12 @@ from functools import partial
 import jax.numpy as jnp
 
 from llqr import _loops
-from llqr._linalg import orthonormal
+from llqr._linalg import newton_schulz, orthonormal
 from llqr.refit.momentum import MOMENTUM, is_usable, momentum, towards
 from llqr.refit.options import Streaming
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
-from llqr.tree import all_finite, divide
+from llqr.tree import all_finite, divide, norm
 from llqr.typing import Array, Bool, Float, Int, Number
 
 SQUARES, CURVATURE = "squares", "spectrum"
@@ -205,7 +210,15 @@ def step(
     if options.signal_decay is not None:
         # In units of what the mean of gradients without a signal comes to.
         found = 1 / math.sqrt((1 - mu) / (1 + mu)) * found
+    if options.orthogonal and is_orthogonalized(block):
+        even = newton_schulz(found)
+        found = divide(norm(found), norm(even), 0.0) * even
     return memory, _out_of(_bases(block, arrays), found), d, v
+
+
+def is_orthogonalized(block: Block) -> bool:
+    """Whether steps of a block may be orthogonalised: of a matrix whose rows are in every batch."""
+    return bool(block.bases) and min(block.shape) > 1 and not block.seldom
 
 
 def product(block: Block, arrays: Arrays, m: Array) -> Array:

@@ -214,6 +214,10 @@ class Streaming:
         is how often bases turn and the spectrum is set, and `spectrum_decay`, `probes`,
         `probe_share`, `rate` and `seed` have no effect. (`llqr.Refit` has a probe of this name,
         one batch's own direction.)
+      orthogonalize: whether what P makes of a matrix is orthogonalised: five Newton-Schulz steps of
+        Muon's bring its singular values near to one another, and its length stays. Not vectors,
+        embeddings, matrices of kfac, nor what is diagonal. It costs products of the size of the
+        layer's own. None: with probe="gradient", whose squares say less of the curvature.
       probes: h drawn at each refit.
       probe_share: in (0, 1], of the examples of the batch on which they are drawn: at most this
         part, as the batch is cut into equal ones, and another of them at each refit. A probe sums
@@ -238,7 +242,8 @@ class Streaming:
     References:
       Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230, for the
       objective. Vyas et al., SOAP, arXiv 2409.11321, for the bases. Li, Preconditioned
-      Stochastic Gradient Descent, arXiv 1512.04202, for kfac's relative steps.
+      Stochastic Gradient Descent, arXiv 1512.04202, for kfac's relative steps. Jordan et al., Muon,
+      kellerjordan.github.io/posts/muon, for the orthogonal steps.
     """
 
     every: int | None = 10
@@ -251,6 +256,7 @@ class Streaming:
     spectrum_decay: float = 0.9
     signal_decay: float | None = 0.95
     probe: Literal["fisher", "gradient"] = "fisher"
+    orthogonalize: bool | None = None
     probes: int = 1
     probe_share: float = 0.25
     wide: int = 256
@@ -262,6 +268,10 @@ class Streaming:
                           ("probes", 1), ("wide", 1), ("seed", 0)):  # fmt: skip
             check_integer(f"Streaming: {name}", getattr(self, name), low=low)
         check_choice("Streaming: probe", self.probe, ("fisher", "gradient"))
+        if self.orthogonalize not in (None, True, False):
+            raise TypeError(
+                f"Streaming: orthogonalize must be True, False or None, got {self.orthogonalize!r}."
+            )
         check_range("Streaming: probe_share", self.probe_share, low=0, open_low=True, high=1)
         for name, high in (("momentum", 1), ("basis_decay", 1), ("spectrum_decay", 1),
                            ("signal_decay", 1), ("rate", 1)):  # fmt: skip
@@ -281,6 +291,11 @@ class Streaming:
         offset = count - self.start
         due = (offset >= 0) & ((offset < self.warmup) | (offset % self.every == 0))
         return due if self.until is None else due & (count < self.until)
+
+    @property
+    def orthogonal(self) -> bool:
+        """Whether steps of matrices are orthogonalised."""
+        return self.probe == "gradient" if self.orthogonalize is None else self.orthogonalize
 
     def turns_wide(self, number: Int[Array, ""]) -> Bool[Array, ""]:
         """Return whether wide sides turn at refit `number`: from 1 to 4, and 6, 11 and so on."""
