@@ -15,7 +15,7 @@ from llqr import stages as stages
 from llqr import structures as structures
 from llqr import tree as tree
 from llqr import typing as typing
-from llqr.access import blocks, install, precondition, preconditioner, refresh
+from llqr.access import blocks, install, precondition, preconditioner, refresh, restore
 from llqr.accumulation import microbatched
 from llqr.approximation import Quality, quality
 from llqr.curvature import QuadraticModel, Route, linearize
@@ -88,6 +88,7 @@ __all__ = [
     "quadratic",
     "quality",
     "refresh",
+    "restore",
     "sam",
     "scale_by_llqr",
     "schedules",

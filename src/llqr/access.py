@@ -12,7 +12,7 @@ from llqr import _loops
 from llqr.errors import NoObjectiveError, unknown
 from llqr.objective import BoundObjective
 from llqr.preconditioning import OnlyRefit, check_unmasked
-from llqr.state import LLQRState, blocks_of, closed, find, is_ours, opened, visited
+from llqr.state import LLQRState, blocks_of, closed, find, is_ours, opened, shapes_of, visited
 from llqr.structures import trees
 from llqr.structures.plan import labels
 from llqr.structures.preconditioner import Preconditioner
@@ -99,6 +99,80 @@ def _check_reached(old: list[LLQRState], new: list[LLQRState], only: OnlyRefit) 
         raise ValueError(_UNREACHED)
 
 
+def restore(tx: optax.GradientTransformation, params: PyTree, tree: PyTree) -> Any:
+    """Return a state that was restored as dicts or lists, put back into its containers.
+
+    Libraries for checkpoints give back trees of dicts where they were not told what to restore
+    (Orbax without a target, `flax.serialization`). Leaves are found by their names, never by their
+    order.
+
+    Args:
+      tx: the optimizer.
+      params: the parameters, or their shapes.
+      tree: the state, with the names of fields as keys of dicts; tuples may be lists, or dicts of
+        their indices.
+
+    Returns:
+      A state like `tx.init(params)`, on the devices where its arrays are.
+
+    Raises:
+      ValueError: a name is missing or not known, an array has another shape, or a list is in the
+        place of a dict: the order of its entries could not be trusted.
+
+    Example:
+      >>> import flax.serialization, jax.numpy as jnp, llqr
+      >>> tx, params = llqr.streaming(0.1), {"w": jnp.ones((3, 2))}
+      >>> tree = flax.serialization.to_state_dict(tx.init(params))
+      >>> int(llqr.find(llqr.restore(tx, params, tree)).count)
+      0
+    """
+    return _restored(shapes_of(tx, params), tree, "state")
+
+
+def _restored(like: Any, given: Any, path: str) -> Any:
+    """Put a tree into the containers of another, level by level."""
+    if not jax.tree.leaves(like):
+        return like
+    if isinstance(like, jax.ShapeDtypeStruct):
+        if not hasattr(given, "shape") and not isinstance(given, int | float | bool):
+            raise ValueError(f"{path}: there must be an array, not a {type(given).__name__}.")
+        if jnp.shape(given) != like.shape:
+            raise ValueError(f"{path}: the shape is {jnp.shape(given)}, not {like.shape}.")
+        return jnp.asarray(given, like.dtype)
+    above = lambda x: x is not like  # noqa: E731
+    children, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=above)
+    names = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in children]
+    if isinstance(given, type(like)) or isinstance(given, Mapping):
+        entries = given if isinstance(given, Mapping) else dict(_children(given))
+        found = {str(name): child for name, child in entries.items()}
+    elif isinstance(given, list | tuple) and isinstance(like, list | tuple):
+        if len(given) != len(names):
+            raise ValueError(f"{path}: there are {len(given)} entries, not {len(names)}.")
+        found = dict(zip(names, given, strict=True))
+    else:
+        raise ValueError(
+            f"{path}: there must be a dict with {', '.join(names)}, not a {type(given).__name__}: "
+            "which of its entries is which could not be told."
+        )
+    full = {
+        name for name, (_, child) in zip(names, children, strict=True) if jax.tree.leaves(child)
+    }
+    if missing := sorted(full - set(found)):
+        raise ValueError(f"{path}: {missing[0]!r} is missing; there are {', '.join(found)}.")
+    if more := sorted(name for name in set(found) - set(names) if jax.tree.leaves(found[name])):
+        raise ValueError(f"{path}: {unknown('entry', more[0], names)}")
+    return treedef.unflatten(
+        [_restored(child, found.get(name), f"{path}/{name}")
+         for name, (_, child) in zip(names, children, strict=True)]
+    )  # fmt: skip
+
+
+def _children(tree: Any) -> list[tuple[str, Any]]:
+    """Name and value of what a container holds."""
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+    return [(jax.tree_util.keystr(keys, simple=True, separator="/"), x) for keys, x in found]
+
+
 def precondition(tx: optax.GradientTransformation, state: Any, vector: Params) -> Params:
     """Return P v for the (first) preconditioner inside an optimizer, without a graft.
 
@@ -146,7 +220,7 @@ def preconditioner(tx: optax.GradientTransformation, state: Any, params: Params)
     """
     found = find(state)
     check_unmasked(found.blocks)
-    plan, learner, _ = visited(tx, params)[0]
+    plan, learner = visited(tx, params)[0][:2]
     arrays = blocks_of(plan, found, params)
     return Preconditioner.on(plan, arrays, params, learner.setting.sigma)
 
@@ -211,7 +285,7 @@ def install(
       [[0.5], [0.5]]
     """
     found = find(state)
-    plan, learner, _ = visited(tx, params)[0]
+    plan, learner = visited(tx, params)[0][:2]
     known = {label: i for i, label in enumerate(labels(plan))}
     held = opened(learner, plan, found, params)
     arrays = trees.per_matrix(plan, held.arrays)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from llqr import _loops
 from llqr.errors import check_integer
-from llqr.tree import accurate_dtype, is_none, replicate, spread, widen
+from llqr.objective import FIRST, Objective
+from llqr.tree import accurate_dtype, is_legacy_key, is_none, replicate, spread, widen
 from llqr.typing import Array, Number, PyTree
 
 ValueAndGrad: TypeAlias = Callable[..., Callable[..., Any]]
@@ -34,8 +35,9 @@ def microbatched(
     Args:
       number: of parts; it must divide the number of examples.
       in_axes: where the examples are in the arguments after `params`, as in `jax.vmap`; None
-        for what all parts share. Scalars are always shared, typed PRNG keys among them: every
-        part draws the same numbers, unless `thread` advances the key.
+        for what all parts share. Scalars are always shared, random keys among them: every part
+        draws the same numbers, unless `thread` advances the key. Of an `llqr.Objective` with
+        `batch_axes`, these say it, unless axes are given here.
       weight: `(*args) -> scalar`, how much a part counts; for example its number of valid
         targets, where the loss is a mean over those. None: all alike.
       thread: `(args, aux) -> args` puts what one part returned as auxiliary data, such as batch
@@ -68,8 +70,11 @@ def microbatched(
                 value, grads = take(params, *args)
                 return ((value[0], grads), value[1]) if has_aux else ((value, grads), ())
 
+            axes = in_axes
+            if axes == 0 and isinstance(fun, Objective) and fun.batch_axes is not None:
+                axes = (_said(fun.batch_axes, *args),)
             (value, grads), aux = mean_over_parts(
-                part, args, number, in_axes=in_axes, weight=weight, thread=thread
+                part, args, number, in_axes=axes, weight=weight, thread=thread
             )
             return ((value, aux), grads) if has_aux else (value, grads)
 
@@ -169,10 +174,19 @@ def _axes(in_axes: Axes, args: tuple[Any, ...], leaves: list[Any]) -> list[int |
     """Axis of the examples in every leaf, None for what is shared."""
     prefix = in_axes if isinstance(in_axes, int) or in_axes is None else tuple(in_axes)
     chosen = spread(prefix, args)
+    shared = is_legacy_key if prefix == 0 else lambda x: False
     return [
-        a if a is not None and getattr(x, "ndim", 0) else None
+        a if a is not None and getattr(x, "ndim", 0) and not shared(x) else None
         for x, a in zip(leaves, chosen, strict=True)
     ]
+
+
+def _said(batch_axes: Callable[[Any], Any], batch: Any) -> list[int | None] | Any:
+    """Axes of the examples as an objective says them."""
+    leaves, treedef = jax.tree.flatten(batch, is_leaf=is_none)
+    said = spread(batch_axes(batch), batch)
+    first = [None if is_legacy_key(x) else 0 for x in leaves]
+    return treedef.unflatten([f if a == FIRST else a for a, f in zip(said, first, strict=True)])
 
 
 def _split(x: Array, axis: int, number: int) -> Array:

@@ -33,7 +33,14 @@ class Reported(Protocol):
 
 
 def advise(
-    refits: int, cosine: float, blocks: Sequence[Reported], remedies: Remedies
+    refits: int,
+    cosine: float,
+    blocks: Sequence[Reported],
+    remedies: Remedies,
+    *,
+    steps: int = 1,
+    directed: bool = True,
+    dropped: int = 0,
 ) -> tuple[str, ...]:
     """Return what looks wrong and what to try; empty if nothing does.
 
@@ -42,15 +49,23 @@ def advise(
       cosine: of P h and h in the last one, all blocks together.
       blocks: what it did to each.
       remedies: of the way in which P is learned.
+      steps: of the optimizer so far: before the first, no refit need have been due.
+      directed: whether there was an h: streaming refits have none before the first step.
+      dropped: how many gradients were not finite.
 
     Example:
       >>> from llqr.refit.remedies import PUBLISHED
       >>> advise(0, 0.0, [], PUBLISHED)[0]
       'P was never refitted here: is a refit due, and does `objective` reach it?'
     """
-    if not refits:
-        return (remedies.never,)
     found = []
+    if dropped:
+        found.append(
+            f"{dropped} gradients so far were not finite, and nothing remembers them: look at the "
+            "loss there, a smaller learning rate, or clip before the optimizer."
+        )
+    if not refits:
+        return (*found, remedies.never) if steps else ()
     for status, told in remedies.by_status.items():
         leaves = [block.leaf for block in blocks if block.status == status]
         if leaves:
@@ -61,7 +76,7 @@ def advise(
             f"{len(clamped)} of {len(blocks)} blocks ({_few(clamped)}) are zero but for rounding: "
             f"{remedies.clamped}."
         )
-    elif any(block.status in ("updated", "indefinite") for block in blocks):
+    elif directed and any(block.status in ("updated", "indefinite") for block in blocks):
         if cosine < ACROSS:
             found.append(f"P turns the direction away, cosine {cosine:.3f}: {remedies.across}.")
         elif cosine > ALONG:

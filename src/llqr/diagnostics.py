@@ -11,10 +11,10 @@ import optax
 
 from llqr._tables import table
 from llqr.advice import advise
-from llqr.refit.learner import Blocks
+from llqr.refit.learner import Blocks, asks
 from llqr.refit.record import STATUS
 from llqr.refit.remedies import PUBLISHED, Remedies
-from llqr.state import blocks_of, find, is_ours, visited
+from llqr.state import blocks_of, find, is_ours, shapes_of, visited
 from llqr.structures import matrix as mx
 from llqr.structures import trees
 from llqr.structures.block import Block
@@ -47,13 +47,14 @@ class Description:
     rows: tuple[Row, ...]
     followed: int = 0  # bytes of what is remembered besides P
     remembers: str = ""  # what that is, in words
+    doubts: tuple[str, ...] = ()  # what leaves were taken for by names and shapes alone
 
     def __str__(self) -> str:
         head = ("leaf", "shape", "seen as", "structure", "stored", "memory", "multiply-adds")
         text = table([head, *(_cells(row) for row in self.rows)], 4, _total(self.rows))
-        if not self.followed:
-            return text
-        return f"{text}\nand {_bytes(self.followed)} of {self.remembers}"
+        if self.followed:
+            text += f"\nand {_bytes(self.followed)} of {self.remembers}"
+        return "\n".join([text, *(f"note: {words}" for words in self.doubts)])
 
 
 def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
@@ -81,7 +82,7 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
     if not found:
         raise ValueError("there is no llqr.llqr or llqr.scale_by_llqr in this optimizer.")
     rows = []
-    for plan, _, _ in found:
+    for plan in (visit.plan for visit in found):
         for block in apart(plan):
             source, count = block.sources[0], block.count
             shapes = mx.array_shapes(block.structure, block.shape).values()
@@ -100,12 +101,15 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
                     cost=count * mx.cost(block.structure, block.shape),
                 )
             )
-    state = jax.eval_shape(lambda p: tx.init(p), params)
+    state = shapes_of(tx, params)
     ours = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
     arrays = jax.tree.leaves([x.stream for x in ours])
-    words = dict.fromkeys(learner.remembers for _, learner, _ in found if learner.remembers)
+    words = dict.fromkeys(
+        learner.remembers for learner in (visit.learner for visit in found) if learner.remembers
+    )
     followed = sum(x.size * x.dtype.itemsize for x in arrays)
-    return Description(tuple(rows), followed, " and ".join(words))
+    doubts = dict.fromkeys(words for visit in found for words in visit.doubts)
+    return Description(tuple(rows), followed, " and ".join(words), tuple(doubts))
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -157,11 +161,18 @@ class Report:
     cosine: float  # of P h and h, all blocks together
     blocks: tuple[BlockReport, ...]
     remedies: Remedies = PUBLISHED  # of the way in which P is learned
+    updates: int = 1  # steps of the optimizer so far
+    directed: bool = True  # whether the refit had a direction h
+    dropped: int = 0  # of them with a gradient that was not finite
+    asks: str = ""  # what `update` takes where a refit is due, in words
 
     @property
     def advice(self) -> tuple[str, ...]:
         """What looks wrong, and what to try, in sentences; empty if nothing does."""
-        return advise(self.refits, self.cosine, self.blocks, self.remedies)
+        return advise(
+            self.refits, self.cosine, self.blocks, self.remedies, steps=self.updates,
+            directed=self.directed, dropped=self.dropped,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         head = ("leaf", "last refit", "cos(Ph, h)", "smallest", "largest", "norm")
@@ -170,7 +181,7 @@ class Report:
              f"{b.norm:.4g}")
             for b in self.blocks
         ]  # fmt: skip
-        return table([head, *body], 2)
+        return "\n".join([table([head, *body], 2), *([self.asks] if self.asks else [])])
 
 
 def inspect(
@@ -200,11 +211,11 @@ def inspect(
       >>> report = llqr.inspect(tx, tx.init(params), params, asymmetry=True)
       >>> report.blocks[0].status, report.blocks[0].maximum, report.blocks[0].skew["left"]
       ('none', 1.0, (0.0, 0.0))
-      >>> print(*report.advice)
-      P was never refitted here: is a refit due, and does `objective` reach it?
+      >>> report.advice, report.asks.split(',')[0]
+      ((), 'where a refit is due')
     """
     ours = find(state)
-    plan, learner, _ = visited(tx, params)[0]
+    plan, learner = visited(tx, params)[0][:2]
     blocks = blocks_of(plan, ours, params)
     found, info = jax.device_get((_measure(plan, blocks, asymmetry), ours.refit))
     rows = []
@@ -226,7 +237,11 @@ def inspect(
         )
     before, after = float(info.objective_before), float(info.objective_after)
     counts = int(info.refits), int(info.steps)
-    return Report(*counts, before, after, float(info.cosine), tuple(rows), learner.remedies)
+    return Report(
+        *counts, before, after, float(info.cosine), tuple(rows), learner.remedies,
+        updates=int(ours.count), dropped=int(info.dropped), asks=asks(learner),
+        directed=int(ours.count) > 0 or not learner.has_momentum,
+    )  # fmt: skip
 
 
 def _asymmetric_sides(block: Block) -> tuple[str, ...]:

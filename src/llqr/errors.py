@@ -15,6 +15,10 @@ class NoObjectiveError(ValueError):
     """No objective arrived where a refit can happen."""
 
 
+class LayoutWarning(UserWarning):
+    """What a leaf or a batch was taken for was found out: from names, shapes or by tracing."""
+
+
 def unknown(kind: str, value: object, legal: Iterable[str], *, see: str | None = None) -> str:
     """Return the message for a name that is not one of `legal`.
 

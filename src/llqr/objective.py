@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llqr.tree import axis_devices, is_none, replicate, spread, widen
+from llqr.tree import axis_devices, is_legacy_key, is_none, replicate, spread, widen
 from llqr.typing import Array, Float, Int, Params, PyTree
 
 
@@ -37,8 +37,11 @@ class Objective:
         False are excluded from the metric and from every row count. None: all rows count.
       batch_axes: `(batch) -> pytree prefix of the batch` with the axis of the examples for
         each leaf, None for what all examples share (batch statistics), as `jax.vmap`'s
-        in_axes. Needed where a batch is split: in chunks, into examples, or for the probes of
-        `llqr.Streaming`. None: the first axis of every array that has one.
+        in_axes; "first" for what is said below. It is asked where a batch is split: in chunks, into
+        examples, or for the probes of `llqr.Streaming`. None: nothing is said, so that it is found
+        out. Where there are examples, they are on the first axis of every array that has one and is
+        no random key; and whether there are is traced (`llqr.examples`): graphs, time-major
+        sequences and models whose examples interact are not cut.
 
     Example:
       >>> import jax, jax.numpy as jnp, llqr
@@ -81,6 +84,10 @@ class Objective:
         them as they are, and another value compiles anew.
         """
         return BoundObjective(self, jax.tree.map(_as_option, batch))
+
+
+FIRST = "first"
+"""In `batch_axes`: the first axis of what has examples, as where nothing is said."""
 
 
 @jax.tree_util.register_dataclass
@@ -207,18 +214,34 @@ class BoundObjective:
         chunks = self.split(size)
         return chunks[number % len(chunks)]
 
+    @property
+    def is_told(self) -> bool:
+        """Whether `batch_axes` says where all examples are, so that nothing is found out."""
+        choose = self.objective.batch_axes
+        return choose is not None and FIRST not in jax.tree.leaves(choose(self.given))
+
+    def axes(self) -> list[int | None]:
+        """Return the axis of the examples in each leaf of the batch; None where it has none."""
+        leaves = jax.tree.leaves(self.batch, is_leaf=is_none)
+        choose = self.objective.batch_axes
+        said = spread(FIRST if choose is None else choose(self.given), self.batch)
+        return [_first(x) if axis == FIRST else axis for x, axis in zip(leaves, said, strict=True)]
+
+    def examples(self) -> set[int]:
+        """Return how many examples the leaves have that have some: one number, if they agree."""
+        return self._examples()[1]
+
     def _examples(self) -> tuple[list[int | None], set[int]]:
         """Return the axis of the examples in each leaf, and how many these leaves have."""
-        leaves, treedef = jax.tree.flatten(self.batch, is_leaf=is_none)
-        choose = self.objective.batch_axes
-        if choose is None:
-            prefix = jax.tree.unflatten(
-                treedef, [None if x is None or not jnp.ndim(x) else 0 for x in leaves]
-            )
-        else:
-            prefix = choose(self.given)
-        axes = spread(prefix, self.batch)
+        leaves, axes = jax.tree.leaves(self.batch, is_leaf=is_none), self.axes()
         return axes, {x.shape[a] for x, a in zip(leaves, axes, strict=True) if a is not None}
+
+
+def _first(leaf: Any) -> int | None:
+    """Where the examples of a leaf are of which nothing is said."""
+    if leaf is None or not jnp.ndim(leaf) or is_legacy_key(leaf):
+        return None
+    return 0
 
 
 @dataclass(frozen=True)

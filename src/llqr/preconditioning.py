@@ -18,10 +18,10 @@ from llqr.refit.options import Refit
 from llqr.refit.record import RefitInfo, no_refit
 from llqr.refit.ways import way
 from llqr.sharding import Shard, place
-from llqr.state import LLQRState, check_container, closed, note, opened
+from llqr.state import LLQRState, check_container, closed, note, opened, say
 from llqr.structures import catalogue, trees
-from llqr.structures.plan import Plan, make_plan, owned, size
-from llqr.structures.rules import Rule, StructureLike, rule_table, slots
+from llqr.structures.plan import Plan, doubts, make_plan, owned, size
+from llqr.structures.rules import AUTO, Rule, StructureLike, rule_table, slots
 from llqr.tree import check_alike, check_inexact, freeze
 from llqr.typing import Array, Bool, Int, Number, Params
 
@@ -64,12 +64,14 @@ class Preconditioning:
     block_size: int | None
     graft: Graft
     shard: Shard | None
+    asked: bool = True
+    """Whether the structure was chosen; else what is found out by names and shapes is said."""
 
     @classmethod
     def of(
         cls,
         *,
-        structure: StructureLike,
+        structure: StructureLike | None,
         metric: MetricLike,
         damping: Number | None,
         divergence_reduction: Reduction | None,
@@ -89,13 +91,15 @@ class Preconditioning:
         reduction = divergence_reduction or learned.defaults.reduction
         chosen: Graft = graft or learned.defaults.graft
         _check_options(lam, reduction, identity_scaling, max_dim, block_size, chosen, shard)
-        table, known = rule_table(structure), freeze(metrics.resolve(metric))
+        chosen_by_name = AUTO if structure is None else structure
+        table, known = rule_table(chosen_by_name), freeze(metrics.resolve(metric))
         structures = tuple(catalogue.get(rule.structure) for rule in table)
         route = Route() if route is None else route
         setting = Setting(structures, known, reduction, identity_scaling, route, base)
         learner = learned(options, setting)
         learner.check_damping(lam)
-        return cls(learner, lam, table, max_dim, block_size, chosen, shard)
+        asked = structure is not None
+        return cls(learner, lam, table, max_dim, block_size, chosen, shard, asked)
 
     def plan(self, params: Params) -> Plan:
         """Who gets what."""
@@ -107,10 +111,18 @@ class Preconditioning:
         check_inexact(params)
         plan, learner, sigma = self.plan(params), self.learner, self.learner.setting.sigma
         kept = learner.init(plan, params)
-        note(plan, learner, self.shard)
+        note(plan, learner, self.shard, self._doubts(params))
         packed = trees.pack(plan, trees.identity(plan, sigma), params, slots(self.table))
         state = LLQRState(jnp.zeros((), jnp.int32), packed, no_refit(size(plan)), kept)
         return place(plan, learner, self.shard, state, params)
+
+    def _doubts(self, params: Params) -> tuple[str, ...]:
+        """What names and shapes alone say of the leaves; said, unless "auto" was asked for."""
+        found = doubts(params, self.table)
+        if not (self.asked and any(rule.stack == AUTO for rule in self.table)):
+            for words in found:
+                say(words)
+        return tuple(found)
 
     def update(
         self, updates: Params, state: Any, params: Params | None, request: Request,

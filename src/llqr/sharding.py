@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from llqr._mesh import AnyMesh, stack_axes
 from llqr.refit.learner import Learner
-from llqr.state import LLQRState, is_ours, visited
+from llqr.state import LLQRState, is_ours, shapes_of, visited
 from llqr.structures.block import Block
 from llqr.structures.plan import Plan
 from llqr.tree import is_none, leaf_names
@@ -59,7 +59,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Params) -> PyTree:
     """
     mesh = _mesh(params)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    state = jax.eval_shape(tx.init, params)
+    state = shapes_of(tx, params)
 
     def own(array: Any, param: Any) -> Sharding | None:
         if array is None:  # a block without this slot

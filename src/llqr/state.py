@@ -1,5 +1,6 @@
 """The state of an LLQR transformation, and how to find it inside any optax composition."""
 
+import warnings
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -8,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llqr.errors import LayoutWarning
 from llqr.refit.learner import Blocks, Held, Learner
 from llqr.refit.record import RefitInfo
 from llqr.refit.ways import name_of
 from llqr.structures import catalogue, trees
-from llqr.structures.plan import Plan, make_plan
-from llqr.structures.rules import rule_table, slots
-from llqr.tree import all_like
+from llqr.structures.plan import Plan, make_plan, owned
+from llqr.structures.rules import AUTO, rule_table, slots
+from llqr.tree import all_like, is_none, leaf_names
 from llqr.typing import Array, Int, PyTree
 
 
@@ -60,18 +62,25 @@ class Visited(NamedTuple):
     plan: Plan
     learner: Learner
     shard: str | None
+    doubts: tuple[str, ...] = ()  # what leaves were taken for by names and shapes, in words
 
 
 recorder: ContextVar[list[Visited] | None] = ContextVar("recorder", default=None)
 
 
-def note(plan: Plan, learner: Learner, shard: str | None) -> None:
+def note(plan: Plan, learner: Learner, shard: str | None, doubts: tuple[str, ...]) -> None:
     """Tell whoever visits an optimizer of a preconditioner inside it.
 
     A function by itself: what `init` names is pickled with it, and a ContextVar cannot be.
     """
     if (found := recorder.get()) is not None:
-        found.append(Visited(plan, learner, shard))
+        found.append(Visited(plan, learner, shard, doubts))
+
+
+def say(words: str) -> None:
+    """Warn of a layout that was found out; not where an optimizer is only visited."""
+    if recorder.get() is None:
+        warnings.warn(f"llqr: {words}", LayoutWarning, stacklevel=2)
 
 
 def visited(tx: optax.GradientTransformation, params: PyTree) -> tuple[Visited, ...]:
@@ -93,14 +102,27 @@ def visited(tx: optax.GradientTransformation, params: PyTree) -> tuple[Visited, 
 
 @lru_cache(maxsize=64)
 def _visit(tx: Any, treedef: Any, shapes: tuple[Any, ...]) -> tuple[Visited, ...]:
+    return tuple(_traced(tx, treedef.unflatten(shapes))[1])
+
+
+def shapes_of(tx: optax.GradientTransformation, params: PyTree) -> Any:
+    """Return the shapes of an optimizer's state, without a word on layouts.
+
+    Args:
+      tx: any optimizer.
+      params: the parameters, or their shapes.
+    """
+    return _traced(tx, params)[0]
+
+
+def _traced(tx: optax.GradientTransformation, params: PyTree) -> tuple[Any, list[Visited]]:
     found: list[Visited] = []
     token = recorder.set(found)
     try:
         # A new function each time: eval_shape does not trace one that it knows again.
-        jax.eval_shape(lambda p: tx.init(p), treedef.unflatten(shapes))
+        return jax.eval_shape(lambda p: tx.init(p), params), found
     finally:
         recorder.reset(token)
-    return tuple(found)
 
 
 def check_container(state: Any, expected: type, owner: str) -> None:
@@ -117,8 +139,8 @@ def check_container(state: Any, expected: type, owner: str) -> None:
     raise TypeError(
         f"{owner}: the state must be the {expected.__name__}({fields}) that tx.init(params) makes; "
         f"got a {type(state).__name__}, {_entries(state)}. A state of another optimizer cannot go "
-        "on here; one that was restored as lists or dicts must be put back into the structure of "
-        "tx.init: jax.tree.unflatten(jax.tree.structure(tx.init(params)), jax.tree.leaves(state))."
+        "on here; one that was restored as lists or dicts is put back by name with "
+        "llqr.restore(tx, params, state)."
     )
 
 
@@ -177,53 +199,54 @@ def blocks_of(plan: Plan, state: LLQRState, like: PyTree) -> Blocks:
       ValueError: the state was made with another structure, or for other parameters; both sides
         and the leaf are named.
     """
-    why = None
-    try:
-        found = trees.unpack(plan, state.blocks, like)
-    except (KeyError, ValueError, TypeError) as error:  # slots, or trees of other containers
-        found, why = (), _first_line(error)
-    if why is None:
-        why = _difference(plan, found)
+    why = _difference(plan, state, like)
     if why is not None:
         raise ValueError(
             f"the state does not fit the optimizer: {_made_with(state, like)} is given to one with "
             f"structure {_names(plan)}: {why}. Begin anew with tx.init(params), or make the "
-            "optimizer as it was when the state was made, with the same `shard` too."
+            "optimizer as it was when the state was made, with the same `structure`, `max_dim`, "
+            "`block_size` and `shard`."
         )
-    return found
+    return trees.unpack(plan, state.blocks, like)
 
 
-def _first_line(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return f"there is no slot {error.args[0]!r}"
-    return "its trees have other leaves or containers than the parameters here"
-
-
-def _difference(plan: Plan, found: Blocks) -> str | None:
-    """What of some block is not there, or has another shape."""
-    for block, own in zip(plan, found, strict=True):
-        for slot, array in own.items():
-            name = f"leaf {block.names[0]!r}, slot {slot!r}"
-            if array is None:
-                return f"{name}: there is no array"
-            if jnp.shape(array) != block.shapes[slot]:
-                return f"{name}: the shape is {jnp.shape(array)}, not {block.shapes[slot]}"
+def _difference(plan: Plan, state: LLQRState, like: PyTree) -> str | None:
+    """What of the arrays of P is not there, is too much, or has another shape; None for nothing."""
+    expected, structure = trees.packed_shapes(plan), jax.tree.structure(like)
+    needed = {slot for _, slot in expected}
+    if missing := sorted(needed - set(state.blocks)):
+        return f"there is no slot {missing[0]!r}"
+    names = leaf_names(like)
+    for slot, tree in state.blocks.items():
+        leaves, found = jax.tree.flatten(tree, is_leaf=is_none)
+        if found != structure:
+            return "its trees have other leaves or containers than the parameters here"
+        for leaf, array in enumerate(leaves):
+            want = expected.get((leaf, slot))
+            have = None if array is None else jnp.shape(array)
+            if want != have:
+                what = f"leaf {names[leaf]!r}, slot {slot!r}"
+                if have is None:
+                    return f"{what}: there is no array, where one of shape {want} should be"
+                if want is None:
+                    return f"{what}: there is an array of shape {have}, where none should be"
+                return f"{what}: the shape is {have}, not {want}"
     return None
 
 
 def _made_with(state: LLQRState, like: PyTree) -> str:
-    """Name the structure of a state, where one has its slots and shapes."""
-    for name in catalogue.STRUCTURES:
+    """Name the structure of a state, where one has its slots and shapes, and what limits it."""
+    sides = {n for tree in state.blocks.values() for x in jax.tree.leaves(tree) for n in x.shape}
+    for name in (*catalogue.STRUCTURES, AUTO):
         table = rule_table(name)
         if slots(table) != tuple(sorted(state.blocks)):
             continue
-        plan = make_plan(like, table, 10_000)
-        try:
-            found = trees.unpack(plan, state.blocks, like)
-        except (KeyError, ValueError, TypeError):
-            continue
-        if _difference(plan, found) is None:
-            return f"a state of structure {name!r}"
+        for block_size in (None, 1024, *sorted(sides)):
+            plan = make_plan(like, table, 10_000, block_size)
+            for found in (plan, owned(plan)):
+                if _difference(found, state, like) is None:
+                    more = "" if block_size is None else f" with block_size={block_size}"
+                    return f"a state of structure {name!r}{more}"
     return f"a state with the slots {sorted(state.blocks)}"
 
 

@@ -25,7 +25,7 @@ BLOCK_SIZE = 1024
 
 def scale_by_llqr(
     *,
-    structure: StructureLike = "diagonal",
+    structure: StructureLike | None = "diagonal",
     metric: MetricLike = "ngd",
     damping: Number | None = None,
     divergence_reduction: Reduction | None = None,
@@ -44,9 +44,10 @@ def scale_by_llqr(
     chain an optimizer behind it, or use `llqr.llqr`.
 
     Args:
-      structure: a name of `llqr.STRUCTURES` (matrices get it, vectors a diagonal), a
-        `Structure`, or a rule table: pairs (match, structure) or `Rule`s, ending with the
-        catch-all ("*", structure).
+      structure: a name of `llqr.STRUCTURES` (matrices get it, vectors a diagonal), "auto" (e-kfac,
+        whose stacks and embeddings are found by names and shapes; None: the same, and `init` says
+        what it found), a `Structure`, or a rule table: pairs (match, structure) or `Rule`s, ending
+        with the catch-all ("*", structure).
       metric: in what the step is measured; see `llqr.metrics`.
       damping: lambda >= 0, added to the curvature. None: 0, and 1e-4 with streaming refits,
         where it must be positive.
@@ -145,7 +146,7 @@ class ChainState(NamedTuple):
 def llqr(
     base: optax.GradientTransformation,
     *,
-    structure: StructureLike = "diagonal",
+    structure: StructureLike | None = "diagonal",
     metric: MetricLike = "ngd",
     damping: Number | None = None,
     divergence_reduction: Reduction | None = None,
@@ -273,7 +274,7 @@ def streaming_llqr(
     *,
     weight_decay: float = 0.0,
     mask: Any = None,
-    structure: StructureLike = "e-kfac",
+    structure: StructureLike | None = None,
     metric: MetricLike = "ngd",
     damping: Number = DAMPING,
     max_dim: int = 10_000,
@@ -328,7 +329,8 @@ def streaming_llqr(
     References:
       Layerwise LQR for Geometry-Aware Optimization of Deep Networks, arXiv 2605.04230.
     """
-    decay = [optax.add_decayed_weights(weight_decay, mask)] if weight_decay else []
+    off = isinstance(weight_decay, int | float) and weight_decay == 0  # an array may be anything
+    decay = [] if off else [optax.add_decayed_weights(weight_decay, mask)]
     return llqr(
         optax.chain(*decay, optax.scale_by_learning_rate(learning_rate)),
         structure=structure,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llqr.typing import Array, Float, PyTree
 
@@ -169,8 +169,16 @@ def replicate(x: Array) -> Array:
 
 
 def shard_like(x: Array, like: Array) -> Array:
-    """Give `x` the sharding of `like` if that is over explicit mesh axes."""
-    return jax.sharding.reshard(x, jax.typeof(like).sharding.spec) if _is_explicit(like) else x
+    """Give `x` the sharding of `like` if that is over explicit mesh axes.
+
+    Over automatic ones too where nothing is traced, so that no compiler sees to it.
+    """
+    if _is_explicit(like):
+        return jax.sharding.reshard(x, jax.typeof(like).sharding.spec)
+    if isinstance(x, Tracer) or not isinstance(getattr(like, "sharding", None), NamedSharding):
+        return x
+    same = x.sharding.is_equivalent_to(like.sharding, x.ndim)
+    return x if same else jax.device_put(x, like.sharding)
 
 
 def all_like(tree: PyTree, like: PyTree) -> PyTree:
@@ -190,6 +198,11 @@ def _is_explicit(x: Array) -> bool:
 def is_key(x: Any) -> bool:
     """Whether x is an array of typed random keys."""
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def is_legacy_key(x: Any) -> bool:
+    """Whether x may be one random key of the old kind: two numbers, uint32."""
+    return jnp.shape(x) == (2,) and jnp.result_type(x) == jnp.uint32
 
 
 def is_none(x: Any) -> bool:

@@ -28,7 +28,11 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         r"llqr: .*ChainState.*got a tuple.*ScaleByAdamState",
     ),
     "the inner state": (KFAC.init(PARAMS).preconditioner, TypeError, "ChainState.*got a LLQRState"),
-    "a list": (list(KFAC.init(PARAMS)), TypeError, r"got a list.*jax.tree.unflatten"),
+    "a list": (
+        list(KFAC.init(PARAMS)),
+        TypeError,
+        r"got a list.*llqr\.restore\(tx, params, state\)",
+    ),
     "a dict": (KFAC.init(PARAMS)._asdict(), TypeError, r"got a dict, with \['base', 'precond"),
     "a list inside": (
         KFAC.init(PARAMS)._replace(preconditioner=list(KFAC.init(PARAMS).preconditioner)),

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from llqr import _loops, metrics
+from llqr import _loops, coupling, metrics
 from llqr._replicas import AxisName
 from llqr.curvature import derivatives
 from llqr.curvature.route import Route
@@ -26,6 +26,7 @@ from llqr.tree import (
     check_outputs,
     freeze,
     is_key,
+    is_legacy_key,
     vdot,
     widen,
     zeros_like,
@@ -74,7 +75,10 @@ def check_uncoupled(objective: BoundObjective, params: Params, chunks: Chunks) -
       params: the parameters.
       chunks: of the batch.
     """
-    shared = [is_key(leaf) and not jnp.ndim(leaf) for leaf in jax.tree.leaves(objective)]
+    shared = [
+        is_legacy_key(leaf) or (is_key(leaf) and not jnp.ndim(leaf))
+        for leaf in jax.tree.leaves(objective)
+    ]
     if any(shared) and _uses(objective, params, shared):
         raise ValueError(
             "chunk_size, per_example: forward uses a random key that all examples share, and each "
@@ -95,6 +99,12 @@ def check_uncoupled(objective: BoundObjective, params: Params, chunks: Chunks) -
                 "own embedding and couple them in the loss, which sees the outputs of the whole "
                 "batch; or leave the batch whole."
             )
+    if (why := coupling.interaction(objective, params)) is not None:
+        raise ValueError(
+            f"chunk_size, per_example: the batch cannot be cut between examples: {why}. If the "
+            "examples are elsewhere, Objective(batch_axes=...) says where, with None for what all "
+            "of them share; else leave the batch whole."
+        )
 
 
 def _uses(objective: BoundObjective, params: Params, which: list[bool]) -> bool:

@@ -8,13 +8,17 @@ import jax
 from flax import nnx
 
 from llqr.access import refresh as _refresh
-from llqr.objective import BoundObjective, Objective
+from llqr.objective import FIRST, BoundObjective, Objective
 from llqr.stages import StagedModel, stages_from_functions
+from llqr.structures import Rule, layouts
+from llqr.structures.rules import StructureLike, for_leaf, rule_table
+from llqr.tree import leaf_names
 
 
 def objective(
     model: nnx.Module, call: Callable[[Any, Any], Any], loss: Callable[[Any, Any], Any],
     mask: Callable[[Any], Any] | None = None, wrt: Any = nnx.Param,
+    batch_axes: Callable[[Any], Any] | None = None,
 ) -> Objective:  # fmt: skip
     """Return the objective `loss(call(model, batch), batch)` over the variables `wrt`.
 
@@ -26,7 +30,9 @@ def objective(
       call: (model, batch) -> outputs.
       loss: (outputs, batch) -> scalar.
       mask: (batch) -> which rows count; None: all.
-      wrt: filter of the variables that are parameters.
+      wrt: filter of the variables that are parameters: that of the `nnx.Optimizer`.
+      batch_axes: (batch) -> axes of the examples, see `llqr.Objective`. The model's other state has
+        none.
 
     Example:
       >>> import jax.numpy as jnp
@@ -38,11 +44,31 @@ def objective(
       >>> float(bind(mean_square, model, jnp.eye(2))(params))
       1.0
     """
-    graphdef = nnx.split(model, wrt, ...)[0]
+    graphdef, own = nnx.split(model, wrt, ...)[:2]
+    names = frozenset(leaf_names(nnx.as_pure(own)))
+
+    def forward(params: Any, data: Any) -> Any:
+        _check_wrt(names, frozenset(leaf_names(params)), frozenset(leaf_names(data[1])))
+        return call(nnx.merge(graphdef, params, data[1]), data[0])
+
     return Objective(
-        lambda params, data: call(nnx.merge(graphdef, params, data[1]), data[0]),
+        forward,
         lambda outputs, data: loss(outputs, data[0]),
         None if mask is None else lambda data: mask(data[0]),
+        lambda data: (FIRST if batch_axes is None else batch_axes(data[0]), None),
+    )
+
+
+def _check_wrt(own: frozenset[str], given: frozenset[str], rest: frozenset[str]) -> None:
+    """Raise ValueError unless parameters and the model's other state are all of the model."""
+    wrong = sorted((given & rest) | (own - given - rest))
+    if not wrong:
+        return
+    raise ValueError(
+        f"{len(given)} variables are trained, and the objective is not over them alone: "
+        f"{', '.join(wrong[:3])}{', ...' if wrong[3:] else ''} are in both or in neither. Say in "
+        "all three places which variables train: nnx.Optimizer(model, tx, wrt=...), "
+        "llqr_nnx.objective(..., wrt=...) and llqr_nnx.bind(..., wrt=...)."
     )
 
 
@@ -52,12 +78,45 @@ def bind(
     """Return the objective on a batch, with the model's other state as data.
 
     Args:
-      objective: from `objective`.
+      objective: from `objective`, with the same `wrt`.
       model: the module, whose batch statistics and keys are taken as they are now.
       batch: what the objective's functions take.
       wrt: as in `objective`.
     """
     return objective.bind((batch, nnx.as_pure(nnx.split(model, wrt, ...)[2])))
+
+
+def rules(model: nnx.Module, structure: StructureLike = "auto", wrt: Any = nnx.Param) -> list[Rule]:
+    """Return the rule table of a structure, with what the model says of its leaves.
+
+    Stacks that `nnx.scan` and `nnx.vmap` made with `transform_metadata={nnx.PARTITION_NAME:
+    "layers"}` are known by the names of their axes; embeddings are those of `nnx.Embed`. In other
+    leaves names and shapes decide (`structure="auto"`).
+
+    Args:
+      model: the module.
+      structure: of all matrices; see `llqr.llqr`.
+      wrt: filter of the variables that are parameters.
+
+    Example:
+      >>> model = nnx.Sequential(nnx.Embed(9, 4, rngs=nnx.Rngs(0)))
+      >>> rules(model)[0].matches("layers/0/embedding", (9, 4)), rules(model)[0].seldom
+      (True, True)
+    """
+    paths = [path for path, part in nnx.iter_modules(model) if isinstance(part, nnx.Embed)]
+    embeddings = {"/".join(map(str, [*path, "embedding"])) for path in paths}
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    state = nnx.state(model, wrt)
+    variables = jax.tree.leaves(state, is_leaf=is_variable)
+    table: list[Rule] = []
+    for path, variable in zip(leaf_names(nnx.as_pure(state)), variables, strict=True):
+        known = variable.get_metadata()
+        names = known.get("out_sharding") or known.get("sharding_names") or known.get("sharding")
+        stack = layouts.stack_axes(names) if isinstance(names, tuple) else ()
+        seldom = path in embeddings or None
+        if stack or seldom:
+            table += for_leaf(path, structure, stack, seldom=seldom)
+    return [*table, *rule_table(structure)]
 
 
 def refresh(optimizer: nnx.Optimizer, model: nnx.Module, objective: BoundObjective) -> None:
@@ -90,6 +149,7 @@ def pure(optimizer: nnx.Optimizer, model: nnx.Module) -> tuple[Any, Any, Any]:
       leaf    last refit  cos(Ph, h)  smallest  largest   norm
       --------------------------------------------------------
       kernel  none             0.000         1        1  2.449
+      where a refit is due, update takes objective=objective.bind(batch), and refuses without
     """
     params = nnx.as_pure(nnx.state(model, optimizer.wrt))
     return optimizer.tx, nnx.as_pure(optimizer.opt_state), params

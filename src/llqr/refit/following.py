@@ -21,7 +21,7 @@ from llqr.errors import check_range
 from llqr.graft import Step
 from llqr.refit import eigen, factors
 from llqr.refit.learner import Asked, Blocks, Defaults, Held, Setting
-from llqr.refit.momentum import MOMENTUM
+from llqr.refit.momentum import MOMENTUM, is_usable
 from llqr.refit.options import Streaming
 from llqr.refit.record import STATUS, RefitInfo
 from llqr.structures import trees
@@ -160,6 +160,12 @@ class Following(ABC):
                 f"refits remember {sorted(theirs)}: with another structure, or another `probe`. "
                 "Begin anew with tx.init(params), or make the optimizer as it was."
             )
+        if (kept.power is None) == self.moves:
+            kinds = ("e-kfac or diagonal", "kfac") if self.moves else ("kfac", "e-kfac or diagonal")
+            raise ValueError(
+                f"the state is of an optimizer whose structures are {kinds[0]}, and this one's are "
+                f"{kinds[1]}. Begin anew with tx.init(params), or make the optimizer as it was."
+            )
         blocks = trees.unpack(plan, kept.statistics, like, self.slots_of)
         return Memory(blocks, kept.power, kept.top)
 
@@ -181,13 +187,17 @@ class Following(ABC):
     def observe(self, plan: Plan, held: Held, gradient: Params, count: Int[Array, ""]) -> Held:
         """Return what is held after one more gradient: momentum, moments, V_L^T G V_R as seen."""
 
-        def one(wide: Array, block: Block, *own: Any) -> tuple[Arrays, Array]:
-            return kind_of(block.structure).observe(self.options, wide, block, *own)
+        def one(wide: Array, block: Block, *own: Any) -> tuple[Arrays, Array, Array]:
+            return *kind_of(block.structure).observe(self.options, wide, block, *own), is_usable(
+                own[-1]
+            )
 
         wide, x = self.options.follows_wide(count), trees.gather(plan, gradient)
         found = each(plan, one, held.arrays, held.memory.blocks, x, shared=(wide,))
-        blocks, seen = columns(found, 2)
-        return held._replace(memory=held.memory._replace(blocks=tuple(blocks)), seen=seen)
+        blocks, seen, usable = columns(found, 3)
+        info = held.info.after(jnp.all(trees.in_order(plan, usable)))
+        memory = held.memory._replace(blocks=tuple(blocks))
+        return held._replace(memory=memory, seen=seen, info=info)
 
     def step(
         self, plan: Plan, held: Held, vector: Params, count: Int[Array, ""], apply: bool
@@ -290,4 +300,5 @@ def record(
         cosine=cosine(pms, ms).astype(jnp.float32),
         status=status.astype(jnp.int32),
         cosines=cosines.astype(jnp.float32),
+        dropped=info.dropped,
     )

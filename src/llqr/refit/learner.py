@@ -218,3 +218,12 @@ class Learner(Protocol):
     def with_trees(self, kept: Any, trees: dict[str, PyTree]) -> Any:
         """Return what it remembers with others in place of `trees`."""
         ...
+
+
+def asks(learner: Learner) -> str:
+    """Return in words what `update` must be given for refits."""
+    if not learner.needs_objective:
+        return "refits see gradients alone: update takes no objective"
+    if learner.options.every is None:
+        return "refits come from llqr.refresh alone: update takes no objective"
+    return "where a refit is due, update takes objective=objective.bind(batch), and refuses without"

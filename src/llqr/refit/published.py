@@ -32,7 +32,7 @@ from llqr.structures import matrix as mx
 from llqr.structures import trees
 from llqr.structures.plan import Plan, merge
 from llqr.structures.preconditioner import Preconditioner
-from llqr.tree import accurate_dtype, widen
+from llqr.tree import accurate_dtype, all_finite, widen
 from llqr.typing import Array, Bool, Float, Int, Number, Params, PRNGKeyArray, PyTree
 
 EVALUATION_PROBES = 4
@@ -103,8 +103,8 @@ class Published:
 
     def observe(self, plan: Plan, held: Held, gradient: Params, count: Int[Array, ""]) -> Held:
         """Return what is held: a refit has a gradient of its own."""
-        del plan, gradient, count
-        return held
+        del plan, count
+        return held._replace(info=held.info.after(all_finite(gradient)))
 
     def refit(self, plan: Plan, held: Held, asked: Asked) -> Held:
         """Return what is held after one refit: the arrays to install, and the record."""
@@ -373,5 +373,6 @@ def _finish(
         cosine=verdict.cosine.astype(jnp.float32),
         status=verdict.status.astype(jnp.int32),
         cosines=verdict.cosines.astype(jnp.float32),
+        dropped=info.dropped,
     )
     return verdict.installed, record

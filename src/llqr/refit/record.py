@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llqr.typing import Array, Float, Int
+from llqr.typing import Array, Bool, Float, Int
 
 STATUS = ("none", "updated", "kept", "nonfinite", "inverted", "rejected", "flat", "indefinite")
 """What a refit did to a block (here one matrix: a member of a stack, or a part), by the number in
@@ -35,6 +35,11 @@ class RefitInfo(NamedTuple):
     cosine: Float[Array, ""]  # of P h and h, for what was installed
     status: Int[Array, " blocks"]  # what was done to each block: index into `STATUS`
     cosines: Float[Array, " blocks"]  # of P h and h in each block; 0 where h or P h is zero
+    dropped: Int[Array, ""]  # steps so far whose gradient was not finite: nothing remembers it
+
+    def after(self, usable: Bool[Array, ""]) -> "RefitInfo":
+        """Return the record after one more gradient, `usable` or not."""
+        return self._replace(dropped=self.dropped + (~usable).astype(jnp.int32))
 
     def count(self, *words: str) -> Int[Array, ""]:
         """Return how many blocks have one of these words of `STATUS`.
@@ -63,4 +68,4 @@ def no_refit(blocks: int) -> RefitInfo:
     # Zeros, not NaN: jax_debug_nans ends a program at the first one that it meets.
     none = lambda *shape: jnp.zeros(shape, jnp.float32)  # noqa: E731
     status = jnp.zeros((blocks,), jnp.int32)
-    return RefitInfo(zero(), zero(), none(), none(), none(), status, none(blocks))
+    return RefitInfo(zero(), zero(), none(), none(), none(), status, none(blocks), zero())

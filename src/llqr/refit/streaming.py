@@ -17,10 +17,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from llqr import metrics
+from llqr import coupling, metrics
 from llqr.curvature import model as quadratic
 from llqr.curvature.model import QuadraticModel
-from llqr.objective import BoundObjective
 from llqr.refit import factors
 from llqr.refit.directions import fisher_probe, floored
 from llqr.refit.following import (
@@ -126,7 +125,7 @@ def _draw(
         learner.options, learner.setting, asked.params, asked.objective
     )  # fmt: skip
     if setting.reduction != "sum":
-        objective = _part(options, params, objective, number)
+        objective = coupling.part(objective, params, options.probe_share, number)
     if learner.moves:  # products with C in half precision would lose what a step changes
         if setting.route.layerwise:
             params = widen(params)
@@ -142,24 +141,6 @@ def _draw(
     # One after the other, not a vmap: one probe is the rule, and a batch of pull-backs through
     # convolutions is slower than as many of them.
     return model, [probe(k, axis_name) for k in keys], noise
-
-
-def _part(
-    options: Streaming, params: Params, objective: BoundObjective, number: Int[Array, ""]
-) -> BoundObjective:
-    """Return the objective on the examples of one refit's probes."""
-    part = objective.part(options.probe_share, number)
-    if part is not objective:
-        try:
-            jax.eval_shape(part.outputs, params)
-        except Exception as error:
-            error.add_note(
-                f"llqr: the model failed on the part of a batch that probes see (probe_share="
-                f"{options.probe_share:g}). Objective(batch_axes=...) says where the examples are; "
-                "with Streaming(probe_share=1.0) probes see the whole batch."
-            )
-            raise
-    return part
 
 
 def _all_zero(arrays: list[Array]) -> Bool[Array, ""]:

@@ -38,8 +38,9 @@ from llqr.structures.matrix import Structure
 
 DIAGONAL = Structure(name="diagonal", spectrum="full")
 
-VOCABULARY = ((r"(^|/)embedding$", "left"), (r"(^|/)lm_head/kernel$", "right"))
-"""Sides over the vocabulary, for `Structure.diagonal`."""
+VOCABULARY = 256
+"""Of structure "auto": a longer side over a vocabulary is diagonal. Shorter ones are worth having,
+and cost little: from here on sides count as wide (`llqr.Streaming`)."""
 
 _E_KFAC = Structure(name="e-kfac", left="dense", right="dense", spectrum="full")
 _SEP = Structure(name="sep-e-kfac", left="dense", right="dense", spectrum="separable")
@@ -65,7 +66,7 @@ STRUCTURES: dict[str, Structure] = {
         _both("sds-sym-kfac_norm-d", "congruent_max"),
         _both("h-kfac", "householder"),
         _E_KFAC,
-        replace(_E_KFAC, name="e-kfac-gpt", diagonal=VOCABULARY),
+        replace(_E_KFAC, name="e-kfac-gpt", vocabulary=0),
         replace(_E_KFAC, name="psd-e-kfac", positive=True),
         replace(_E_KFAC, name="rms_norm-e-kfac", normalize="rms"),
         replace(_E_KFAC, name="max_norm-e-kfac", normalize="max"),
@@ -82,6 +83,9 @@ STRUCTURES: dict[str, Structure] = {
     )
 }
 
+AUTO = replace(_E_KFAC, vocabulary=VOCABULARY)
+"""What matrices get under the name "auto"."""
+
 
 def get(name: str | Structure) -> Structure:
     """Return a structure by name.
@@ -96,7 +100,7 @@ def get(name: str | Structure) -> Structure:
     if isinstance(name, Structure):
         return name
     if name not in STRUCTURES:
-        raise ValueError(unknown("structure", name, STRUCTURES))
+        raise ValueError(unknown("structure", name, [*STRUCTURES, "auto"]))
     return STRUCTURES[name]
 
 

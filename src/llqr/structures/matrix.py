@@ -14,7 +14,6 @@ refit learns what `start` returns: the arrays themselves or, for sides with a me
 vectors; `install` turns what was learned into arrays again.
 """
 
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeAlias, get_args
@@ -58,8 +57,9 @@ class Structure:
       view: what forms a block: "leaf", one leaf in its matrix view; "vector", one leaf as a
         column; "module", all leaves of one parent in the tree, as one column.
       rank: of low-rank sides.
-      diagonal: pairs (regular expression, slot): in leaves whose path it finds, that side is
-        diagonal. For sides over a vocabulary, whose square nothing could hold.
+      vocabulary: a side over a vocabulary that is longer than this is diagonal: nothing could hold
+        its square. The rows of embeddings are such sides (`Rule.seldom`, or by name), and the
+        columns of a head "lm_head". None: sides are as they are.
 
     Raises:
       ValueError: an unknown word, or a combination that is no matrix family.
@@ -87,7 +87,7 @@ class Structure:
     scaled: bool = False
     view: Extent = "leaf"
     rank: int = 8
-    diagonal: tuple[tuple[str, str], ...] = ()
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         for side in (self.left, self.right):
@@ -113,10 +113,16 @@ class Structure:
         if why:
             raise ValueError(f"structure {self.name!r} {why}.")
 
-    def for_leaf(self, path: str) -> "Structure":
-        """Return the structure of one leaf: with `diagonal` applied."""
-        sides = [slot for pattern, slot in self.diagonal if re.search(pattern, path)]
-        return replace(self, **dict.fromkeys(sides, "diagonal")) if sides else self
+    def for_vocabulary(self, side: str | None, size: int) -> "Structure":
+        """Return the structure of a leaf whose side `side`, of that size, is over a vocabulary.
+
+        Args:
+          side: "left", "right", or None for neither.
+          size: of that side.
+        """
+        if side is None or self.vocabulary is None or size <= self.vocabulary:
+            return self
+        return replace(self, **{side: "diagonal"})
 
     @cached_property
     def elementwise(self) -> bool:

@@ -14,10 +14,11 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from llqr.structures import catalogue
+from llqr.structures import catalogue, layouts
 from llqr.structures.block import Block
+from llqr.structures.layouts import vocabulary_side
 from llqr.structures.matrix import Structure
-from llqr.structures.rules import Rule
+from llqr.structures.rules import AUTO, Rule
 from llqr.structures.view import Cut, Source, View
 from llqr.tree import accurate_dtype, leaf_names
 from llqr.typing import PyTree
@@ -56,22 +57,82 @@ def _make_plan(
     max_dim: int,
     block_size: int | None,
 ) -> Plan:
-    groups: dict[Any, tuple[Rule, list[int]]] = {}
+    groups: dict[Any, list[tuple[int, Rule]]] = {}
     shapes = [shape for shape, _ in types]
     names = leaf_names(treedef.unflatten(range(len(types))))
-    for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
-        which = next(k for k, rule in enumerate(table) if rule.matches(name, shape))
-        whole = catalogue.get(table[which].structure).view == "module"
+    deciding = decisions(names, shapes, table)
+    for i, (name, (which, rule)) in enumerate(zip(names, deciding, strict=True)):
+        whole = catalogue.get(rule.structure).view == "module"
         key = (which, name.rpartition("/")[0]) if whole else i
-        groups.setdefault(key, (table[which], []))[1].append(i)
+        groups.setdefault(key, []).append((i, rule))
     plan: list[Block] = []
     first = 0
-    for rule, members in groups.values():
-        views = [rule.view(i, names[i], shapes[i]) for i in members]
-        dtype = accurate_dtype(jax.ShapeDtypeStruct(*types[members[0]])).name
+    for members in groups.values():
+        views = [rule.view(i, names[i], shapes[i]) for i, rule in members]
+        i, rule = members[0]
+        dtype = accurate_dtype(jax.ShapeDtypeStruct(*types[i])).name
         plan.append(_block(rule, views, dtype, max_dim, block_size, first))
         first += plan[-1].count
     return tuple(plan)
+
+
+def decisions(
+    names: Sequence[str], shapes: Sequence[tuple[int, ...]], table: Sequence[Rule]
+) -> list[tuple[int, Rule]]:
+    """Return which rule decides for each leaf, by number, and it with the stack that it finds.
+
+    Args:
+      names: paths of all leaves.
+      shapes: of all leaves.
+      table: from `rule_table`.
+    """
+    seen: dict[int, layouts.Stack] = {}
+    if any(rule.stack == AUTO for rule in table):
+        seen = layouts.stacks(names, shapes)
+    found = []
+    for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+        axes = seen[i].axes if i in seen else ()
+        member = tuple(size for axis, size in enumerate(shape) if axis not in axes)
+        for which, rule in enumerate(table):
+            auto = rule.stack == AUTO
+            if rule.matches(name, member if auto else shape):
+                found.append((which, replace(rule, stack=axes) if auto else rule))
+                break
+    return found
+
+
+def doubts(params: PyTree, table: Sequence[Rule]) -> list[str]:
+    """Return in words what leaves were taken for by their names and shapes alone.
+
+    Args:
+      params: the parameters, or their shapes.
+      table: from `rule_table`.
+    """
+    names, shapes = leaf_names(params), [jnp.shape(x) for x in jax.tree.leaves(params)]
+    seen, said, vocabulary = layouts.stacks(names, shapes), [], False
+    stacked: list[tuple[str, tuple[int, ...], layouts.Stack, str]] = []
+    for i, (which, rule) in enumerate(decisions(names, shapes, table)):
+        view, rows = rule.view(i, names[i], shapes[i])
+        vocabulary = vocabulary or vocabulary_side(view.name, view.seldom) is not None
+        plain = catalogue.get(rule.structure).elementwise or len(shapes[i]) < 3
+        if i not in seen or table[which].says_axes or plain:
+            continue
+        auto = table[which].stack == AUTO
+        matrix = f"{math.prod(view.shape[:rows])}x{math.prod(view.shape[rows:])}"
+        stacked.append((names[i], shapes[i], seen[i], "" if auto else matrix))
+    if (words := layouts.doubts(stacked)) is not None:
+        said.append(words)
+    asked = [s.name for s in (catalogue.get(r.structure) for r in table) if s.vocabulary == 0]
+    sizes = {name: max(shape) for name, shape in zip(names, shapes, strict=True) if len(shape) == 2}
+    longest = max(sizes, key=sizes.__getitem__, default="")
+    if asked and not vocabulary and sizes.get(longest, 0) > catalogue.VOCABULARY:
+        said.append(
+            f"structure {asked[0]!r} keeps sides over a vocabulary diagonal, and no leaf has the "
+            f"name of an embedding or of a head. If {longest!r}, with {sizes[longest]} entries on "
+            f"one axis, is one: llqr.Rule(match=..., structure={asked[0]!r}, seldom=True) before "
+            "the other rules."
+        )
+    return said
 
 
 def _block(
@@ -97,7 +158,9 @@ def _block(
     else:
         matrix = (math.prod(view.shape[:rows]), math.prod(view.shape[rows:]))
         shape = matrix if chosen.view == "leaf" else column
-        chosen = _limit(chosen.for_leaf(view.name), shape, max_dim)
+        side = vocabulary_side(view.name, view.seldom)
+        chosen = chosen.for_vocabulary(side, shape[side == "right"])
+        chosen = _limit(chosen, shape, max_dim)
         cut = None if chosen.view == "module" else _cut(chosen, shape, block_size)
     return Block((Source(views, cut, first),), dtype, chosen, cut.shape if cut else shape)
 

@@ -6,17 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from llqr.errors import check_choice
-from llqr.structures import catalogue
+from llqr.structures import catalogue, layouts
 from llqr.structures.matrix import Structure
 from llqr.structures.view import Axes, View, split_axes
 
 Match: TypeAlias = str | Callable[[str, tuple[int, ...]], bool]
 
-# Per-channel parameters, whatever their rank: attention biases are matrices.
-_EMBEDDING = re.compile(r"(^|/)embedding$")
-_VECTORS = re.compile(r"(^|[/_])(bias|scale|gamma|beta)$", re.IGNORECASE)
-# Projections d -> (heads, dim): the input is the first axis alone.
-_FAN_OUT = re.compile(r"(^|/)(query|key|value)(/|$)", re.IGNORECASE)
+AUTO = "auto"
+"""The name of a rule table, and of a rule's stack: as names and shapes say (`layouts`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +30,11 @@ class Rule:
       columns: with a tuple of rows, which axes form the columns. All other axes are a stack of
         matrices (of vectors, where there are no columns), each with a structure of its own:
         layers that are scanned over, experts, fused query, key and value.
-      stack: these axes are the stack, and `rows`, None or a number, decides on the others.
+      stack: these axes are the stack, and `rows`, None or a number, decides on the others. "auto":
+        those that names and shapes say, where they say some; `match` is asked about a member.
       seldom: whether a batch may have few of the leaf's rows, as of embeddings: streaming refits
-        then do not take a missing gradient for disagreement. None decides by name: "embedding".
+        then do not take a missing gradient for disagreement, and structures with a diagonal side
+        for a vocabulary have it there. None decides by name (`layouts.embedding_like`).
       length: with graft="rms", whether a step is as long as a "matrix"'s or a "vector"'s. None
         decides by shape and name: biases and scales are vectors, whatever their rank.
 
@@ -58,13 +57,15 @@ class Rule:
     structure: str | Structure
     rows: int | Axes | None = None
     columns: Axes | None = None
-    stack: Axes = ()
+    stack: Axes | Literal["auto"] = ()
     seldom: bool | None = None
     length: Literal["matrix", "vector"] | None = None
 
     def __post_init__(self) -> None:
         if self.length is not None:
             check_choice(f"rule {self.match!r}: length", self.length, ("matrix", "vector"))
+        if isinstance(self.stack, str):
+            check_choice(f"rule {self.match!r}: stack", self.stack, (AUTO,))
         for name in ("rows", "columns", "stack"):  # lists are no part of a compilation key
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -87,6 +88,11 @@ class Rule:
             return bool(self.match(path, shape))
         return self.match == "*" or re.search(self.match, path) is not None
 
+    @property
+    def says_axes(self) -> bool:
+        """Whether it says what is a stack, rows and columns, so that nothing is left to guess."""
+        return self.stack != AUTO and (self.rows is not None or self.stack != ())
+
     def view(self, leaf: int, path: str, shape: tuple[int, ...]) -> tuple[View, int]:
         """Return the view of a leaf, and how many axes of what it sees are rows.
 
@@ -94,7 +100,10 @@ class Rule:
           leaf: position in the flattened parameters.
           path: of the leaf.
           shape: of the leaf.
+
+        `stack` is not "auto" any more.
         """
+        assert not isinstance(self.stack, str)
         if isinstance(self.rows, tuple):
             stack, rows, columns = split_axes(path, shape, self.rows, self.columns or ())
         else:
@@ -104,13 +113,13 @@ class Rule:
             rows, columns = rest[:count], rest[count:]
         order = (*stack, *rows, *columns)
         own = tuple(shape[axis] for axis in (*rows, *columns))
-        seldom = embedding_like(path) if self.seldom is None else self.seldom
+        seldom = layouts.embedding_like(path, own) if self.seldom is None else self.seldom
         matrix = matrix_like(path, own) if self.length is None else self.length == "matrix"
         return View(leaf, path, shape, order, len(stack), seldom, matrix), len(rows)
 
 
 StructureLike: TypeAlias = str | Structure | Sequence[Rule | tuple[Match, str | Structure]]
-"""A structure's name (a ready rule table), a Structure, or a rule table."""
+"""A structure's name or "auto" (ready rule tables), a Structure, or a rule table."""
 
 
 def matrix_like(path: str, shape: tuple[int, ...]) -> bool:
@@ -124,20 +133,7 @@ def matrix_like(path: str, shape: tuple[int, ...]) -> bool:
       >>> matrix_like("dense/kernel", (4, 3)), matrix_like("attention/query/bias", (4, 16))
       (True, False)
     """
-    return sum(side > 1 for side in shape) >= 2 and not _VECTORS.search(path)
-
-
-def embedding_like(path: str) -> bool:
-    """Whether a leaf holds embeddings, of whose rows a batch may see few.
-
-    Args:
-      path: of the leaf.
-
-    Example:
-      >>> embedding_like("tokens/embedding"), embedding_like("dense/kernel")
-      (True, False)
-    """
-    return _EMBEDDING.search(path) is not None
+    return sum(side > 1 for side in shape) >= 2 and not layouts.vector_like(path)
 
 
 def rule_table(rules: StructureLike) -> tuple[Rule, ...]:
@@ -145,7 +141,8 @@ def rule_table(rules: StructureLike) -> tuple[Rule, ...]:
 
     A name or a Structure becomes its ready table: matrices have that structure, all other
     leaves a diagonal (`catalogue.for_vectors`); structures of a whole module and elementwise
-    ones take every leaf.
+    ones take every leaf. "auto" is e-kfac, each member of what looks like a stack on its own, and
+    without a dense side over a vocabulary of more than `catalogue.VOCABULARY`.
 
     Raises:
       ValueError: unknown structure, empty table, or no catch-all in the last line.
@@ -154,6 +151,8 @@ def rule_table(rules: StructureLike) -> tuple[Rule, ...]:
       >>> [rule.structure.name for rule in rule_table([("bias$", "diagonal"), ("*", "kfac")])]
       ['diagonal', 'kfac']
     """
+    if rules == AUTO:
+        return tuple(replace(r, stack=AUTO) for r in rule_table(catalogue.AUTO))
     if isinstance(rules, str | Structure):
         chosen = catalogue.get(rules)
         if chosen.view != "leaf" or chosen.elementwise:
@@ -212,10 +211,25 @@ def stacked(structure: StructureLike, match: str, stack: Axes = (0,)) -> list[Ru
       ----------------------------------------------------------------------------
       872 parameters                                 2,036  8.0 KiB          9,360
     """
-    return [
-        replace(rule, match=_Unstacked(match, tuple(stack), rule), stack=tuple(stack))
-        for rule in rule_table(structure)
-    ]
+    table, axes = rule_table(structure), tuple(stack)
+    return [replace(r, match=_Unstacked(match, axes, r), stack=axes) for r in table]
+
+
+def for_leaf(
+    path: str, structure: StructureLike, stack: Axes = (), *, rows: int | None = None,
+    seldom: bool | None = None,
+) -> list[Rule]:  # fmt: skip
+    """Return rules for one leaf, of which a framework's own metadata says what it is.
+
+    Args:
+      path: of the leaf.
+      structure: asked about a member of its stack.
+      stack: axes of the stack; () where there is none.
+      rows: how many leading axes of a member form the rows; None decides by shape.
+      seldom: see `Rule`; None decides by name.
+    """
+    found = stacked(structure, f"^{re.escape(path)}$", stack)
+    return [replace(rule, rows=rows, seldom=seldom) for rule in found]
 
 
 def slots(table: Sequence[Rule]) -> tuple[str, ...]:
@@ -239,8 +253,7 @@ def row_axes(name: str, shape: tuple[int, ...], rows: int | None = None) -> int:
       (3, 1)
     """
     if rows is None:
-        fan_out = len(shape) == 3 and _FAN_OUT.search(name) is not None
-        rows = 1 if fan_out else max(len(shape) - 1, 0)
+        rows = 1 if layouts.fans_out(name, shape) else max(len(shape) - 1, 0)
     if not 0 <= rows <= len(shape):
         raise ValueError(f"rule for {name!r}: rows={rows} does not fit the shape {shape}.")
     return rows

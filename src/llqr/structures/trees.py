@@ -7,7 +7,7 @@ each device holds some of them (`plan.owned`).
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -51,6 +51,23 @@ def scatter(plan: Plan, arrays: Sequence[Array], like: PyTree) -> PyTree:
                 was = leaves[view.leaf]
                 out[view.leaf] = shard_like(leaf.astype(was.dtype), was)
     return treedef.unflatten(out)
+
+
+@lru_cache(maxsize=64)
+def packed_shapes(plan: Plan) -> dict[tuple[int, str], tuple[int, ...]]:
+    """Return (leaf, slot) -> shape of every array that `pack` makes of the arrays of P.
+
+    Args:
+      plan: the blocks.
+    """
+    found = {}
+    for block in plan:
+        for slot, own in mx.array_shapes(block.structure, block.shape).items():
+            if block.owned:
+                found[block.sources[0].leaf, slot] = block.shapes[slot]
+                continue
+            found |= {(source.leaf, slot): (*source.grid, *own) for source in block.sources}
+    return found
 
 
 def pack(
