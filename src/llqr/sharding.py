@@ -78,7 +78,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Params) -> PyTree:
     def of_ours(lies: Any, arrays: Any) -> Any:
         if not is_ours(arrays):
             return lies
-        plan, learner, shard = next(inside)
+        plan, learner, shard = next(inside)[:3]
         change = lambda trees: trees_of(plan, shard, trees, params, mesh)  # noqa: E731
         return _with_trees(learner, lies, change, arrays)
 

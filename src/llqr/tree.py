@@ -30,7 +30,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def check_inexact(params: PyTree) -> None:
-    """Raise TypeError, naming the leaf, if a leaf cannot be differentiated."""
+    """Raise TypeError, naming the leaf, if a leaf is not real and floating-point."""
     for i, leaf in enumerate(jax.tree.leaves(params)):
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
@@ -42,6 +42,12 @@ def check_inexact(params: PyTree) -> None:
                 "eqx.filter(model, eqx.is_inexact_array))."
             )
         dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"parameter {name!r} has dtype {dtype}: a complex leaf must be a pair of real ones, "
+                "such as {'real': x.real, 'imag': x.imag}, which the model puts together. Without "
+                "an objective optax.contrib.split_real_and_imaginary(tx) makes such pairs."
+            )
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"parameter {name!r} has dtype {dtype}: only real floating-point leaves can be "

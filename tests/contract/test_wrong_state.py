@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -113,3 +115,97 @@ def test_a_module_that_was_not_filtered() -> None:
     bound = llqr.Objective(lambda p, x: x @ p["w"], lambda z, x: jnp.mean(z**2)).bind(jnp.eye(3))
     with pytest.raises(TypeError, match="'activation' is no array"):
         llqr.linearize(bound, model, "gaussian")
+
+
+def streaming(**options: Any) -> Any:
+    return llqr.streaming(0.1, **options)
+
+
+WIDE = {"w": jnp.ones((8, 6)), "b": jnp.ones(6)}
+OTHERS: dict[str, tuple[Any, Any, str]] = {
+    "kfac for e-kfac": (
+        {"structure": "e-kfac"}, {"structure": "kfac"},
+        "structure 'e-kfac' is given to.*'kfac'.*'spectrum': there is an array",
+    ),
+    "e-kfac for kfac": (
+        {"structure": "kfac"}, {"structure": "e-kfac"},
+        "structure 'kfac' is given to.*'e-kfac'.*'spectrum': there is no array",
+    ),
+    "a limit": ({}, {"max_dim": 7}, r"'e-kfac' is given to.*left diagonal.*shape is \(8, 8\), not"),
+    "no limit": ({"max_dim": 7}, {}, r"'w', slot 'left': the shape is \(8,\), not \(8, 8\)"),
+    "parts": ({}, {"block_size": 4}, r"'e-kfac' is given to.*not \(2, 2, 4, 4\)"),
+    "no parts": ({"block_size": 4}, {}, "'e-kfac' with block_size=4 is given to"),
+    "weights": ({}, {"refit": llqr.Streaming(signal_decay=None)}, "signal_decay=0.95"),
+    "another probe": (
+        {"refit": llqr.Streaming(signal_decay=None)},
+        {"refit": llqr.Streaming(probe="gradient")},
+        "another `probe`|signal_decay",
+    ),
+    "vectors alone": (
+        {"structure": "e-kfac"}, {"structure": "kfac"},
+        "structures are e-kfac or diagonal, and this one's are kfac",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_streaming_state_of_other_options_is_refused_in_words(kind: str) -> None:
+    was, now, message = OTHERS[kind]
+    params = {"b": WIDE["b"]} if kind == "vectors alone" else WIDE
+    state, tx = streaming(**was).init(params), streaming(**now)
+    with pytest.raises(ValueError, match=message):
+        tx.update(params, state, params, refresh=False)
+
+
+def as_lists(tree: Any) -> Any:
+    """As a library gives back what had tuples: lists, and dicts by name for named ones."""
+    if isinstance(tree, dict):
+        return {key: as_lists(value) for key, value in tree.items()}
+    if hasattr(tree, "_asdict"):
+        return {key: as_lists(value) for key, value in tree._asdict().items()}
+    return [as_lists(x) for x in tree] if isinstance(tree, tuple | list) else tree
+
+
+RESTORED = {
+    "flax": flax.serialization.to_state_dict,
+    "lists": as_lists,
+    "msgpack": lambda state: flax.serialization.msgpack_restore(
+        flax.serialization.msgpack_serialize(flax.serialization.to_state_dict(state))
+    ),
+    "as it was": lambda state: state,
+    "tuples in the place of named ones": lambda state: tuple(state),
+    "keys in another order": lambda state: dict(
+        reversed(flax.serialization.to_state_dict(state).items())
+    ),
+}
+
+
+@pytest.mark.parametrize("way", RESTORED)
+@pytest.mark.parametrize("params", [PARAMS, {"l": [jnp.ones((3, 2)), jnp.ones(2)]}])
+def test_what_was_restored_goes_back_by_name(way: str, params: Any) -> None:
+    for tx in (
+        streaming(), streaming(structure="kfac"), KFAC,
+        optax.chain(optax.clip(1.0), llqr.llqr(optax.sgd(0.1, momentum=0.9))),
+    ):  # fmt: skip
+        _, state = tx.update(params, tx.init(params), params, refresh=False)
+        found = llqr.restore(tx, params, RESTORED[way](state))
+        assert jax.tree.structure(found) == jax.tree.structure(state)
+        jax.tree.map(np.testing.assert_array_equal, found, state)
+
+
+def test_what_cannot_be_told_is_not_restored() -> None:
+    tx = streaming()
+    tree = flax.serialization.to_state_dict(tx.init(PARAMS))
+    missing = {k: v for k, v in tree.items() if k != "base"} | {"basis": tree["preconditioner"]}
+    with pytest.raises(ValueError, match="entry 'basis'.*did you mean 'base'"):
+        llqr.restore(tx, PARAMS, missing)
+    inner = tree["preconditioner"]
+    with pytest.raises(ValueError, match=r"state/preconditioner: 'count' is missing"):
+        llqr.restore(tx, PARAMS, tree | {"preconditioner": {"blocks": inner["blocks"]}})
+    with pytest.raises(ValueError, match=r"state/preconditioner/count: the shape is \(2,\)"):
+        llqr.restore(tx, PARAMS, tree | {"preconditioner": inner | {"count": jnp.zeros(2)}})
+    slots = list(inner["blocks"].values())
+    with pytest.raises(ValueError, match="dict with left, right, spectrum, not a list"):
+        llqr.restore(tx, PARAMS, tree | {"preconditioner": inner | {"blocks": slots}})
+    with pytest.raises(ValueError, match="an array, not a str"):
+        llqr.restore(tx, PARAMS, tree | {"preconditioner": inner | {"count": "7"}})

@@ -154,18 +154,18 @@ def test_first_is_as_where_nothing_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "why"),
+    ("more", "why"),
     [
-        (data() | {"i": jnp.arange(2 * N)}, "8, 16 entries"),
-        (data() | {"m": np.ones(N)}, r"fails on a part \(TypeError"),
+        ({"i": np.arange(2 * N)}, "8, 16 entries"),
+        ({"m": np.ones(N)}, r"fails on a part \(TypeError"),
     ],
 )
-def test_sizes_that_differ_or_agree_by_chance(batch: Any, why: str) -> None:
+def test_sizes_that_differ_or_agree_by_chance(more: Any, why: str) -> None:
     def forward(p: Any, b: Any) -> Any:
         return b["x"] @ p["a"] + (jnp.ones((1, N)) @ b["m"][:, None] if "m" in b else 0)
 
     with pytest.warns(LayoutWarning, match=why):
-        assert len(coupling.part(bound(forward, batch), W, 0.25, 0).batch["x"]) == N
+        assert len(coupling.part(bound(forward, data() | more), W, 0.25, 0).batch["x"]) == N
 
 
 def test_a_loss_that_fails_on_a_part_is_found_too() -> None:

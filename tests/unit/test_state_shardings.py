@@ -190,3 +190,40 @@ def test_how_p_is_arranged_does_not_show(refit: Any) -> None:
 def test_shard_is_one_of_its_words() -> None:
     with pytest.raises(ValueError, match=r"shard.*'rows'"):
         llqr.llqr(optax.sgd(0.1), shard="rows")  # pyright: ignore[reportArgumentType]
+
+
+REFITS = {
+    "published": (llqr.llqr, {"refit": llqr.Refit(every=None, steps=2), "structure": "kfac"}),
+    "streaming": (llqr.llqr, {"refit": llqr.Streaming(), "structure": "e-kfac"}),
+    "streaming kfac": (llqr.llqr, {"refit": llqr.Streaming(), "structure": "kfac"}),
+    "gradients": (llqr.llqr, {"refit": llqr.Streaming(probe="gradient"), "structure": "e-kfac"}),
+}
+
+
+@pytest.mark.parametrize("shard", ["params", "blocks"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("refit", REFITS)
+def test_a_refit_from_outside_leaves_p_where_it_lies(refit: str, kind: Any, shard: Any) -> None:
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,), devices=jax.devices()[:2])
+    spread = NamedSharding(mesh, P("d", None))
+    make, options = REFITS[refit]
+    tx = make(optax.sgd(0.1), metric="gaussian", shard=shard, damping=0.1, **options)
+    objective = llqr.Objective(
+        lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], lambda z, _: jnp.mean((z - 1) ** 2)
+    )
+    with jax.set_mesh(mesh):
+        params = {
+            name: jax.device_put(jnp.eye(8) * scale, spread)
+            for name, scale in (("a", 0.5), ("b", 2.0))
+        }
+        x = jax.device_put(jnp.cos(jnp.arange(64.0).reshape(8, 8)), NamedSharding(mesh, P()))
+        onto = llqr.state_shardings(tx, params)
+        state = jax.jit(tx.init, out_shardings=onto)(params)
+        after = jax.block_until_ready(llqr.refresh(tx, state, params, objective.bind(x)))
+    assert int(llqr.find(after).refit.refits) == 1
+    lies = zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True)
+    for was, now in lies:
+        assert now.sharding.is_equivalent_to(was.sharding, was.ndim), (was.sharding, now.sharding)
+    blocks = jax.tree.leaves(llqr.find(after).blocks)
+    assert all(len(b.sharding.device_set) == 2 for b in blocks)
+    assert sum(b.sharding.shard_shape(b.shape)[0] < b.shape[0] for b in blocks) > 0
