@@ -1,4 +1,4 @@
-"""Six whole models, as their authors write them, by AdamW and by `llqr.streaming` of the first hour.
+"""Six whole models, written as their authors would, by AdamW and by `llqr.streaming`.
 
     OPENBLAS_NUM_THREADS=1 uv run python -m benchmarks.first_hour           # all: minutes each
     OPENBLAS_NUM_THREADS=1 uv run python -m benchmarks.first_hour unet gnn  # some; others are kept
@@ -138,6 +138,7 @@ class ResBlock(nnx.Module):
         self.skip = nnx.Conv(inputs, outputs, (1, 1), rngs=rngs)
 
     def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+        """(images, embedded times) -> images."""
         h = self.conv1(nnx.silu(self.norm1(x)))
         h = h + self.time(nnx.silu(time))[:, None, None, :]
         return self.skip(x) + self.conv2(nnx.silu(self.norm2(h)))
@@ -161,6 +162,7 @@ class UNet(nnx.Module):
         self.head = nnx.Conv(width, 1, (3, 3), rngs=rngs)
 
     def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        """(images, times) -> the noise in them."""
         angles = t[:, None] * jnp.exp(jnp.linspace(0.0, jnp.log(1000.0), self.frequencies))
         time = self.time_mlp(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1))
         skip = self.encoder(self.stem(x), time)
@@ -412,6 +414,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+        """As `nn.scan` wants it: (carry, mask) -> (carry, nothing)."""
         h = nn.LayerNorm()(x)
         x = x + nn.MultiHeadDotProductAttention(num_heads=self.heads)(h, h, mask=mask)
         h = nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x))
@@ -428,6 +431,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
+        """(tokens [batch, length]) -> logits."""
         x = nn.Embed(self.characters, self.width)(tokens)
         x = x + self.param("positions", nn.initializers.normal(0.02), (self.length, self.width))
         stack = nn.scan(
@@ -450,7 +454,8 @@ def characters() -> tuple[np.ndarray, int]:
     """Python's language reference, which comes with Python, and how many characters it has."""
     topics = pydoc_data.topics.topics
     text = "\n".join(topics[name] for name in sorted(topics))
-    used, tokens = np.unique(np.frombuffer(text.encode("ascii", "ignore"), np.uint8), return_inverse=True)  # fmt: skip # noqa: E501
+    letters = np.frombuffer(text.encode("ascii", "ignore"), np.uint8)
+    used, tokens = np.unique(letters, return_inverse=True)
     return tokens.astype(np.int32), len(used)
 
 

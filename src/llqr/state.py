@@ -16,7 +16,7 @@ from llqr.refit.ways import name_of
 from llqr.structures import catalogue, trees
 from llqr.structures.plan import Plan, make_plan, owned
 from llqr.structures.rules import AUTO, rule_table, slots
-from llqr.tree import all_like, is_none, leaf_names
+from llqr.tree import all_like, leaf_names
 from llqr.typing import Array, Int, PyTree
 
 
@@ -218,8 +218,9 @@ def _difference(plan: Plan, state: LLQRState, like: PyTree) -> str | None:
         return f"there is no slot {missing[0]!r}"
     names = leaf_names(like)
     for slot, tree in state.blocks.items():
-        leaves, found = jax.tree.flatten(tree, is_leaf=is_none)
-        if found != structure:
+        try:
+            leaves = structure.flatten_up_to(tree)
+        except ValueError:
             return "its trees have other leaves or containers than the parameters here"
         for leaf, array in enumerate(leaves):
             want = expected.get((leaf, slot))

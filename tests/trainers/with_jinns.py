@@ -26,7 +26,13 @@ def train(optimizer: optax.GradientTransformation, seed: int) -> tuple[float, fl
     network, first = jinns.nn.PINN_MLP.create(
         key=keys[0],
         eq_type="PDEStatio",
-        eqx_list=((eqx.nn.Linear, 2, 32), (jnp.tanh,), (eqx.nn.Linear, 32, 32), (jnp.tanh,), (eqx.nn.Linear, 32, 1)),
+        eqx_list=(
+            (eqx.nn.Linear, 2, 32),
+            (jnp.tanh,),
+            (eqx.nn.Linear, 32, 32),
+            (jnp.tanh,),
+            (eqx.nn.Linear, 32, 1),
+        ),
     )
     params = jinns.parameters.Params(nn_params=first, eq_params={})
     data = jinns.data.CubicMeshPDEStatio(
@@ -34,7 +40,9 @@ def train(optimizer: optax.GradientTransformation, seed: int) -> tuple[float, fl
         dim=2, min_pts=(0.0, 0.0), max_pts=(1.0, 1.0),
     )  # fmt: skip
     loss = jinns.loss.LossPDEStatio(
-        u=network, dynamic_loss=Poisson(), boundary_condition=jinns.loss.Dirichlet(),
+        u=network,
+        dynamic_loss=Poisson(),
+        boundary_condition=jinns.loss.Dirichlet(),
         loss_weights=jinns.loss.LossWeightsPDEStatio(dyn_loss=1.0, boundary_loss=100.0),
         params=params,
     )
@@ -45,9 +53,11 @@ def train(optimizer: optax.GradientTransformation, seed: int) -> tuple[float, fl
 
     side = jnp.linspace(0.0, 1.0, 33)
     grid = jnp.stack(jnp.meshgrid(side, side), axis=-1).reshape(-1, 2)
+
     def error(params):
         found = jax.vmap(lambda x: network(x, params)[0])(grid)
         return float(jnp.sqrt(jnp.mean((found - jax.vmap(solution)(grid)) ** 2)))
+
     return error(params), error(trained)
 
 

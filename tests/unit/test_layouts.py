@@ -89,6 +89,7 @@ PLAIN = [
     shapes(layers_0__query__kernel=(8, 2, 4), layers_0__query__bias=(2, 4)),
     shapes(dense__kernel=(8, 4), dense__bias=(4,)),
     shapes(layers__kernel=(8, 4)),
+    shapes(a__kernel=(8, 3, 8), a__bias=(8, 3), head__kernel=(8, 4)),
 ]  # fmt: skip
 
 

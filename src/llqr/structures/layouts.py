@@ -33,6 +33,7 @@ _STACK = re.compile(
     r"^(layers|blocks|experts|moe|stages|cells|stack|stacked|repeats|ensemble|members)$"
     r"|^scan|_scan$|_scan_|scan(ned)?[A-Z_]|Scan[A-Z_]|^stacked_|_(layers|blocks|experts)$"
 )
+_MATRIX = re.compile(r"^(kernel|weight\w*|w\d*|embedding)$", re.IGNORECASE)
 _AXES = re.compile(r"^(layers?|blocks?|experts?|exp|stages?|stack|repeats?|scan\w*|stage_\w+)$")
 _CONVOLUTION = 11  # its windows are not longer
 
@@ -166,14 +167,24 @@ def _shared(module: str, own: list[list[str]], shapes: list[Shape]) -> int | Non
             for path, shape in zip(own, shapes, strict=True)
             if len(shape) > 2 and not _natural("/".join(path), shape)
         ]
-        vectors = [
-            path
-            for path, shape in zip(own, shapes, strict=True)
-            if len(shape) == 2 and vector_like("/".join(path))
-        ]
-        if matrices and (named or (axis == 0 and vectors)):
+        short = [
+            path[-1] for path, shape in zip(own, shapes, strict=True) if len(shape) == 2
+        ]  # members would be vectors
+        if any(_MATRIX.search(name) for name in short) or not _fits(own, shapes, axis):
+            continue
+        if matrices and (named or (axis == 0 and any(map(vector_like, short)))):
             return axis
     return None
+
+
+def _fits(own: list[list[str]], shapes: list[Shape], axis: int) -> bool:
+    """Whether members have biases as long as the outputs of the kernels beside them."""
+    at = {"/".join(path): _without(shape, (axis,)) for path, shape in zip(own, shapes, strict=True)}
+    for path, member in at.items():
+        kernel = at.get(f"{path.removesuffix('bias')}kernel")
+        if path.endswith("bias") and kernel and member and kernel[-1] != member[-1]:
+            return False
+    return True
 
 
 def _natural(path: str, shape: Shape) -> bool:
