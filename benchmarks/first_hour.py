@@ -207,8 +207,8 @@ def noisy_digits(seed: int) -> Callable[[int], Any]:
     @jax.jit
     def batch(step: Any) -> dict[str, jax.Array]:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed + 1), step), 3)
-        x = images[jax.random.randint(keys[0], (64,), 0, len(images))]
-        t = jax.random.uniform(keys[1], (64,))
+        x = images[jax.random.randint(keys[0], (32,), 0, len(images))]
+        t = jax.random.uniform(keys[1], (32,))
         noise = jax.random.normal(keys[2], x.shape)
         angle = (t * jnp.pi / 2)[:, None, None, None]
         return {"x": jnp.cos(angle) * x + jnp.sin(angle) * noise, "t": t, "noise": noise}
@@ -321,7 +321,7 @@ def whole_graph(seed: int) -> Callable[[int], Any]:
 
 # 3. A physics-informed network: Equinox, the wave equation, float32.
 
-SLABS, IN_SLAB, CAUSALITY = 16, 16, 1.0
+SLABS, IN_SLAB, CAUSALITY = 16, 16, 1e-3
 
 
 def initial(x: jax.Array) -> jax.Array:

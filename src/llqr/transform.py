@@ -10,7 +10,6 @@ from llqr.graft import Graft
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
 from llqr.preconditioning import Preconditioning, Refresh, Request
-from llqr.refit.following import DAMPING
 from llqr.refit.options import Refit, Streaming
 from llqr.sharding import Shard
 from llqr.state import check_container
@@ -49,8 +48,8 @@ def scale_by_llqr(
         what it found), a `Structure`, or a rule table: pairs (match, structure) or `Rule`s, ending
         with the catch-all ("*", structure).
       metric: in what the step is measured; see `llqr.metrics`.
-      damping: lambda >= 0, added to the curvature. None: 0, and 1e-4 with streaming refits,
-        where it must be positive.
+      damping: lambda >= 0, added to the curvature. None: 0; with streaming refits, where it must
+        be positive, 1e-4, and 1e-2 from gradients alone.
       divergence_reduction: "sum" or "mean" of the divergence over rows; "unit" divides C by
         its largest eigenvalue, so that damping and the refit's learning rate carry over
         between batch sizes, metrics and models. None: "sum", and "unit" with streaming refits.
@@ -276,7 +275,7 @@ def streaming_llqr(
     mask: Any = None,
     structure: StructureLike | None = None,
     metric: MetricLike = "ngd",
-    damping: Number = DAMPING,
+    damping: Number | None = None,
     max_dim: int = 10_000,
     block_size: int | None = BLOCK_SIZE,
     graft: Graft = "rms",
@@ -295,7 +294,8 @@ def streaming_llqr(
       mask: of the parameters that decay, as in `optax.add_decayed_weights`.
       structure: see `scale_by_llqr`, as for all that follow.
       metric: from which labels can be drawn.
-      damping: lambda > 0, in units of the largest curvature of each block.
+      damping: lambda > 0, in units of the largest curvature of each block. None: 1e-4, and 1e-2
+        with `Streaming(probe="gradient")`.
       max_dim: a dense side longer than this becomes diagonal: a fixed identity.
       block_size: one longer than this is cut into blocks of at most this; None: it is not.
       graft: length of P m.

@@ -242,3 +242,53 @@ def test_a_batch_that_cannot_be_hashed_is_traced_all_the_same() -> None:
         coupling.interaction(bound(partial(TOGETHER["shift"] if False else APART["matrices"])), W)
         is None
     )
+
+
+def _chain(rng: np.random.Generator) -> tuple[Any, bool]:
+    """A model of some operations in a row, and whether one of them makes examples meet."""
+    apart = [
+        lambda h, b: jnp.tanh(h @ jnp.asarray(W["b"]) + h),
+        lambda h, b: h.reshape(len(h) * 2, D // 2).reshape(len(h), D),
+        lambda h, b: jnp.swapaxes(jnp.swapaxes(h, 0, 1) * 2, 0, 1),
+        lambda h, b: jax.vmap(lambda x: x / (1 + jnp.sum(x**2)))(h),
+        lambda h, b: h[:, ::-1],
+        lambda h, b: jnp.concatenate([h[:, 1:], h[:, :1]], 1),
+        lambda h, b: jnp.where(b["y"][:, None] > 1, h, 2 * h),
+        lambda h, b: jax.lax.scan(lambda c, w: (jnp.sin(c @ w), None), h, jnp.stack([W["a"]] * 2))[0],
+        lambda h, b: jnp.einsum("ij,ik->ijk", h, h).sum(1),
+        lambda h, b: jnp.cumsum(h, 1),
+    ]  # fmt: skip
+    together = [
+        lambda h, b: h - h.mean(0),
+        lambda h, b: h[b["i"]],
+        lambda h, b: jnp.roll(h, 1, 0),
+        lambda h, b: jnp.cumsum(h, 0),
+        lambda h, b: jax.nn.softmax(h @ h.T) @ h,
+        lambda h, b: jax.lax.scan(lambda c, x: (c + x, c + x), jnp.zeros(D), h)[1],
+        lambda h, b: h[::-1],
+        lambda h, b: h / jnp.linalg.norm(h),
+        lambda h, b: jax.ops.segment_sum(h, b["i"], num_segments=len(h)),
+    ]
+    meets = bool(rng.integers(2))
+    chosen = [apart[i] for i in rng.integers(len(apart), size=4)]
+    if meets:
+        chosen.insert(int(rng.integers(5)), together[rng.integers(len(together))])
+
+    def forward(p: Any, b: Any) -> Any:
+        h = b["x"] @ p["a"]
+        for run in chosen:
+            h = run(h, b)
+        return h
+
+    return forward, meets
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_chain_of_operations_is_cut_in_silence(seed: int) -> None:
+    forward, meets = _chain(np.random.default_rng(seed))
+    objective = bound(forward)
+    found = coupling.interaction(objective, W)
+    assert (found is not None) == meets
+    if found is None:
+        part, whole = objective.part(0.5, 1).outputs(W), objective.outputs(W)
+        np.testing.assert_allclose(part, whole[1::2], atol=1e-9)

@@ -17,6 +17,19 @@ from tests.unit.test_streaming import LAMBDA, OBJECTIVE, batch, parameters
 OPTIONS = Streaming(probe="gradient", every=2, warmup=3, signal_decay=0.8)
 
 
+def newton_schulz(x: Any) -> Any:
+    """Muon's polynomial on the singular values, by a factorisation in place of products."""
+    u, s, v = np.linalg.svd(x, full_matrices=False)
+    s = s / np.sqrt(np.sum(s**2))
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u * s @ v
+
+
+def as_long(x: Any, like: Any) -> Any:
+    return x * np.linalg.norm(like) / np.linalg.norm(x)
+
+
 def numpy_loop(options: Streaming, structure: str, steps: int, rate: float) -> Any:
     """The whole method, every formula of the module written out."""
     params = jax.tree.map(np.asarray, parameters())
@@ -56,7 +69,10 @@ def numpy_loop(options: Streaming, structure: str, steps: int, rate: float) -> A
                 s["d"] = 1 / (c / c.max() + LAMBDA)
             s["m"], s["q"] = inside(m), e * s["q"] + (1 - e) * inside(g) ** 2
             u = s["d"] * (inside(g) + options.momentum * s["m"])
-            u = (0.05 if b == "bias" else 0.2) * u / np.sqrt(np.mean(u**2))
+            rms = np.sqrt(np.mean(u**2))
+            if matrix and options.orthogonal:
+                u = as_long(newton_schulz(u), u)
+            u = (0.05 if b == "bias" else 0.2) * u / rms
             if options.signal_decay is not None:
                 share = (1 - options.momentum) * np.abs(s["m"]) / np.sqrt(s["q"])
                 most = np.sqrt((1 + options.momentum) / (1 - options.momentum))
@@ -66,10 +82,17 @@ def numpy_loop(options: Streaming, structure: str, steps: int, rate: float) -> A
 
 
 @pytest.mark.parametrize(
-    ("structure", "decay"), [("e-kfac", 0.8), ("e-kfac", None), ("diagonal", 0.8)]
+    ("structure", "more"),
+    [
+        ("e-kfac", {}),
+        ("e-kfac", {"signal_decay": None}),
+        ("e-kfac", {"orthogonalize": False}),
+        ("diagonal", {}),
+    ],
 )
-def test_the_library_is_the_numpy_loop(structure: str, decay: Any) -> None:
-    options = Streaming(probe="gradient", every=2, warmup=3, signal_decay=decay)
+def test_the_library_is_the_numpy_loop(structure: str, more: Any) -> None:
+    given = {"probe": "gradient", "every": 2, "warmup": 3, "signal_decay": 0.8, **more}
+    options = Streaming(**given)
     tx = llqr.llqr(optax.sgd(0.1), structure=structure, damping=LAMBDA, refit=options)
     params, state = parameters(), tx.init(parameters())
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -167,3 +168,48 @@ def test_a_structure_for_vocabularies_says_that_it_found_none() -> None:
 
 def _zeros(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
+
+CONTAINERS = ["layers", "blocks", "experts", "ScanBlock_0", "scan_layers", "net", "body", "encoder"]
+MODULES = ["mlp", "attention", "norm", "conv", "proj"]
+
+
+def _drawn(rng: Any) -> tuple[Any, set[str]]:
+    """A model of modules, some of them stacked; and the paths of leaves that are."""
+    tree: dict[str, Any] = {}
+    truth: set[str] = set()
+    for container in rng.choice(CONTAINERS, size=2, replace=False):
+        count = int(rng.integers(2, 9)) if rng.integers(2) else 0
+        lead = (count,) if count else ()
+        width, members = int(rng.integers(10, 20)), {}
+        for module in ["dense", *rng.choice(MODULES, size=int(rng.integers(3)), replace=False)]:
+            out, leaves = int(rng.integers(20, 30)), {}
+            if module == "norm":
+                leaves["scale"] = (width,)
+            elif module == "conv":
+                leaves |= {"kernel": (3, 3, width, out), "bias": (out,)}
+            else:
+                leaves |= {"kernel": (width, out), "bias": (out,)}
+            members[module] = {name: (*lead, *shape) for name, shape in leaves.items()}
+            if count:
+                truth |= {f"{container}/{module}/{name}" for name in leaves}
+        tree[container] = members
+    tree["head"] = {"kernel": (31, 5), "bias": (5,)}
+    shaped = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    return shaped, truth
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_nothing_is_taken_for_something_else_in_silence(seed: int) -> None:
+    """By default what is stacked is found and said; by another structure, it is doubted."""
+    tree, truth = _drawn(np.random.default_rng(seed))
+    found = llqr.describe(llqr.streaming(0.1), tree)
+    assert {row.leaf for row in found.rows if row.stack} == truth
+    kernels = any(leaf.endswith("kernel") for leaf in truth)
+    assert bool(found.doubts) == kernels
+    plain = llqr.describe(llqr.streaming(0.1, structure="e-kfac"), tree)
+    assert not any(row.stack for row in plain.rows)
+    assert bool(plain.doubts) == kernels
+    assert len(found.doubts) <= 2

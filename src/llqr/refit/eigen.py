@@ -17,7 +17,7 @@ r"""One matrix between bases: what happens to it at a step, and at a refit.
     spectrum    D = 1 / (c / top + lambda)
     signal      q <- e q + (1 - e) g^2
                 s = min(1, (1 - mu) |m| / sqrt(q)) / sqrt((1 - mu) / (1 + mu))
-    step        V_L (s * D * v) V_R^T, or V_L ns(s * D * v) V_R^T
+    step        V_L (s * D * v) V_R^T, or V_L (s * ns(D * v)) V_R^T
 
 The momentum lies in the bases, so that a step projects the gradient alone. For fixed bases, D is
 the minimiser of the objective of a probe (`llqr.refit.objective`), E[1/2 u.(C / top + lambda I) u -
@@ -31,10 +31,10 @@ times the length that one of noise has; one that swings from step to step, becau
 long for it, gets shorter at once, without waiting for the learning rate to decay. As the length
 (the graft) is given before, a whole leaf becomes shorter too. `signal_decay=None` leaves s at 1.
 
-With `Streaming.orthogonalize`, ns(x) has the length of x and the singular values of x near to one
-another: P scales directions by a curvature that it has seen, and what it took for well known on
-little evidence does not lead the step. A change of bases leaves it the same, so that it is done in
-them.
+With `Streaming.orthogonalize`, ns(x) has the length of x, and singular values near to one another:
+no direction leads the step because P took its curvature for small on little evidence. A change of
+bases leaves ns the same, so that it is done in them; and before entries are weighed, so that those
+which swing stay short.
 
 Sources: Layerwise LQR (arXiv 2605.04230) for the objective; bases as in SOAP (arXiv 2409.11321).
 """
@@ -205,14 +205,14 @@ def step(
     v = towards(options, g, memory[MOMENTUM])
     memory, share = signal(options, count, block, memory, g)
     found = d = arrays["spectrum"] * v
+    if options.orthogonal and is_orthogonalized(block):
+        even = newton_schulz(d)
+        found = divide(norm(d), norm(even)) * even
     if share is not None:
         found = share * found
     if options.signal_decay is not None:
         # In units of what the mean of gradients without a signal comes to.
         found = 1 / math.sqrt((1 - mu) / (1 + mu)) * found
-    if options.orthogonal and is_orthogonalized(block):
-        even = newton_schulz(found)
-        found = divide(norm(found), norm(even), 0.0) * even
     return memory, _out_of(_bases(block, arrays), found), d, v
 
 

@@ -5,7 +5,9 @@ g^2 in the bases, which the weights by signal keep anyway (symbols as in `eigen`
 published choice of direction, h = g, averaged over steps. A refit turns the bases and sets the
 spectrum, and needs nothing but the gradient, so that it works in any loop that calls
 `tx.update(grads, state, params)`: for losses that are no function of outputs, too. Rows that are
-seldom in a batch have small squares, and long steps.
+seldom in a batch have small squares, and long steps. What P gives of a matrix is orthogonalised by
+default (`Streaming.orthogonalize`), and lambda is larger: the squares say less than probes do of
+directions in which the gradient has become small.
 
 Sources: Layerwise LQR (arXiv 2605.04230); second moments between bases as in SOAP (2409.11321).
 """
@@ -27,7 +29,7 @@ from llqr.refit.following import (
     top_of,
     unless,
 )
-from llqr.refit.learner import Asked, Held
+from llqr.refit.learner import Asked, Defaults, Held
 from llqr.refit.momentum import MOMENTUM, is_usable
 from llqr.refit.options import Streaming
 from llqr.refit.remedies import GRADIENTS, Remedies
@@ -37,12 +39,16 @@ from llqr.structures.matrix import Arrays, Structure
 from llqr.structures.plan import Plan, each
 from llqr.typing import Array
 
+DAMPING = 1e-2
+"""Default lambda: squares of gradients, unlike probes, are small where the training has been."""
+
 
 @dataclass(frozen=True)
 class Unprobed(Following):
     """The way without probes. A `Learner`."""
 
     remedies: ClassVar[Remedies] = GRADIENTS
+    defaults: ClassVar[Defaults] = Defaults(damping=DAMPING, reduction="unit", graft="rms")
     remembers: ClassVar[str] = "momentum, second moments and squares"
     needs_objective: ClassVar[bool] = False
     needs: ClassVar[str] = (
