@@ -49,7 +49,7 @@ def scale_by_llqr(
         with the catch-all ("*", structure).
       metric: in what the step is measured; see `llqr.metrics`.
       damping: lambda >= 0, added to the curvature. None: 0; with streaming refits, where it must
-        be positive, 1e-4, and 1e-2 from gradients alone.
+        be positive, 1e-4, and 3e-3 from gradients alone.
       divergence_reduction: "sum" or "mean" of the divergence over rows; "unit" divides C by
         its largest eigenvalue, so that damping and the refit's learning rate carry over
         between batch sizes, metrics and models. None: "sum", and "unit" with streaming refits.
@@ -294,7 +294,7 @@ def streaming_llqr(
       mask: of the parameters that decay, as in `optax.add_decayed_weights`.
       structure: see `scale_by_llqr`, as for all that follow.
       metric: from which labels can be drawn.
-      damping: lambda > 0, in units of the largest curvature of each block. None: 1e-4, and 1e-2
+      damping: lambda > 0, in units of the largest curvature of each block. None: 1e-4, and 3e-3
         with `Streaming(probe="gradient")`.
       max_dim: a dense side longer than this becomes diagonal: a fixed identity.
       block_size: one longer than this is cut into blocks of at most this; None: it is not.

@@ -134,7 +134,7 @@ METHODS = (
            second_order=True, ours=True),
     Method("LLQR gradients", _gradients, 1.6e-2,
            {"structure": "e-kfac", "refit": llqr.Streaming(probe="gradient")},
-           ({"damping": 1e-3}, {"damping": 1e-5}, {"weight_decay": 0.01}),
+           ({"damping": 3e-2}, {"damping": 3e-4}, {"weight_decay": 0.01}),
            second_order=True, ours=True),
     Method("LLQR published", _learned, 0.3,
            {**_PUBLISHED, "refit": {}, "size": 64, "products": _PUBLISHED_PRODUCTS,

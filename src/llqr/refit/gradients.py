@@ -39,7 +39,7 @@ from llqr.structures.matrix import Arrays, Structure
 from llqr.structures.plan import Plan, each
 from llqr.typing import Array
 
-DAMPING = 1e-2
+DAMPING = 3e-3
 """Default lambda: squares of gradients, unlike probes, are small where the training has been."""
 
 

@@ -210,20 +210,24 @@ def doubts(stacked: Iterable[tuple[str, Shape, Stack, str]]) -> str | None:
     said = f"stack={axes}" if axes != (0,) else ""
     rules = f"[*llqr.stacked(NAME, match={word!r}{', ' * bool(said)}{said}), *REST]"
     members = "x".join(str(shape[a]) for a in axes)
-    what = f"{path!r} {shape}" + (f" and {len(taken) - 1} more leaves" if len(taken) > 1 else "")
+    what, each = f"leaf {path!r} {shape}", "it is"
+    if len(taken) > 1:
+        what += f", like {len(taken) - 1} more"
+        each = "each is"
     if other:
         return (
-            f"{what} look like stacks of {members} layers, and each is taken for one matrix "
-            f"{other}, which learns slowly if they are stacks. If so: structure='auto', or "
-            f"structure={rules}, NAME being a structure and REST the other rules "
-            "(llqr.structures.rule_table(NAME)). If each is one matrix, say it with axes: "
+            f"{what}, looks like a stack of {members}, and {each} taken for one matrix {other}, "
+            "which learns slowly if it is a stack. If so: structure='auto', or "
+            f"structure={rules}, NAME being a structure and REST the other rules, "
+            f"llqr.structures.rule_table(NAME). If {each} one matrix, say it with axes: "
             f"llqr.Rule(match={word!r}, structure=NAME, rows=(...), columns=(...))."
         )
     return (
-        f"{what} are taken for stacks of {members} layers, by the names and shapes of the leaves "
-        f"beside them. To say that they are: structure='auto', or structure={rules}. If each is "
-        f"one matrix: llqr.Rule(match={word!r}, structure=NAME, rows=(...), columns=(...)) before "
-        "the other rules."
+        f"{what}, is taken for a stack of {members}, by the names and shapes of the leaves beside "
+        f"it. To say that it is one: structure='auto', or structure={rules}, NAME being a "
+        "structure and REST the other rules, llqr.structures.rule_table(NAME). If "
+        f"{each} one matrix: llqr.Rule(match={word!r}, structure=NAME, rows=(...), columns=(...)) "
+        "before the other rules."
     )
 
 

@@ -246,6 +246,11 @@ class Config:
         choices=STREAM_PROBES,
         becomes="streaming.probe",
     )
+    precond_stream_orthogonalize: bool | None = option(
+        None,
+        "steps of matrices by Newton-Schulz behind P; null: where probe is gradient",
+        becomes="streaming.orthogonalize",
+    )
     precond_stream_probe_share: float = option(
         0.25,
         "share of the examples of the batch that a probe sees",
