@@ -146,7 +146,7 @@ def _restored(like: Any, given: Any, path: str) -> Any:
     above = lambda x: x is not like  # noqa: E731
     children, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=above)
     names = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in children]
-    if isinstance(given, type(like)) or isinstance(given, Mapping):
+    if isinstance(given, (type(like), Mapping)):
         entries = given if isinstance(given, Mapping) else dict(_children(given))
         found = {str(name): child for name, child in entries.items()}
     elif isinstance(given, list | tuple) and isinstance(like, list | tuple):

@@ -44,9 +44,10 @@ def check_inexact(params: PyTree) -> None:
         dtype = jnp.result_type(leaf)
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
-                f"parameter {name!r} has dtype {dtype}: a complex leaf must be a pair of real ones, "
-                "such as {'real': x.real, 'imag': x.imag}, which the model puts together. Without "
-                "an objective optax.contrib.split_real_and_imaginary(tx) makes such pairs."
+                f"parameter {name!r} has dtype {dtype}: only real floating-point leaves can be "
+                "preconditioned. Hold it as a pair of real leaves, {'real': x.real, 'imag': "
+                "x.imag}, which the model puts together; without an objective, optax.contrib."
+                "split_real_and_imaginary(tx) makes such pairs."
             )
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(

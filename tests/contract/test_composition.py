@@ -553,3 +553,37 @@ def test_a_wrapper_written_by_hand_passes_everything_on() -> None:
     tx, params = optax.GradientTransformationExtraArgs(inner.init, update), pb.params()
     state = llqr.refresh(tx, tx.init(params), params, pb.bound())
     pb.assert_bitwise(state, llqr.refresh(inner, inner.init(params), params, pb.bound()))
+
+
+@pytest.mark.parametrize("refit", [llqr.Streaming(), llqr.Streaming(probe="gradient")])
+def test_numbers_of_streaming_are_data_under_inject_hyperparams(refit: Any) -> None:
+    """Rate, weight decay and damping change between steps, and nothing compiles again."""
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    objective = llqr.Objective(lambda p, x: x @ p["w"] + p["b"], lambda z, x: jnp.mean(z**2))
+    x = jnp.cos(jnp.arange(12.0).reshape(4, 3))
+    make = optax.inject_hyperparams(llqr.streaming, static_args=("max_dim", "block_size"))
+    options = {"metric": "gaussian", "refit": refit}
+    tx = make(learning_rate=0.1, weight_decay=0.0, damping=1e-3, **options)
+    traced = []
+
+    @jax.jit
+    def step(state: Any, params: Any) -> Any:
+        traced.append(None)
+        return tx.update(jax.grad(objective)(params, x), state, params, objective=objective.bind(x))
+
+    state = jax.jit(tx.init)(params)
+    for rate, decay, damping in ((0.1, 0.0, 1e-3), (0.2, 0.5, 1e-3), (0.1, 0.0, 1e-1)):
+        state.hyperparams.update(
+            learning_rate=jnp.asarray(rate), weight_decay=jnp.asarray(decay),
+            damping=jnp.asarray(damping),
+        )  # fmt: skip
+        plain = llqr.streaming(rate, weight_decay=decay, damping=damping, **options)
+        bare = plain.init(params)
+        # A chain without a decay has one link less.
+        inner = state.inner_state if decay else state.inner_state._replace(base=bare.base)
+        expected, _ = plain.update(
+            jax.grad(objective)(params, x), inner, params, objective=objective.bind(x)
+        )
+        updates, state = step(state, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected)
+    assert len(traced) == 1

@@ -197,7 +197,7 @@ def test_what_cannot_be_told_is_not_restored() -> None:
     tx = streaming()
     tree = flax.serialization.to_state_dict(tx.init(PARAMS))
     missing = {k: v for k, v in tree.items() if k != "base"} | {"basis": tree["preconditioner"]}
-    with pytest.raises(ValueError, match="entry 'basis'.*did you mean 'base'"):
+    with pytest.raises(ValueError, match=r"entry 'basis'.*did you mean 'base'"):
         llqr.restore(tx, PARAMS, missing)
     inner = tree["preconditioner"]
     with pytest.raises(ValueError, match=r"state/preconditioner: 'count' is missing"):

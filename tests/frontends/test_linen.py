@@ -139,3 +139,43 @@ def test_mask_and_loss_see_the_batch() -> None:
     np.testing.assert_array_equal(bound.outputs(params), logits)
     np.testing.assert_array_equal(bound(params), digits.cross_entropy(logits, batch))
     assert llqr_linen.bind(OBJECTIVE, batch, batch_stats=stats).mask() is None
+
+
+@pytest.mark.parametrize(("width", "size"), [(64, 64), (16, 64), (4, 4)])
+def test_batch_statistics_are_no_examples(width: int, size: int) -> None:
+    """Whatever the width: probes see a part, and chunks and micro-batches are cut."""
+
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            x = nn.BatchNorm(use_running_average=True)(nn.Dense(width)(x))
+            return nn.Dense(3)(nn.relu(x))
+
+    net, seen = Normed(), set()
+    x = jax.random.normal(jax.random.key(0), (size, 8), jnp.float32)
+    data = {"x": x, "y": jnp.argmax(x[:, :3], -1)}
+    variables = net.init(jax.random.key(0), x)
+    params, statistics = variables["params"], variables["batch_stats"]
+
+    def run(v: Any, batch: Any) -> Any:
+        seen.add(len(batch["x"]))
+        return net.apply(v, batch["x"])
+
+    def loss(z: Any, batch: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(z, batch["y"]).mean()
+
+    for axes in (None, lambda batch: {"x": 0, "y": 0}):
+        objective = llqr_linen.objective(run, loss, batch_axes=axes)
+        bound = llqr_linen.bind(objective, data, batch_stats=statistics)
+        seen.clear()
+        tx = llqr.streaming(1e-2)
+        state = llqr.refresh(tx, tx.init(params), params, bound)
+        assert set(llqr.find(state).refit.words) == {"updated"}
+        assert seen == {size // 4}
+        value, _ = llqr.microbatched(4)(objective)(params, bound.batch)
+        np.testing.assert_allclose(value, bound(params), rtol=1e-5)
+        tx = llqr.llqr(
+            optax.sgd(0.1), structure="kfac", route=llqr.Route(chunk_size=max(size // 8, 1)),
+            refit=llqr.Refit(every=None, steps=2),
+        )  # fmt: skip
+        llqr.refresh(tx, tx.init(params), params, bound)

@@ -261,3 +261,26 @@ def test_rows_that_do_not_count_are_left_out() -> None:
     )
     batch = {"x": jnp.ones((4, 3)), "kept": jnp.arange(4) < 3}
     np.testing.assert_array_equal(llqr_nnx.bind(objective, model, batch).mask(), batch["kept"])
+
+
+def test_a_filter_that_is_not_the_same_everywhere_is_named() -> None:
+    """Trained are the LoRA's two variables, and the objective is over the model's four."""
+    model = nnx.LoRALinear(8, 3, lora_rank=2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, llqr.streaming(1e-2), wrt=nnx.LoRAParam)
+    x = jax.random.normal(jax.random.key(0), (16, 8), jnp.float32)
+    data = {"x": x, "y": jnp.argmax(x[:, :3], -1)}
+
+    def loss(z: Any, batch: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(z, batch["y"]).mean()
+
+    objective = llqr_nnx.objective(model, lambda m, b: m(b["x"]), loss)
+    state = nnx.DiffState(0, nnx.LoRAParam)
+    grads = nnx.grad(lambda m: loss(m(x), data), argnums=state)(model)
+    bound = llqr_nnx.bind(objective, model, data)
+    for call in (
+        lambda: optimizer.update(model, grads, objective=bound),
+        lambda: llqr_nnx.refresh(optimizer, model, bound),
+    ):
+        with pytest.raises(ValueError, match=r"2 variables are trained.*wrt=.*bind\(\.\.\., wrt"):
+            call()
+    optimizer.update(model, grads, objective=llqr_nnx.bind(objective, model, data, nnx.LoRAParam))

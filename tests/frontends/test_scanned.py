@@ -119,8 +119,7 @@ def test_linen(names: bool, axis: int) -> None:
             structure = [*llqr.stacked("e-kfac", match="bias", stack=(1,)), *structure]
     tx = llqr.streaming(0.02, structure=structure, refit=REFIT)
     found = train(objective, params, tx, lambda data: llqr_linen.bind(objective, data))
-    layer = params["decoder"]["Dense_0"] if "Dense_0" in params["decoder"] else None
-    layer = layer or params["decoder"]["CheckpointLinenLayer_0"]["Dense_0"]
+    layer = params["decoder"]["Dense_0"]
     alike(
         found, unrolled(layers_of(layer["kernel"], layer["bias"], axis), params["head"]["kernel"])
     )

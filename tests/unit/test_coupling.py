@@ -50,14 +50,16 @@ APART = {
     "one of a few, by number": lambda p, b: jax.nn.one_hot(b["y"], D, dtype=float) @ p["a"],
     "a norm of each row": lambda p, b: b["x"] / (1 + jnp.sum(b["x"] ** 2, -1, keepdims=True)),
     "attention in an example": per_head,
-    "rows in one line": lambda p, b: (b["x"].reshape(-1, 2) @ jnp.ones((2, 3)))[:, None] @ jnp.ones((3, 1)),
+    "rows in one line": lambda p, b: (
+        (b["x"].reshape(-1, 2) @ jnp.ones((2, 3)))[:, None] @ jnp.ones((3, 1))),
     "a convolution": lambda p, b: jax.lax.conv_general_dilated(
         b["x"].reshape(-1, 2, 2, 1), jnp.ones((2, 2, 1, 3)), (1, 1), "SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC")),
     "pooling": lambda p, b: jax.lax.reduce_window(
         b["x"].reshape(-1, 2, 2), 0.0, jax.lax.add, (1, 2, 2), (1, 2, 2), "VALID"),
     "a checkpoint and a loop over layers": lambda p, b: jax.lax.scan(
-        jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None)), b["x"], jnp.stack([p["a"], p["b"]]))[0],
+        jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None)), b["x"],
+        jnp.stack([p["a"], p["b"]]))[0],
     "a loop": looped,
     "a branch": lambda p, b: jax.lax.cond(p["a"][0, 0] > 0, jnp.tanh, jnp.sin, b["x"] @ p["b"]),
     "a rule of its own": lambda p, b: jax.nn.relu(jax.nn.gelu(b["x"] @ p["a"])),
@@ -83,7 +85,8 @@ TOGETHER = {
     "the first": lambda p, b: b["x"][0] @ p["a"],
     "sums so far": lambda p, b: jnp.cumsum(b["x"] @ p["a"], 0),
     "in order": lambda p, b: jnp.sort(b["x"] @ p["a"], 0),
-    "a convolution over all": lambda p, b: jnp.convolve(b["x"][:, 0], jnp.ones(3), "same")[:, None] @ p["a"][:1],
+    "a convolution over all": lambda p, b: (
+        jnp.convolve(b["x"][:, 0], jnp.ones(3), "same")[:, None] @ p["a"][:1]),
     "windows": lambda p, b: jax.lax.reduce_window(
         b["x"] @ p["a"], 0.0, jax.lax.add, (2, 1), (1, 1), "SAME"),
     "in a call": lambda p, b: jax.jit(lambda x: x - x.max(0))(b["x"] @ p["a"]),
@@ -254,7 +257,8 @@ def _chain(rng: np.random.Generator) -> tuple[Any, bool]:
         lambda h, b: h[:, ::-1],
         lambda h, b: jnp.concatenate([h[:, 1:], h[:, :1]], 1),
         lambda h, b: jnp.where(b["y"][:, None] > 1, h, 2 * h),
-        lambda h, b: jax.lax.scan(lambda c, w: (jnp.sin(c @ w), None), h, jnp.stack([W["a"]] * 2))[0],
+        lambda h, b: jax.lax.scan(
+            lambda c, w: (jnp.sin(c @ w), None), h, jnp.stack([W["a"]] * 2))[0],
         lambda h, b: jnp.einsum("ij,ik->ijk", h, h).sum(1),
         lambda h, b: jnp.cumsum(h, 1),
     ]  # fmt: skip

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import llqr
+from llqr import _linalg
 from llqr.refit.options import Streaming
 from tests.oracle import flat
 from tests.unit.test_streaming import LAMBDA, OBJECTIVE, batch, parameters
@@ -174,3 +175,41 @@ def test_refusals_name_the_way_out() -> None:
     for tx, other in ((probed, alone), (alone, probed)):
         with pytest.raises(ValueError, match="another `probe`"):
             tx.update(params, other.init(params), params, refresh=False)
+
+
+def test_embeddings_vectors_and_diagonals_are_not_orthogonalised() -> None:
+    """By the length of each entry: a step of theirs is D v, entry by entry."""
+    params = {
+        "embedding": jnp.ones((6, 4)), "bias": jnp.ones(6), "thin": jnp.ones((6, 1)),
+        "plain": jnp.ones((6, 4)), "kernel": jnp.ones((6, 4)),
+    }  # fmt: skip
+    rules = [
+        llqr.Rule(match="plain|bias|thin", structure="diagonal"), ("*", "e-kfac"),
+    ]  # fmt: skip
+    rng, steps = np.random.default_rng(0), {}
+    grads = {name: jnp.asarray(rng.normal(size=p.shape)) for name, p in params.items()}
+    for on in (False, True):
+        tx = llqr.scale_by_llqr(
+            structure=rules,
+            refit=Streaming(probe="gradient", orthogonalize=on, signal_decay=None),
+        )
+        steps[on], _ = tx.update(grads, tx.init(params))
+    for name in params:
+        same = bool(jnp.allclose(steps[False][name], steps[True][name], atol=1e-12))
+        assert same == (name != "kernel"), name
+    found, was = (np.asarray(steps[on]["kernel"]) for on in (True, False))
+    assert np.linalg.norm(found) == pytest.approx(np.linalg.norm(was))
+    values = np.linalg.svd(found, compute_uv=False)
+    assert values.min() > 0.5 * values.max()
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e20])
+def test_newton_schulz_is_the_polynomial_of_singular_values(
+    shape: tuple[int, int], scale: float
+) -> None:
+    x = np.random.default_rng(1).normal(size=shape)
+    found = _linalg.newton_schulz(jnp.asarray(scale * x))
+    np.testing.assert_allclose(found, newton_schulz(x), atol=1e-12)
+    zero = _linalg.newton_schulz(jnp.zeros(shape))
+    np.testing.assert_array_equal(zero, np.zeros(shape))

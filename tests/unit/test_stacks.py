@@ -247,6 +247,7 @@ def train(params: Any, bound: Any, steps: int, **options: Any) -> tuple[Any, Any
     return params, state
 
 
+@pytest.mark.filterwarnings("ignore::llqr.errors.LayoutWarning")
 @pytest.mark.parametrize(
     "refit", [REFIT, llqr.Streaming(every=2, warmup=1)], ids=["refit", "streaming"]
 )
@@ -301,6 +302,7 @@ def test_parts_multiply_as_a_block_matrix() -> None:
     np.testing.assert_allclose(found["w"], factors * x["w"], rtol=1e-15)
 
 
+@pytest.mark.filterwarnings("ignore::llqr.errors.LayoutWarning")
 def test_parts_stream_and_share_their_scale() -> None:
     bound, params = objectives(0, False)[0], stacked_params(0)
     params, state = train(params, bound, 6, structure="e-kfac", block_size=3,
