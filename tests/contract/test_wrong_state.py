@@ -1,5 +1,6 @@
 """States and gradients that do not belong together: both sides and the leaf are named."""
 
+from pathlib import Path
 from typing import Any
 
 import flax.serialization
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import llqr
@@ -189,6 +191,19 @@ def test_what_was_restored_goes_back_by_name(way: str, params: Any) -> None:
     ):  # fmt: skip
         _, state = tx.update(params, tx.init(params), params, refresh=False)
         found = llqr.restore(tx, params, RESTORED[way](state))
+        assert jax.tree.structure(found) == jax.tree.structure(state)
+        jax.tree.map(np.testing.assert_array_equal, found, state)
+
+
+def test_what_orbax_restores_without_a_target_goes_back(tmp_path: Path) -> None:
+    for i, tx in enumerate((streaming(), streaming(structure="kfac"))):
+        _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS, refresh=False)
+        with ocp.StandardCheckpointer() as keeper:
+            keeper.save(tmp_path / str(i), state)
+        with ocp.StandardCheckpointer() as keeper:
+            tree = keeper.restore(tmp_path / str(i))
+        assert isinstance(tree, dict)
+        found = llqr.restore(tx, PARAMS, tree)
         assert jax.tree.structure(found) == jax.tree.structure(state)
         jax.tree.map(np.testing.assert_array_equal, found, state)
 
