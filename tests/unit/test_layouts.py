@@ -53,6 +53,8 @@ def test_a_table_of_other_rank_is_no_embedding() -> None:
 
 STACKED = [
     shapes(layers__kernel=(6, 8, 4)),
+    shapes(layers=(6, 8, 4)),
+    shapes(h__attn__kernel=(6, 8, 12), h__mlp__kernel=(6, 8, 4)),
     shapes(layers__mlp__kernel=(6, 8, 4), layers__norm__scale=(6, 8)),
     shapes(ScanBlock_0__Dense_0__kernel=(6, 8, 4), ScanBlock_0__Dense_0__bias=(6, 4)),
     shapes(experts__wi=(6, 8, 4), experts__wo=(6, 4, 8)),
@@ -118,7 +120,7 @@ def test_what_is_found_is_said_once_with_the_rule_to_write() -> None:
         assert "is taken for a stack of 6" in str(only.message)
         assert "llqr.stacked" in str(only.message)
         assert "note: leaf 'layers/kernel' (6, 8, 4), is taken" in str(llqr.describe(tx, params))
-    word = r"(^|/)layers/"
+    word = r"(^|/)layers(/|$)"
     rest = llqr.structures.rule_table("e-kfac")
     meant = [
         "auto", "diagonal", [*llqr.stacked("e-kfac", match=word), *rest],

@@ -30,7 +30,7 @@ _VECTORS = re.compile(r"(^|[/_])(bias|scale|gamma|beta)$", re.IGNORECASE)
 _FAN_OUT = re.compile(r"(^|/)(query|key|value)(/|$)", re.IGNORECASE)
 _HEAD = re.compile(r"(^|/)(lm_head|unembed|unembedding|output_embedding)/(kernel|weight|w)$")
 _STACK = re.compile(
-    r"^(layers|blocks|experts|moe|stages|cells|stack|stacked|repeats|ensemble|members)$"
+    r"^(layers|blocks|h|experts|moe|stages|cells|stack|stacked|repeats|ensemble|members)$"
     r"|^scan|_scan$|_scan_|scan(ned)?[A-Z_]|Scan[A-Z_]|^stacked_|_(layers|blocks|experts)$"
 )
 _MATRIX = re.compile(r"^(kernel|weight\w*|w\d*|embedding)$", re.IGNORECASE)
@@ -120,7 +120,7 @@ def stacks(names: Sequence[str], shapes: Sequence[Shape]) -> dict[int, Stack]:
     """Return which leaves look like stacks: of layers that are scanned over, of experts.
 
     Those of a module all of whose leaves have one axis of the same length, where its name says that
-    it holds several, or where biases and scales have that axis too.
+    it holds several, or where biases and scales have that axis too; and one with such a name.
 
     Args:
       names: paths of all leaves.
@@ -145,6 +145,10 @@ def stacks(names: Sequence[str], shapes: Sequence[Shape]) -> dict[int, Stack]:
             kept = [a for a in range(len(shapes[i])) if a not in before]
             if len(left) > axis:
                 found[i] = Stack((*before, kept[axis]), "/".join(module))
+    for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+        own = name.split("/")[-1]
+        if i not in found and len(shape) > 2 and _STACK.search(own) and not _natural(name, shape):
+            found[i] = Stack((0,), name)
     return found
 
 
@@ -232,4 +236,4 @@ def doubts(stacked: Iterable[tuple[str, Shape, Stack, str]]) -> str | None:
 
 
 def _pattern(module: str) -> str:
-    return rf"(^|/){re.escape(module.split('/')[-1])}/" if module else "."
+    return rf"(^|/){re.escape(module.split('/')[-1])}(/|$)" if module else "."
