@@ -21,7 +21,7 @@ from llqr.approximation import Quality, quality
 from llqr.curvature import QuadraticModel, Route, linearize
 from llqr.curvature import model as quadratic
 from llqr.diagnostics import Description, Report, describe, inspect
-from llqr.exact import exact
+from llqr.exact import Trust, exact
 from llqr.metrics import Metric
 from llqr.objective import BoundObjective, Objective
 from llqr.refit import STATUS, Refit, RefitInfo, Streaming, StreamState
@@ -65,6 +65,7 @@ __all__ = [
     "StreamState",
     "Streaming",
     "Structure",
+    "Trust",
     "asam",
     "blocks",
     "describe",
