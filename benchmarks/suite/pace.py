@@ -21,7 +21,7 @@ from .training import Program, compiled
 from .workloads.problem import Workload
 
 SECTION = "pace"
-METHODS = "AdamW,SGD Nesterov,NadamW,schedule-free AdamW,Muon,SOAP,LLQR streaming"
+METHODS = "AdamW,SGD Nesterov,NadamW,schedule-free AdamW,Muon,SOAP,LLQR streaming,LLQR gradients"
 """Measured if none is named."""
 STEP, COMPILATION = "milliseconds of a step", "seconds of compilation"
 REPEATS, STEPS = 15, 10
