@@ -23,6 +23,7 @@ SEEDS, STEPS, SEEN = range(5), 100, (20, 50, 100)
 def run(name: str, seed: int) -> tuple[float, dict[int, tuple[float, float]]]:
     """Return seconds of compilation, and step -> (error, seconds since then)."""
     workload = workloads.load(name)
+    assert workload.test_loss is not None
     params = workload.parameters(jax.random.key(seed))
     bound = workload.objective.bind(workload.train)
     tx = llqr.exact(damping=llqr.Trust())
