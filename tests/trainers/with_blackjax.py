@@ -23,7 +23,7 @@ def train(optimizer: optax.GradientTransformation, seed: int) -> tuple[float, fl
     state = first = vi.init(jnp.zeros((64, 10)))
     step = jax.jit(vi.step)
     for key in jax.random.split(keys[0], 300):
-        state, info = step(key, state)
+        state, _ = step(key, state)
 
     def loss(state: MFVIState) -> float:
         w = vi.sample(keys[1], state, 1000)

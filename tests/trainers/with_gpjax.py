@@ -21,7 +21,7 @@ def train(optimizer: optax.GradientTransformation, seed: int) -> tuple[float, fl
 
     posterior = prior * gpx.likelihoods.Gaussian()
     q = gpx.variational_families.VariationalGaussian(posterior, inducing)
-    trained, losses = gpx.fit(
+    trained, _ = gpx.fit(
         model=q, objective=loss, train_data=data, optim=optimizer,
         num_iters=500, batch_size=128, key=keys[2], verbose=False,
     )  # fmt: skip

@@ -29,7 +29,7 @@ def train(optimizer: optax.GradientTransformation, seed: int) -> tuple[float, fl
         boundary_condition=jinns.loss.Dirichlet(),
         loss_weights=jinns.loss.LossWeightsPDEStatio(dyn_loss=1.0, boundary_loss=100.0),
     )  # fmt: skip
-    trained, losses, *_ = jinns.solve(
+    trained, *_ = jinns.solve(
         init_params=params, data=points, loss=loss, optimizer=optimizer, n_iter=500, verbose=False
     )
 

@@ -1,0 +1,142 @@
+"""Trainers of other packages, unchanged, with `llqr.streaming` where they had `optax.adam`.
+
+The packages stand in an environment of their own: scripts of tests/trainers train there, with each
+optimizer at the best of three rates, and print losses.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = Path(__file__).parent / "trainers"
+PACKAGES = (
+    "blackjax==1.7.1",
+    "flowjax==19.1.2",
+    "gpjax==1.0.0",
+    "jaxopt==0.8.5",
+    "jinns==1.10.2",
+    "keras==3.15.1",
+    "netket==3.23.0",
+    "numpyro==0.22.0",
+    "optimistix==0.1.0",
+    "scikit-learn",  # digits
+)
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Yield the interpreter of an environment with the packages and this project."""
+    folder = tmp_path_factory.mktemp("trainers")
+
+    def run(*command: str | Path) -> None:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    run("uv", "venv", "--quiet", "--python", sys.executable, folder / "bare")
+    found = folder / "bare" / "bin" / "python"
+    run("uv", "pip", "install", "--quiet", "--python", found, ROOT, *PACKAGES)
+    yield found
+    shutil.rmtree(folder)  # a gigabyte
+
+
+def check(
+    python: Path,
+    name: str,
+    *,
+    adam: tuple[float, ...],
+    ours: tuple[float, ...],
+    most: float,
+    left: float,
+) -> None:
+    """Run a script and compare what it ends at.
+
+    Args:
+      python: the interpreter.
+      name: of the package.
+      adam: Adam's rates.
+      ours: those of `llqr.streaming`.
+      most: our loss may be this much of Adam's.
+      left: our loss must be below this share of the loss at the start.
+    """
+    # Users compile with all passes, and for one device.
+    changed = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "PYTHONPATH")
+    environment = {key: value for key, value in os.environ.items() if key not in changed}
+    rates = ["--adam", *map(str, adam), "--llqr", *map(str, ours)]
+    done = subprocess.run(
+        [python, SCRIPTS / f"with_{name}.py", *rates],
+        cwd=python.parent,
+        env=environment | {"OPENBLAS_NUM_THREADS": "1", "KERAS_BACKEND": "jax"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(name, found)
+    assert found["llqr"] <= most * found["adam"], found
+    assert found["llqr"] < left * found["start"], found
+
+
+def test_numpyro(python):
+    adam, ours = (1e-2, 3e-2, 1e-1), (1e-2, 3e-2, 1e-1)
+    check(python, "numpyro", adam=adam, ours=ours, most=1.02, left=0.5)
+
+
+def test_flowjax(python):
+    adam, ours = (3e-3, 1e-2, 3e-2), (3e-3, 1e-2, 3e-2)
+    check(python, "flowjax", adam=adam, ours=ours, most=1.0, left=0.7)
+
+
+def test_optimistix(python):
+    adam, ours = (1e-2, 3e-2, 1e-1), (3e-3, 1e-2, 3e-2)
+    check(python, "optimistix", adam=adam, ours=ours, most=1.0, left=0.01)
+
+
+def test_jaxopt(python):
+    adam, ours = (3e-2, 1e-1, 3e-1), (1e-2, 3e-2, 1e-1)
+    check(python, "jaxopt", adam=adam, ours=ours, most=0.5, left=0.01)
+
+
+def test_gpjax(python):
+    adam, ours = (1e-2, 3e-2, 1e-1), (1e-1, 3e-1, 1.0)
+    check(python, "gpjax", adam=adam, ours=ours, most=0.5, left=0.01)
+
+
+def test_jinns(python):
+    adam, ours = (3e-3, 1e-2, 3e-2), (3e-3, 1e-2, 3e-2)
+    check(python, "jinns", adam=adam, ours=ours, most=0.5, left=0.05)
+
+
+def test_netket(python):
+    adam, ours = (1e-2, 3e-2, 1e-1), (3e-3, 1e-2, 3e-2)
+    check(python, "netket", adam=adam, ours=ours, most=0.7, left=0.01)
+
+
+def test_keras(python):
+    adam, ours = (3e-2, 1e-1, 3e-1), (1e-2, 3e-2, 1e-1)
+    check(python, "keras", adam=adam, ours=ours, most=0.5, left=0.01)
+
+
+def test_blackjax(python):
+    adam, ours = (1e-2, 3e-2, 1e-1), (1e-1, 3e-1, 5e-1)
+    check(python, "blackjax", adam=adam, ours=ours, most=1.1, left=0.2)
+
+
+def test_the_documentation_shows_what_is_run():
+    """Each snippet is a part of one script, below the line that makes the optimizer, if any."""
+    scripts = [x.read_text().replace("  # fmt: skip", "") for x in SCRIPTS.glob("with_*.py")]
+    page = (ROOT / "docs" / "migrate.md").read_text()
+    for block in re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        own = re.sub(r"^optimizer = llqr\.streaming\(.*\)\n", "", block)
+        part = own if own == block else textwrap.indent(own, "    ")
+        assert sum(part in script for script in scripts) == 1, block
