@@ -25,6 +25,9 @@ from llqr.typing import PyTree
 
 Plan: TypeAlias = tuple[Block, ...]
 
+LIKE_A_VOCABULARY = 1000
+"""An axis that is so long may be one over words; inputs of a perceptron are shorter, mostly."""
+
 
 def make_plan(
     params: PyTree, table: Sequence[Rule], max_dim: int, block_size: int | None = None
@@ -125,7 +128,7 @@ def doubts(params: PyTree, table: Sequence[Rule]) -> list[str]:
     asked = [s.name for s in (catalogue.get(r.structure) for r in table) if s.vocabulary == 0]
     sizes = {name: max(shape) for name, shape in zip(names, shapes, strict=True) if len(shape) == 2}
     longest = max(sizes, key=sizes.__getitem__, default="")
-    if asked and not vocabulary and sizes.get(longest, 0) > catalogue.VOCABULARY:
+    if asked and not vocabulary and sizes.get(longest, 0) >= LIKE_A_VOCABULARY:
         said.append(
             f"structure {asked[0]!r} keeps sides over a vocabulary diagonal, and no leaf has the "
             f"name of an embedding or of a head. If {longest!r}, with {sizes[longest]} entries on "
