@@ -10,9 +10,9 @@ from benchmarks import first_hour
 pytestmark = pytest.mark.slow
 
 # Model -> steps, rate of AdamW, rate of ours, and how many times AdamW's loss ours may be: with
-# probes, with gradients. Of two seeds each, measured: 0.93 to 0.97 (unet), 0.003 to 0.38 (gnn), 0.10
-# to 0.36 (pinn), 0.93 to 0.96 (transformer), 0.86 to 0.97 (flow); bag, where AdamW is ahead, 1.04 to
-# 1.17.
+# probes, with gradients. Of two seeds each, measured: 0.93 to 0.97 (unet), 0.003 to 0.38 (gnn),
+# 0.10 to 0.36 (pinn), 0.93 to 0.96 (transformer), 0.86 to 0.97 (flow); bag, where AdamW is ahead,
+# 1.04 to 1.17.
 CASES: dict[str, tuple[int, float, float, float, float]] = {
     "unet": (40, 1e-2, 1e-2, 1.05, 1.05),
     "gnn": (60, 1e-2, 1e-2, 1.0, 1.0),
