@@ -174,7 +174,7 @@ def _along(parameter: str) -> Callable[..., list[Axes]]:
 
     def rule(equation: Any, ins: list[Axes]) -> list[Axes]:
         axes = equation.params[parameter]
-        axes = {axes} if isinstance(axes, int) else set(axes)
+        axes = set(axes) if hasattr(axes, "__iter__") else {int(axes)}
         if any(taken & axes for taken in ins):
             raise Mixed(equation.primitive.name)
         return _alike(equation, ins)
@@ -349,6 +349,16 @@ def _trailing(count: int) -> Callable[..., list[Axes]]:
     return rule
 
 
+def _transformed(equation: Any, ins: list[Axes]) -> list[Axes]:
+    return _trailing(len(equation.params["fft_lengths"]))(equation, ins)
+
+
+def _stacked(equation: Any, ins: list[Axes]) -> list[Axes]:
+    """Into a new axis: those behind it move on."""
+    new = int(equation.params["axis"])
+    return [frozenset(axis + (axis >= new) for axis in frozenset().union(*ins))]
+
+
 def _refused(equation: Any, ins: list[Axes]) -> list[Axes]:
     del ins
     raise Mixed(equation.primitive.name)
@@ -367,7 +377,7 @@ _RULES: dict[str, Callable[..., list[Axes]]] = {
     "cumprod": _along("axis"), "cummax": _along("axis"), "cummin": _along("axis"),
     "cumlogsumexp": _along("axis"), "sort": _along("dimension"), "rev": _along("dimensions"),
     "concatenate": _along("dimension"), "split": _along("axis"), "top_k": _trailing(1),
-    "fft": _trailing(3), "cholesky": _trailing(2), "eigh": _trailing(2), "eig": _trailing(2),
+    "fft": _transformed, "stack": _stacked, "cholesky": _trailing(2), "eigh": _trailing(2), "eig": _trailing(2),
     "qr": _trailing(2), "svd": _trailing(2), "lu": _trailing(2), "schur": _trailing(2),
     "geqrf": _trailing(2), "householder_product": _trailing(2), "triangular_solve": _trailing(2),
     "ragged_dot": _refused, "ragged_dot_general": _refused,

@@ -67,6 +67,10 @@ APART = {
     "a value set in each": lambda p, b: b["x"].at[:, 0].set(1.0) @ p["a"],
     "two outputs": lambda p, b: {"z": b["x"] @ p["a"], "w": b["x"][:, :1]},
     "noise": lambda p, b: b["x"] @ p["a"] * jax.random.normal(jax.random.key(0), (len(b["x"]), D)),
+    "stacked in an example": lambda p, b: jax.vmap(
+        lambda x: jnp.stack([x @ p["a"], x]))(b["x"]).sum(1),
+    "rolled in an example": lambda p, b: jax.vmap(lambda x: jnp.roll(x, 1))(b["x"] @ p["a"]),
+    "a transform in an example": lambda p, b: jnp.abs(jnp.fft.fft(b["x"] @ p["a"], axis=1)),
     "parameters alone": lambda p, b: b["x"] @ p["a"] + jnp.sum(p["b"], 0),
 }  # fmt: skip
 
