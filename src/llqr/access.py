@@ -143,11 +143,10 @@ def _restored(like: Any, given: Any, path: str) -> Any:
         if jnp.shape(given) != like.shape:
             raise ValueError(f"{path}: the shape is {jnp.shape(given)}, not {like.shape}.")
         return jnp.asarray(given, like.dtype)
-    above = lambda x: x is not like  # noqa: E731
-    children, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=above)
-    names = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in children]
+    children, treedef = _children(like)
+    names = [name for name, _ in children]
     if isinstance(given, (type(like), Mapping)):
-        entries = given if isinstance(given, Mapping) else dict(_children(given))
+        entries = given if isinstance(given, Mapping) else dict(_children(given)[0])
         found = {str(name): child for name, child in entries.items()}
     elif isinstance(given, list | tuple) and isinstance(like, list | tuple):
         if len(given) != len(names):
@@ -158,23 +157,21 @@ def _restored(like: Any, given: Any, path: str) -> Any:
             f"{path}: there must be a dict with {', '.join(names)}, not a {type(given).__name__}: "
             "which of its entries is which could not be told."
         )
-    full = {
-        name for name, (_, child) in zip(names, children, strict=True) if jax.tree.leaves(child)
-    }
+    full = {name for name, child in children if jax.tree.leaves(child)}
     if missing := sorted(full - set(found) - _LATER):
         raise ValueError(f"{path}: {missing[0]!r} is missing; there are {', '.join(found)}.")
     if more := sorted(name for name in set(found) - set(names) if jax.tree.leaves(found[name])):
         raise ValueError(f"{path}: {unknown('entry', more[0], names)}")
     return treedef.unflatten(
-        [_restored(child, found.get(name, 0), f"{path}/{name}")
-         for name, (_, child) in zip(names, children, strict=True)]
-    )  # fmt: skip
+        [_restored(child, found.get(name, 0), f"{path}/{name}") for name, child in children]
+    )
 
 
-def _children(tree: Any) -> list[tuple[str, Any]]:
-    """Name and value of what a container holds."""
-    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
-    return [(jax.tree_util.keystr(keys, simple=True, separator="/"), x) for keys, x in found]
+def _children(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """Name and value of what a container holds, and the container without them."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+    named = [(jax.tree_util.keystr(keys, simple=True, separator="/"), x) for keys, x in found]
+    return named, treedef
 
 
 def precondition(tx: optax.GradientTransformation, state: Any, vector: Params) -> Params:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from llqr import _loops
 from llqr.errors import check_integer
-from llqr.objective import FIRST, Objective
+from llqr.objective import Objective, example_axes
 from llqr.tree import accurate_dtype, is_legacy_key, is_none, replicate, spread, widen
 from llqr.typing import Array, Number, PyTree
 
@@ -72,7 +72,8 @@ def microbatched(
 
             axes = in_axes
             if axes == 0 and isinstance(fun, Objective) and fun.batch_axes is not None:
-                axes = (_said(fun.batch_axes, *args),)
+                (batch,) = args
+                axes = (_axes_of(fun.batch_axes(batch), batch),)
             (value, grads), aux = mean_over_parts(
                 part, args, number, in_axes=axes, weight=weight, thread=thread
             )
@@ -181,12 +182,10 @@ def _axes(in_axes: Axes, args: tuple[Any, ...], leaves: list[Any]) -> list[int |
     ]
 
 
-def _said(batch_axes: Callable[[Any], Any], batch: Any) -> list[int | None] | Any:
-    """Axes of the examples as an objective says them."""
-    leaves, treedef = jax.tree.flatten(batch, is_leaf=is_none)
-    said = spread(batch_axes(batch), batch)
-    first = [None if is_legacy_key(x) else 0 for x in leaves]
-    return treedef.unflatten([f if a == FIRST else a for a, f in zip(said, first, strict=True)])
+def _axes_of(said: PyTree, batch: PyTree) -> PyTree:
+    """Axes of the examples, in the containers of the batch."""
+    treedef = jax.tree.structure(batch, is_leaf=is_none)
+    return treedef.unflatten(example_axes(said, batch))
 
 
 def _split(x: Array, axis: int, number: int) -> Array:

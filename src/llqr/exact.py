@@ -189,10 +189,9 @@ def exact(
         _replicas.check(axis_name)
         steps, residual, trust = state.steps, state.residual, state.trust
         if isinstance(damping, Trust):
-            model = linearize(
-                *objective.widened(params), resolved, divergence_reduction=divergence_reduction
-            )
-            step, trust = _trusted(damping, solver, model, *objective.widened(params), trust)
+            objective, wide = objective.widened(params)
+            model = linearize(objective, wide, resolved, divergence_reduction=divergence_reduction)
+            step, trust = _trusted(damping, solver, model, objective, wide, trust)
             step = jax.tree.map(lambda s, u: s.astype(u.dtype), step, updates)
         elif solver == "riccati":
             problem = _stage_by_stage(objective, params, resolved, damping, divergence_reduction)

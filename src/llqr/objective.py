@@ -222,10 +222,8 @@ class BoundObjective:
 
     def axes(self) -> list[int | None]:
         """Return the axis of the examples in each leaf of the batch; None where it has none."""
-        leaves = jax.tree.leaves(self.batch, is_leaf=is_none)
         choose = self.objective.batch_axes
-        said = spread(FIRST if choose is None else choose(self.given), self.batch)
-        return [_first(x) if axis == FIRST else axis for x, axis in zip(leaves, said, strict=True)]
+        return example_axes(FIRST if choose is None else choose(self.given), self.batch)
 
     def examples(self) -> set[int]:
         """Return how many examples the leaves have that have some: one number, if they agree."""
@@ -235,6 +233,19 @@ class BoundObjective:
         """Return the axis of the examples in each leaf, and how many these leaves have."""
         leaves, axes = jax.tree.leaves(self.batch, is_leaf=is_none), self.axes()
         return axes, {x.shape[a] for x, a in zip(leaves, axes, strict=True) if a is not None}
+
+
+def example_axes(said: PyTree, batch: PyTree) -> list[int | None]:
+    """Return the axis of the examples in each leaf of a batch; None where it has none.
+
+    Args:
+      said: prefix of the batch, as `Objective.batch_axes` gives it.
+      batch: the batch.
+    """
+    leaves = jax.tree.leaves(batch, is_leaf=is_none)
+    return [
+        _first(x) if a == FIRST else a for x, a in zip(leaves, spread(said, batch), strict=True)
+    ]
 
 
 def _first(leaf: Any) -> int | None:
