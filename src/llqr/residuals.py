@@ -10,7 +10,9 @@ r"""A convex loss as half a sum of squares around a point, and the Jacobian of w
 
 The model of the loss along a step d is then 1/2 |r + R d|^2, its gradient R^T r, its curvature
 R^T R = J^T Q J. Squares have S = sqrt(weight); every other loss that is convex in the outputs row
-by row has an S from the eigenvectors of Q.
+by row has an S from the eigenvectors of Q. Where rounding hides the curvature of a row along its
+gradient (a saturated softmax on the wrong class), a small one is put in its place: the gradient of
+the model stays that of the loss.
 """
 
 from collections.abc import Callable
@@ -20,11 +22,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jax.sharding import PartitionSpec
 
 from llqr import coupling
 from llqr.objective import BoundObjective
 from llqr.operators import LinearOperator
-from llqr.tree import norm
+from llqr.tree import axis_devices, norm, replicate, shard_like
 from llqr.typing import Array, Bool, Float, Int, Params, PyTree
 
 CURVED = 1e3
@@ -36,7 +39,7 @@ class Residuals(NamedTuple):
 
     r: Float[Array, " m"]
     roots: tuple[Float[Array, "rows K K"], ...]  # S of each output
-    rest: Bool[Array, ""]  # whether c has a part that no S reaches: a loss that is linear there
+    rest: Bool[Array, ""]  # whether an output has a gradient and no curvature: a linear loss
     convex: Bool[Array, ""]
     separable: Bool[Array, ""]  # whether Q has no entries between rows
 
@@ -53,15 +56,19 @@ class Residuals(NamedTuple):
         leaves, treedef = jax.tree.flatten(like)
         found, at = [], 0
         for s, x in zip(self.roots, leaves, strict=True):
-            own = v[at : at + x.size].reshape(_rows(x).shape)
-            found.append(jnp.einsum("rkj,rj->rk", s, own).reshape(x.shape).astype(x.dtype))
+            own = v[at : at + x.size].reshape(*s.shape[:2])
+            own = jnp.einsum("rkj,rj->rk", s, own).reshape(x.shape).astype(x.dtype)
+            found.append(shard_like(own, x))
             at += x.size
         return treedef.unflatten(found)
 
 
 def _rows(x: Array) -> Float[Array, "rows K"]:
-    """An output by rows: its last axis is K, and an array of one axis has K = 1."""
-    return x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
+    """An output by rows: its last axis is K, and an array of one axis has K = 1.
+
+    Over explicit mesh axes every device has all of them: they are few beside the rows of R.
+    """
+    return replicate(x).reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
 
 
 def residuals(outputs: PyTree, cotangent: PyTree, product: Callable[[PyTree], PyTree]) -> Residuals:
@@ -75,7 +82,7 @@ def residuals(outputs: PyTree, cotangent: PyTree, product: Callable[[PyTree], Py
     leaves, treedef = jax.tree.flatten(outputs)
     roots, rs, flags, rest = [], [], [], []
     signs = [
-        jnp.sign(jax.random.normal(key, x.shape)).astype(x.dtype)
+        shard_like(jnp.sign(jax.random.normal(key, x.shape)).astype(x.dtype), x)
         for key, x in zip(jax.random.split(jax.random.key(0), len(leaves)), leaves, strict=True)
     ]
     seen = jax.tree.leaves(product(treedef.unflatten(signs)))
@@ -85,26 +92,28 @@ def residuals(outputs: PyTree, cotangent: PyTree, product: Callable[[PyTree], Py
 
         def column(e: Array, i: int = i, z: Array = z) -> Array:
             v = [jnp.zeros_like(x) for x in leaves]
-            v[i] = jnp.broadcast_to(e if z.ndim > 1 else e[0], z.shape).astype(z.dtype)
+            one = jnp.broadcast_to(e if z.ndim > 1 else e[0], z.shape).astype(z.dtype)
+            v[i] = shard_like(one, z)
             return _rows(jax.tree.leaves(product(treedef.unflatten(v)))[i])
 
         blocks = jnp.moveaxis(jax.vmap(column)(jnp.eye(width, dtype=z.dtype)), 0, -1)
         q, vectors = jnp.linalg.eigh((blocks + jnp.swapaxes(blocks, 1, 2)) / 2)
-        tiny = jnp.finfo(q.dtype).eps * jnp.max(jnp.abs(q), initial=0.0)
-        flags.append(jnp.all(q >= -CURVED * tiny))
-        reached = q > width * tiny
-        root = jnp.sqrt(jnp.where(reached, q, 0.0))
+        eps, most = jnp.finfo(q.dtype).eps, jnp.max(jnp.abs(q), initial=0.0)
+        flags.append(jnp.all(q >= -CURVED * eps * most))
         own = jnp.einsum("rkj,rk->rj", vectors, _rows(c))
+        straight = (q <= width * eps * most) & (jnp.abs(own) > jnp.sqrt(eps) * norm(_rows(c)))
+        q = jnp.where(straight, jnp.sqrt(eps) * most, q)
+        reached = q > width * eps * most
+        root = jnp.sqrt(jnp.where(reached, q, 0.0))
         rs.append(jnp.where(reached, own / jnp.where(reached, root, 1.0), 0.0))
         roots.append(vectors * root[:, None, :])
-        lost = norm(jnp.where(reached, 0.0, own))
-        rest.append(lost > jnp.sqrt(jnp.finfo(q.dtype).eps) * norm(c))
+        rest.append((most == 0) & jnp.any(c != 0))
         mine = jnp.einsum("rkj,rj->rk", blocks, _rows(signs[i]))
         off = norm(_rows(seen[i]) - mine)
-        apart.append(off <= jnp.sqrt(jnp.finfo(q.dtype).eps) * norm(mine))
+        apart.append(off <= jnp.sqrt(eps) * norm(mine))
     r = jnp.concatenate([x.ravel() for x in rs])
     every = lambda x: jnp.all(jnp.stack(x))  # noqa: E731
-    return Residuals(r, tuple(roots), ~every([~x for x in rest]), every(flags), every(apart))
+    return Residuals(r, tuple(roots), jnp.any(jnp.stack(rest)), every(flags), every(apart))
 
 
 class Linear(NamedTuple):
@@ -286,7 +295,17 @@ def _own_rows(objective: BoundObjective, params: Params, found: Residuals) -> Ro
         flat = [x.reshape(x.shape[0], -1) for x in jax.tree.leaves(tree)]
         return places, jnp.concatenate(flat, 1)
 
+    # Over explicit mesh axes, what is mapped lies like the examples.
+    roots, places = jax.tree.map(lambda x: _like_first(x, data), (roots, places))
     return Rows((data, roots, places), of, found.r.size, ordered=len(shapes) == 1)
+
+
+def _like_first(x: Array, data: list[Array]) -> Array:
+    """An array whose first axis lies like that of the data, over explicit mesh axes."""
+    if not any(axis_devices(leaf) for leaf in data):
+        return x
+    first = next(jax.typeof(leaf).sharding.spec[0] for leaf in data if axis_devices(leaf))
+    return jax.sharding.reshard(x, PartitionSpec(first, *[None] * (x.ndim - 1)))
 
 
 def acceleration(objective: BoundObjective, params: Params, d: Params, found: Residuals) -> Any:

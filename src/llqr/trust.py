@@ -14,8 +14,9 @@ r"""A trust region: the damping of an exact step, by how well the model predicts
     trust      rho = (f0 - f1) / (f0 - 1/2 |r + R d|^2);  taken where f1 < f0:
                lambda <- lambda max(1/5, 1 - (2 rho - 1)^3), nu <- 2;
                else lambda <- nu lambda, nu <- 2 nu, and again
-    fresh      of a step that was taken, rho is measured on the next batch, and
-               lambda <- lambda max(1/5, 1 - (2 rho - 1)^3)^gain
+    noisy      h = -g1.d0 / -g0.d0, how steeply the loss of the next batch still falls at the end of
+               a step; where h > 0, lambda changes as above, to the power of min(1, 4 h);
+               else lambda <- lambda 2^min(1, -4 h)
 
 One factorisation serves all lambdas that are tried.
 
@@ -36,7 +37,7 @@ from llqr.errors import check_integer, check_range
 from llqr.inverses import SKETCH, SOLVERS, Inverse
 from llqr.objective import BoundObjective
 from llqr.residuals import Residuals, acceleration
-from llqr.tree import accurate_dtype, all_finite, divide, norm
+from llqr.tree import accurate_dtype, all_finite, divide, norm, vdot
 from llqr.typing import Array, Bool, Float, Int, Params
 
 ACCEPTED = 1e-4
@@ -45,8 +46,10 @@ GEODESIC = 0.75
 """Longest geodesic term, by the step."""
 FLOOR = 50
 """Least damping: as many roundings of the largest curvature."""
-GAIN = 0.25
-"""How much of the change of lambda a ratio on fresh points makes."""
+CEILING = 1e6
+"""Largest damping, by the largest curvature."""
+GAIN = 4.0
+"""How much of the slope that is left at the end of a step changes lambda fully, inverted."""
 
 OUTCOMES = (
     "none", "taken", "no damping lowered the loss", "the loss is not convex in the outputs",
@@ -65,11 +68,13 @@ class Trust:
       tries: of lambda in one step, all with one factorisation; then none is taken.
       geodesic: whether a step follows the curvature of the residuals along it (one more pass and
         a half: second derivatives along the step).
-      fresh: whether every step sees other examples or points. How well a step did is then measured
-        on those of the next step, at the price of one more loss: on its own, with fewer of them
-        than parameters, a step always does well.
-      momentum: mu in [0, 1), how much of the last step goes on where the examples of this one say
-        nothing about it (SPRING). For fresh ones; the last step is then kept in the state.
+      noisy: whether every step sees other examples, which no parameters fit all: mini-batches of
+        data. On its own examples, with fewer of them than parameters, a step always does well;
+        so damping also follows how steeply the loss of the *next* ones still falls where a step
+        ended. No further pass; the last step is kept in the state. Not for fresh points of an
+        equation, which its solution fits all: there is no noise at the end.
+      momentum: mu in [0, 1), how much of the last step goes on where the rows of this one say
+        nothing about it (SPRING): for fresh points of an equation, 0.9. Keeps the last step too.
       radius: bound on |R d|, the length of a step in the metric; None: none.
       chunk: examples whose rows of R are held at once (rows, where examples meet); None: by
         their number, all if they fit in 2^28 numbers.
@@ -86,7 +91,7 @@ class Trust:
     start: float = 1e-3
     tries: int = 8
     geodesic: bool = True
-    fresh: bool = False
+    noisy: bool = False
     momentum: float = 0.0
     radius: float | None = None
     chunk: int | None = None
@@ -105,7 +110,7 @@ class Trust:
     @property
     def remembers(self) -> bool:
         """Whether the last step is kept."""
-        return self.fresh or self.momentum > 0
+        return self.noisy or self.momentum > 0
 
 
 class TrustState(NamedTuple):
@@ -115,13 +120,14 @@ class TrustState(NamedTuple):
     growth: Float[Array, ""]  # nu
     tries: Int[Array, ""]  # of the last step
     refused: Int[Array, ""]  # steps so far that were not taken: the parameters stayed
-    ratio: Float[Array, ""]  # rho of the last step; with fresh, of the step before on this batch
+    ratio: Float[Array, ""]  # rho of the last step
     top: Float[Array, ""]  # largest curvature at the last step
     outcome: Int[Array, ""]  # of the last step: in `OUTCOMES`
     solver: Int[Array, ""]  # in `inverses.SOLVERS`; 0 before the first step
     residuals: Int[Array, ""]  # m
     rank: Int[Array, ""]  # of R at the last step
-    predicted: Float[Array, ""]  # decrease of the loss by the last step
+    room: Float[Array, ""]  # h: how steeply this loss still fell after the step before; with noisy
+    slope: Float[Array, ""]  # -g.d of the last step
     last: Any = ()  # the last step as it was taken, where it is remembered
 
 
@@ -132,7 +138,7 @@ def start(options: Trust, params: Params) -> TrustState:
     last = jax.tree.map(jnp.zeros_like, params) if options.remembers else ()
     return TrustState(
         number(), number() + 2, count(), count(), number(), number(), count(), count(), count(),
-        count(), number(), last,
+        count(), number(), number(), last,
     )  # fmt: skip
 
 
@@ -144,7 +150,7 @@ class _Tried(NamedTuple):
     damping: Float[Array, ""]
     growth: Float[Array, ""]
     ratio: Float[Array, ""]
-    predicted: Float[Array, ""]
+    slope: Float[Array, ""]
     step: Float[Array, " n"]
     products: Int[Array, ""]  # steps of conjugate gradients
 
@@ -173,9 +179,9 @@ def search(
     r, top = jnp.where(usable, found.r, 0.0), inverse.top
     floor = FLOOR * jnp.finfo(top.dtype).eps * top
     first = jnp.where(state.damping > 0, state.damping, options.start * top)
-    ratio, carried = state.ratio, jnp.zeros_like(flat)
-    if options.fresh:
-        first, ratio = _on_fresh_points(objective, params, model.loss, first, state)
+    carried = jnp.zeros_like(flat)
+    room = _room(model.gradient, state) if options.noisy else jnp.ones_like(top)
+    first = first * jnp.exp2(jnp.clip(-GAIN * room, 0.0, 1.0))
     if options.momentum:
         carried = options.momentum * ravel_pytree(state.last)[0].astype(flat.dtype)
     pushed = inverse.map.along(carried) if options.momentum else jnp.zeros_like(r)
@@ -199,28 +205,35 @@ def search(
         after = objective(unravel(flat + step))
         own = divide(model.loss - after, predicted)
         taken = (after < model.loss) & (own > ACCEPTED)
-        shrunk = lam if options.fresh else lam * _change(own)
+        shrunk = lam * _change(own) ** jnp.clip(GAIN * room, 0.0, 1.0)
         return _Tried(
             tried.tries + 1,
             taken,
             jnp.where(taken, shrunk, lam * tried.growth),
             jnp.where(taken, 2.0, 2 * tried.growth),
-            tried.ratio if options.fresh else own,
-            jnp.where(taken, predicted, 0.0),
+            own,
+            jnp.where(taken, -(r @ rd), 0.0),
             jnp.where(taken, step, 0.0),
             tried.products + products,
         )
 
     none, never = jnp.zeros((), jnp.int32), jnp.array(False)
     begin = _Tried(
-        none, never, first, state.growth, ratio, jnp.zeros_like(top), jnp.zeros_like(flat), none
+        none,
+        never,
+        first,
+        state.growth,
+        state.ratio,
+        jnp.zeros_like(top),
+        jnp.zeros_like(flat),
+        none,
     )
     moves = usable & (top > 0) & jnp.any(r != 0)
     more = lambda t: moves & ~t.taken & (t.tries < options.tries)  # noqa: E731
     end = jax.lax.while_loop(more, attempt, begin)
     step = unravel(end.step)
     after = TrustState(
-        damping=jnp.where(moves, jnp.maximum(end.damping, floor), state.damping),
+        damping=jnp.where(moves, jnp.clip(end.damping, floor, CEILING * top), state.damping),
         growth=end.growth,
         tries=end.tries,
         refused=state.refused + (~end.taken).astype(jnp.int32),
@@ -230,7 +243,8 @@ def search(
         solver=jnp.array(SOLVERS.index(solver), jnp.int32),
         residuals=jnp.array(found.r.size, jnp.int32),
         rank=inverse.rank,
-        predicted=end.predicted,
+        room=room,
+        slope=end.slope,
         last=state.last,
     )
     return step, end.products, after
@@ -240,15 +254,10 @@ def _change(ratio: Array) -> Array:
     return jnp.maximum(0.2, 1 - (2 * ratio - 1) ** 3)
 
 
-def _on_fresh_points(
-    objective: BoundObjective, params: Params, loss: Array, damping: Array, state: TrustState
-) -> tuple[Array, Array]:
-    """Damping and ratio, by what the last step did to the loss of this batch."""
-    before = jax.tree.map(lambda p, d: p - d.astype(p.dtype), params, state.last)
-    ratio = divide(objective(before) - loss, state.predicted)
-    known = (state.predicted > 0) & jnp.isfinite(ratio)
-    change = _change(jnp.clip(ratio, -1.0, 1.0)) ** GAIN
-    return jnp.where(known, damping * change, damping), jnp.where(known, ratio, state.ratio)
+def _room(gradient: Params, state: TrustState) -> Array:
+    """h: how steeply the loss of this batch falls where the last step ended; 1 if there is none."""
+    left = divide(-vdot(gradient, state.last), state.slope, 1.0)
+    return jnp.where(jnp.isfinite(left), left, -1.0)
 
 
 def _outcome(taken: Array, found: Residuals, usable: Array, moves: Array) -> Array:
