@@ -20,7 +20,8 @@ from llqr.structures import trees
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Plan, apart, each, labels
-from llqr.tree import norm
+from llqr.tree import accurate_dtype, norm
+from llqr.trust import TrustReport, TrustState, report
 from llqr.typing import Array, Float, PyTree
 
 
@@ -186,10 +187,11 @@ class Report:
 
 def inspect(
     tx: optax.GradientTransformation, state: Any, params: PyTree, *, asymmetry: bool = False
-) -> Report:
-    """Report on the arrays of P and on the last refit, block by block.
+) -> Report | TrustReport:
+    """Report on the arrays of P and on the last refit, block by block; or on a trust region.
 
-    `print` shows the table; `advice` says in words what looks wrong and what to try.
+    `print` shows the table; `advice` says in words what looks wrong and what to try. Of
+    `llqr.exact(damping=llqr.Trust())` a `TrustReport`: solver, rows, rank, damping, the last step.
 
     Everything is measured on the device in one call, and fetched once.
 
@@ -202,7 +204,7 @@ def inspect(
         Sides that are symmetric by construction, and all other arrays, have none.
 
     Raises:
-      ValueError: there is no LLQR state in `state`.
+      ValueError: there is no LLQR state in `state`, nor one of a trust region.
 
     Example:
       >>> import jax.numpy as jnp, optax, llqr
@@ -214,6 +216,11 @@ def inspect(
       >>> report.advice, report.asks.split(',')[0]
       ((), 'where a refit is due')
     """
+    regions = _regions(state)
+    if regions and not visited(tx, params):
+        count = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params))
+        noisy = bool(jax.tree.leaves(regions[0].last))
+        return report(regions[0], count, accurate_dtype(params), noisy=noisy)
     ours = find(state)
     plan, learner = visited(tx, params)[0][:2]
     blocks = blocks_of(plan, ours, params)
@@ -242,6 +249,11 @@ def inspect(
         updates=int(ours.count), dropped=int(info.dropped), asks=asks(learner),
         directed=int(ours.count) > 0 or not learner.has_momentum,
     )  # fmt: skip
+
+
+def _regions(state: Any) -> list[TrustState]:
+    is_region = lambda x: isinstance(x, TrustState)  # noqa: E731
+    return [x for x in jax.tree.leaves(state, is_leaf=is_region) if is_region(x)]
 
 
 def _asymmetric_sides(block: Block) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ and Sethna (arXiv 1201.5885) for the geodesic term; Guzman-Cordero et al. (arXiv
 Goldshlager, Abrahamsen, Lin (arXiv 2401.10190, SPRING) for momentum.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -129,6 +130,117 @@ class TrustState(NamedTuple):
     room: Float[Array, ""]  # h: how steeply this loss still fell after the step before; with noisy
     slope: Float[Array, ""]  # -g.d of the last step
     last: Any = ()  # the last step as it was taken, where it is remembered
+
+
+@dataclass(frozen=True)
+class TrustReport:
+    """A trust region in words; `print` it. Made by `llqr.inspect`."""
+
+    solver: str  # "" before the first step
+    residuals: int
+    parameters: int
+    rank: int
+    damping: float
+    curvature: float  # the largest
+    ratio: float
+    tries: int
+    refused: int
+    outcome: str
+    digits: float  # of the parameters' dtype: one rounding, relative
+    noisy: bool = False
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What looks wrong, and what to try, in sentences; empty if nothing does."""
+        return tuple(self._advice())
+
+    def _advice(self) -> Iterator[str]:
+        if not self.solver:
+            yield "no step was made yet: update() takes params and objective=objective.bind(batch)."
+            return
+        if self.outcome != OUTCOMES[1]:
+            yield f"the last step was not taken: {self.outcome}. {REMEDIES[self.outcome]}"
+        if self.damping <= 2 * FLOOR * self.digits * self.curvature:
+            if self.digits > 1e-10:
+                yield (
+                    "the damping is at its floor, and float32 has no more digits: errors stop at "
+                    "about 1e-3. jax.config.update('jax_enable_x64', True), and parameters and "
+                    "data in float64."
+                )
+            elif not self.noisy:
+                yield (
+                    "the damping is at its floor: the rows are met as well as rounding lets them. "
+                    "What error is left lies between them: more rows, or other weights."
+                )
+
+    def __str__(self) -> str:
+        if not self.solver:
+            return "exact steps: none yet"
+        kind = {
+            "dual": f"eigenvectors of R R^T, {self.residuals} x {self.residuals}",
+            "primal": f"eigenvectors of R^T R, {self.parameters} x {self.parameters}",
+            "cg": "conjugate gradients, preconditioned by a sketch",
+            "riccati": "the layerwise recursion",
+        }[self.solver]
+        fewer = self.residuals < self.parameters
+        lines = [
+            ("solver", f"{self.solver}: {kind}"),
+            (
+                "rows of R",
+                f"{self.residuals:,} residuals in {self.parameters:,} parameters"
+                + (", which can meet all of them" if fewer else ""),
+            ),
+            ("rank", f"{self.rank:,}" + (" at least" if self.solver == "cg" else "")),
+            ("damping", f"{self.damping:.1e}, largest curvature {self.curvature:.1e}"),
+            (
+                "last step",
+                f"{self.outcome}, {self.tries} tries, {self.ratio:.2f} of the prediction",
+            ),
+            ("not taken", f"{self.refused:,} steps"),
+        ]
+        return "\n".join(f"{name:<10} {words}" for name, words in lines)
+
+
+REMEDIES = {
+    OUTCOMES[0]: "",
+    OUTCOMES[2]: (
+        "Where rho is small again and again, the model is far from the loss: a larger "
+        "Trust(start=), more tries, or scales of inputs and outputs near 1. At the end of a run it "
+        "is rounding that is left."
+    ),
+    OUTCOMES[3]: "metric='ngd' or 'gaussian' is convex, of its own.",
+    OUTCOMES[4]: "A sum or mean over rows has a root row by row; damping=1e-3 takes any loss.",
+    OUTCOMES[5]: "A least-squares model has no curvature there; damping=1e-3 takes any loss.",
+    OUTCOMES[6]: "Look for NaN in the batch, and for derivatives that are infinite (a root at 0).",
+    OUTCOMES[7]: "The loss is at a minimum, or no row depends on the parameters (rank 0).",
+}
+"""What to do about an outcome."""
+
+
+def report(state: TrustState, parameters: int, dtype: Any, *, noisy: bool) -> TrustReport:
+    """Return what a state says, on the host.
+
+    Args:
+      state: of a trust region.
+      parameters: n.
+      dtype: of the parameters, the widest.
+      noisy: whether it remembers the last step.
+    """
+    known = jax.device_get(state._replace(last=()))
+    return TrustReport(
+        solver=SOLVERS[int(known.solver)] if int(known.outcome) else "",
+        residuals=int(known.residuals),
+        parameters=parameters,
+        rank=int(known.rank),
+        damping=float(known.damping),
+        curvature=float(known.top),
+        ratio=float(known.ratio),
+        tries=int(known.tries),
+        refused=int(known.refused),
+        outcome=OUTCOMES[int(known.outcome)],
+        digits=float(jnp.finfo(dtype).eps),
+        noisy=noisy,
+    )
 
 
 def start(options: Trust, params: Params) -> TrustState:
