@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 import llqr
+from llqr.inverses import Sizes, choose
 from llqr_experiments import capacity, data, processes
 from llqr_experiments.config import build
 from llqr_experiments.config.options import Config
@@ -69,6 +70,13 @@ class Job:
         """Return the next number of rows that divide over the devices."""
         return -(-rows // self.share.parts) * self.share.parts
 
+    def seen(self, step: int) -> llqr.Objective | None:
+        """Return the network that the optimizer sees in a step; None: only a gradient."""
+        if self.config.exact_steps:
+            return self.task.objective
+        due = self.config.precond_streaming and step in self.refit_steps
+        return self.task.probing if due else None
+
     @property
     def last(self) -> int:
         """The loop's last index, which only evaluates: the number of updates."""
@@ -97,6 +105,7 @@ def prepare(config: Config, *, abstract: bool = False) -> Job:
         build.optimizer(config, horizon),
         build.ascent(config, horizon),
         weight=tasks.valid,
+        gradient=not (config.exact_steps and config.exact_trust),
         **become(config, "recipe"),
     )
     build.check_mask(config, task.params)
@@ -104,6 +113,11 @@ def prepare(config: Config, *, abstract: bool = False) -> Job:
     for name in ("precond_probes", "precond_rank"):
         count = getattr(config, name) if config.use_preconditioner else None
         capacity.check(size * (count or 0), f"{name}={count}: as many times the parameters")
+    if config.exact_steps and config.exact_trust:
+        sizes, solver = exact_sizes(config, task)
+        if solver in ("dual", "primal"):
+            side = sizes.residuals if solver == "dual" else sizes.parameters
+            capacity.check(8 * side**2, f"exact_solver={solver}: a matrix of {side:,} x {side:,}")
     refits = build.refit_steps(config, horizon)
     blocks = llqr.describe(recipe.tx, task.params) if config.use_preconditioner else None
     best = goal(config, task.material)
@@ -207,9 +221,42 @@ def refits_in_words(job: Job) -> str:
     )
 
 
+def exact_sizes(config: Config, task: tasks.Task) -> tuple[Sizes, str]:
+    """Return residuals and parameters of an exact step, and the solver of a trust region."""
+    batch = task.material.streams.shapes(config)
+    outputs = jax.eval_shape(
+        lambda params, batch: tasks.bound(task, batch, task.statistics).outputs(params),
+        task.params,
+        batch,
+    )
+    count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
+    sizes = Sizes(count(outputs), count(task.params))
+    return sizes, choose(config.exact_solver, sizes)
+
+
+def exact_in_words(job: Job) -> str:
+    """Return how a run makes exact steps."""
+    config = job.config
+    if not config.exact_trust:
+        solver = "cg" if config.exact_solver == "auto" else config.exact_solver
+        return (
+            f"exact steps by {solver}, {config.divergence}: damping {config.damping:g}, in front "
+            f"of {config.main_optimizer}"
+        )
+    sizes, solver = exact_sizes(config, job.task)
+    geodesic = "with" if config.exact_geodesic else "without"
+    return (
+        f"exact steps by {solver}, {config.divergence}: {sizes.residuals:,} residuals in "
+        f"{sizes.parameters:,} parameters, a trust region, {geodesic} a geodesic term"
+    )
+
+
 def title(config: Config) -> str:
     """Return what pictures of a run are called."""
-    name = f"{config.dataset.name}, {config.architecture.name}: {config.main_optimizer}"
+    name = f"{config.dataset.name}, {config.architecture.name}: "
+    if config.exact_steps and config.exact_trust:
+        return f"{name}exact steps"
+    name += f"exact steps, {config.main_optimizer}" * config.exact_steps or config.main_optimizer
     name += f" {config.learning_rate:g}"
     way = "streaming " if config.precond_streaming else ""
     name += f" + LLQR {way}{config.block_structure}" if config.use_preconditioner else ""
