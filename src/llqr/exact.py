@@ -6,25 +6,25 @@ With a damping they are a reference: every update solves (C + lambda I) d = -g. 
 Sources: Layerwise LQR (arXiv 2605.04230); see `llqr.trust` and `llqr.inverses` for theirs.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 
 from llqr import _replicas, inverses, lqr, metrics, trust
 from llqr._linalg import solve
 from llqr._replicas import AxisName
-from llqr.curvature.model import QuadraticModel, linearize
+from llqr.curvature.model import linearize
 from llqr.curvature.route import Route
 from llqr.errors import check_choice, check_range
-from llqr.inverses import Inverse, Sizes, Solver
+from llqr.inverses import Inverse, Solver
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
-from llqr.residuals import Residuals, as_map, residuals, rows
+from llqr.residuals import Residuals, residuals
 from llqr.tree import all_finite, is_traced, widen
-from llqr.trust import OUTCOMES, Trust, TrustState
+from llqr.trust import OUTCOMES, REMEDIES, Trust, TrustState
 from llqr.typing import Array, Float, Int, Number, Params
 
 __all__ = ["ExactState", "Solver", "Trust", "TrustState", "exact"]
@@ -132,12 +132,20 @@ def exact(
             model = linearize(
                 wide_objective, wide, resolved, divergence_reduction=divergence_reduction
             )
-            found, name, inverse = _inverse(
-                damping, solver, model, wide_objective, wide, tolerance, max_steps, max_size,
-                resolved, divergence_reduction,
+            curvature: Any = model.curvature
+            found = residuals(model.outputs, model.cotangent, curvature.output_hessian)
+            if not found.r.size:
+                raise ValueError("exact: the outputs have no rows: the batch is empty.")
+            ways = inverses.Ways(
+                solver, chunk=damping.chunk, sketch=damping.sketch, tolerance=tolerance,
+                max_steps=max_steps, max_size=max_size,
             )  # fmt: skip
+            regulator = partial(
+                _stage_by_stage, wide_objective, wide, resolved, 0.0, divergence_reduction
+            )
+            name, inverse = inverses.damped(ways, found, model, wide_objective, wide, regulator)
             usable = found.convex & found.separable & ~found.rest
-            usable &= inverse.finite & all_finite(found.r)
+            usable &= inverse.finite & inverse.agrees & all_finite(found.r)
             _check_residuals(found, inverse)
             step, steps, kept = trust.search(
                 damping, name, inverse, usable, found, model, wide_objective, wide, kept
@@ -191,32 +199,6 @@ def _check_solver(trusts: bool, solver: str, metric: Any, axis_name: AxisName) -
         raise ValueError(f"exact: {why}.")
 
 
-def _inverse(
-    options: Trust, solver: str, model: QuadraticModel, objective: BoundObjective, params: Params,
-    tolerance: float, max_steps: int | None, max_size: int, metric: Any, reduction: Reduction,
-) -> tuple[Residuals, str, Inverse]:  # fmt: skip
-    """The residuals at a point, the solver that was chosen, and the damped inverse by it."""
-    curvature: Any = model.curvature
-    found = residuals(model.outputs, model.cotangent, curvature.output_hessian)
-    flat, unravel = ravel_pytree(params)
-    whole = as_map(model.jacobian, model.outputs, params, found)
-    sizes = Sizes(found.r.size, flat.size)
-    name = inverses.choose(solver, sizes)
-    if name == "cg":
-        inverse = inverses.iterative(
-            whole, sizes, found.r.dtype, sketch=options.sketch, tolerance=tolerance,
-            max_steps=max_steps,
-        )  # fmt: skip
-    elif name == "riccati":
-        problem = _stage_by_stage(objective, params, "gauss_newton", 0.0, "sum")
-        inverse = inverses.layerwise(problem, whole, flat, unravel, max_size)
-    else:
-        usable = found.convex & found.separable & all_finite(found.r)
-        blocks = rows(objective, params, whole, found)
-        inverse = inverses.factorised(name, blocks, whole, flat, usable, options.chunk)
-    return found, name, inverse
-
-
 def _check_residuals(found: Residuals, inverse: Inverse) -> None:
     """Raise ValueError in words where that can be, outside `jit`."""
     if is_traced((found.r, inverse.top)):
@@ -224,6 +206,8 @@ def _check_residuals(found: Residuals, inverse: Inverse) -> None:
     why = None
     if not all_finite(found.r) or not inverse.finite:
         why = OUTCOMES[6]
+    elif not inverse.agrees:
+        why = f"{OUTCOMES[8]}: {REMEDIES[OUTCOMES[8]]}"
     elif not found.convex:
         why = f"{OUTCOMES[3]}; metric='ngd' or 'gaussian' is, of its own"
     elif not found.separable:
@@ -231,7 +215,8 @@ def _check_residuals(found: Residuals, inverse: Inverse) -> None:
     elif found.rest:
         why = f"{OUTCOMES[5]}, where a least-squares model has no curvature"
     if why:
-        raise ValueError(f"exact: {why}. solver='cg' with a number as damping takes any loss.")
+        ways = "A number as damping, with solver='cg', takes any loss."
+        raise ValueError(f"exact: {why.removesuffix('.')}. {ways}")
 
 
 def _stage_by_stage(

@@ -28,9 +28,11 @@ from jax.sharding import PartitionSpec
 
 from llqr import lqr
 from llqr._linalg import conjugate_gradients, nystroem
-from llqr.residuals import Linear, Rows
-from llqr.tree import axis_devices, replicate
-from llqr.typing import Array, Bool, Float, Int
+from llqr.curvature.model import QuadraticModel
+from llqr.objective import BoundObjective
+from llqr.residuals import Linear, Residuals, Rows, as_map, rows
+from llqr.tree import all_finite, axis_devices, norm, replicate
+from llqr.typing import Array, Bool, Float, Int, Params
 
 Solver: TypeAlias = Literal["auto", "cg", "riccati", "dual", "primal"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
@@ -54,6 +56,7 @@ class Inverse(NamedTuple):
     solve: Callable[[Array, Array], tuple[Array, Int[Array, ""]]]  # lambda, v [m] -> [n], cg steps
     map: Linear
     finite: Bool[Array, ""]  # whether R is, as far as that shows
+    agrees: Bool[Array, ""]  # whether rows that were made one by one are those of the whole model
 
 
 @dataclass(frozen=True)
@@ -92,25 +95,78 @@ def choose(solver: str, sizes: Sizes) -> str:
     return "dual" if sizes.residuals <= sizes.parameters else "primal"
 
 
+@dataclass(frozen=True)
+class Ways:
+    """How an inverse is to be computed.
+
+    Args:
+      solver: a name.
+      chunk: blocks of rows that are held at once; None: by their number.
+      sketch: rank of the sketch behind cg.
+      tolerance: of cg, relative residual.
+      max_steps: of cg at one lambda; None: `CG_STEPS`.
+      max_size: see `llqr.lqr.riccati`.
+    """
+
+    solver: str = "auto"
+    chunk: int | None = None
+    sketch: int = SKETCH
+    tolerance: float = 1e-8
+    max_steps: int | None = None
+    max_size: int = lqr.MAX_SIZE
+
+
+def damped(
+    ways: Ways, found: Residuals, model: QuadraticModel, objective: BoundObjective, params: Params,
+    regulator: Callable[[], lqr.LQRProblem],
+) -> tuple[str, Inverse]:  # fmt: skip
+    """Return which solver it is, and the damped inverse by it.
+
+    Args:
+      ways: how.
+      found: residuals and roots.
+      model: of the loss at the same point.
+      objective: on a batch.
+      params: the parameters.
+      regulator: makes the model's regulator, for riccati.
+    """
+    flat, unravel = ravel_pytree(params)
+    whole = as_map(model.jacobian, model.outputs, params, found)
+    sizes = Sizes(found.r.size, flat.size)
+    name = choose(ways.solver, sizes)
+    if name == "cg":
+        return name, iterative(whole, sizes, found.r.dtype, ways)
+    if name == "riccati":
+        return name, layerwise(regulator(), whole, flat, unravel, ways.max_size)
+    usable = found.convex & found.separable & all_finite(found.r)
+    blocks = rows(objective, params, whole, found)
+    return name, factorised(name, blocks, whole, flat, usable, ways.chunk)
+
+
 def factorised(
-    solver: str, rows: Rows, model: Linear, like: Array, usable: Bool[Array, ""], chunk: int | None
+    solver: str,
+    blocks: Rows,
+    model: Linear,
+    like: Array,
+    usable: Bool[Array, ""],
+    chunk: int | None,
 ) -> Inverse:
     """Return the inverse by the eigenvectors of R R^T or R^T R.
 
     Args:
       solver: "dual" or "primal".
-      rows: of R.
+      blocks: rows of R.
       model: R as a map.
       like: the parameters, flat.
       usable: where False, all is 0: a factorisation of what is not finite might never end.
       chunk: blocks of rows that are held at once; None: by their number.
     """
-    dual, m, n = solver == "dual", rows.residuals, like.size
-    many = rows.count
+    dual, m, n, whole = solver == "dual", blocks.residuals, like.size, model
+    many = blocks.count
     if chunk is None and m * n > HELD:
         chunk = max(1, HELD * many // (2 * m * n))
     if chunk is None or chunk >= many:
-        matrix = _by_columns(rows.matrix())
+        matrix = _by_columns(blocks.matrix())
         spec = "mn,kn->mk" if dual else "mn,mk->nk"
         square = _product(spec, matrix, matrix)[: m if dual else n, : m if dual else n]
         model = Linear(
@@ -118,9 +174,10 @@ def factorised(
             lambda v: _product("mn,m->n", matrix, v)[:n],
         )
     else:
-        chunks = rows.chunks(chunk)
+        chunks = blocks.chunks(chunk)
         square = chunks.outer(like) if dual else chunks.inner(like)
     finite = jnp.all(jnp.isfinite(square))
+    agrees = jnp.array(True) if blocks.proven else _agrees(square, _squared(whole, dual))
     w, u = jnp.linalg.eigh(jnp.where(usable & finite, square, 0.0))
     w = jnp.maximum(w, 0.0)
     top = jnp.max(w)
@@ -132,27 +189,21 @@ def factorised(
             return model.back(u @ ((u.T @ v) / (w + damping))), none
         return u @ ((u.T @ model.back(v)) / (w + damping)), none
 
-    return Inverse(top, rank, solve, model, finite)
+    return Inverse(top, rank, solve, model, finite, agrees)
 
 
-def iterative(
-    model: Linear, sizes: Sizes, dtype: Any, *, sketch: int, tolerance: float, max_steps: int | None
-) -> Inverse:
+def iterative(model: Linear, sizes: Sizes, dtype: Any, ways: Ways) -> Inverse:
     """Return the inverse by conjugate gradients, preconditioned by a sketch of the matrix.
 
     Args:
       model: R as a map.
       sizes: of R; the equations are those of the smaller side.
       dtype: of the residuals.
-      sketch: rank, as many products of R R^T in every step.
-      tolerance: relative residual.
-      max_steps: at one lambda; None: `CG_STEPS`.
+      ways: sketch, tolerance and most steps.
     """
     dual = sizes.residuals <= sizes.parameters
-    product = (
-        (lambda v: model.along(model.back(v))) if dual else (lambda d: model.back(model.along(d)))
-    )
-    found = nystroem(product, sizes.side, sketch, dtype)
+    product = _squared(model, dual)
+    found = nystroem(product, sizes.side, ways.sketch, dtype)
     top = found.w[0]
     rank = jnp.sum(found.w > sizes.side * jnp.finfo(dtype).eps * top, dtype=jnp.int32)
 
@@ -160,13 +211,13 @@ def iterative(
         x, info = conjugate_gradients(
             lambda x: product(x) + damping * x,
             v if dual else model.back(v),
-            tolerance=tolerance,
-            max_steps=CG_STEPS if max_steps is None else max_steps,
+            tolerance=ways.tolerance,
+            max_steps=CG_STEPS if ways.max_steps is None else ways.max_steps,
             precondition=lambda r: found.precondition(damping, r),
         )
         return (model.back(x) if dual else x), info.steps
 
-    return Inverse(top, rank, solve, model, found.finite)
+    return Inverse(top, rank, solve, model, found.finite, jnp.array(True))
 
 
 def layerwise(
@@ -183,14 +234,30 @@ def layerwise(
       max_size: see `llqr.lqr.riccati`.
     """
     size, none = like.size, jnp.zeros((), jnp.int32)
-    found = nystroem(lambda d: model.back(model.along(d)), size, 8, like.dtype)
+    found = nystroem(_squared(model, dual=False), size, 8, like.dtype)
 
     def solve(damping: Array, v: Array) -> tuple[Array, Array]:
         damped = replace(problem, damping=damping)
         u = lqr.solve(damped, gradient=unravel(model.back(v)), max_size=max_size)
         return -ravel_pytree(u)[0], none
 
-    return Inverse(found.w[0], jnp.array(size, jnp.int32), solve, model, found.finite)
+    return Inverse(
+        found.w[0], jnp.array(size, jnp.int32), solve, model, found.finite, jnp.array(True)
+    )
+
+
+def _squared(model: Linear, dual: bool) -> Callable[[Array], Array]:
+    """V -> R R^T v, or R^T R v."""
+    if dual:
+        return lambda v: model.along(model.back(v))
+    return lambda d: model.back(model.along(d))
+
+
+def _agrees(square: Array, product: Callable[[Array], Array]) -> Array:
+    """Whether a matrix from rows one by one does what the whole model does to some vector."""
+    v = jax.random.normal(jax.random.key(0), square.shape[:1], square.dtype)
+    tolerance = jnp.sqrt(jnp.finfo(square.dtype).eps) * jnp.trace(square) * norm(v)
+    return norm(square @ v - product(v)) <= tolerance
 
 
 def _by_columns(matrix: Array) -> Array:

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec
 from llqr import coupling
 from llqr.objective import BoundObjective
 from llqr.operators import LinearOperator
-from llqr.tree import axis_devices, norm, replicate, shard_like
+from llqr.tree import axis_devices, is_key, is_legacy_key, norm, replicate, shard_like
 from llqr.typing import Array, Bool, Float, Int, Params, PyTree
 
 CURVED = 1e3
@@ -148,12 +148,15 @@ class Rows:
       of: data -> places in r, and the rows of R there: [q], [q, n].
       residuals: m.
       ordered: whether the blocks one after the other are R.
+      proven: whether it is known that examples do not meet; else it was said, or a random key
+        that examples share may draw other numbers for one of them.
     """
 
     data: PyTree
     of: Callable[[PyTree], tuple[Int[Array, " q"], Float[Array, "q n"]]]
     residuals: int
     ordered: bool
+    proven: bool = True
 
     @property
     def count(self) -> int:
@@ -297,7 +300,9 @@ def _own_rows(objective: BoundObjective, params: Params, found: Residuals) -> Ro
 
     # Over explicit mesh axes, what is mapped lies like the examples.
     roots, places = jax.tree.map(lambda x: _like_first(x, data), (roots, places))
-    return Rows((data, roots, places), of, found.r.size, ordered=len(shapes) == 1)
+    keys = any(is_legacy_key(x) or is_key(x) for x in chunks.leaves)
+    proven = not (keys or objective.is_told)
+    return Rows((data, roots, places), of, found.r.size, len(shapes) == 1, proven)
 
 
 def _like_first(x: Array, data: list[Array]) -> Array:

@@ -56,6 +56,7 @@ OUTCOMES = (
     "none", "taken", "no damping lowered the loss", "the loss is not convex in the outputs",
     "the loss couples rows of the outputs", "the loss is linear along some outputs",
     "the residuals or their Jacobian are not finite", "the gradient is 0",
+    "examples interact in the model in a way that was not said",
 )  # fmt: skip
 """What became of a step, by the number that a state holds."""
 
@@ -213,6 +214,11 @@ REMEDIES = {
     OUTCOMES[5]: "A least-squares model has no curvature there; damping=1e-3 takes any loss.",
     OUTCOMES[6]: "Look for NaN in the batch, and for derivatives that are infinite (a root at 0).",
     OUTCOMES[7]: "The loss is at a minimum, or no row depends on the parameters (rank 0).",
+    OUTCOMES[8]: (
+        "rows of R that are made example by example are not those of the whole model. Let "
+        "Objective(batch_axes=) be None where the model mixes examples, and give every example a "
+        "random key of its own, or none."
+    ),
 }
 """What to do about an outcome."""
 
@@ -351,7 +357,7 @@ def search(
         refused=state.refused + (~end.taken).astype(jnp.int32),
         ratio=end.ratio,
         top=top,
-        outcome=_outcome(end.taken, found, usable, moves),
+        outcome=_outcome(end.taken, found, inverse, usable, moves),
         solver=jnp.array(SOLVERS.index(solver), jnp.int32),
         residuals=jnp.array(found.r.size, jnp.int32),
         rank=inverse.rank,
@@ -372,10 +378,13 @@ def _room(gradient: Params, state: TrustState) -> Array:
     return jnp.where(jnp.isfinite(left), left, -1.0)
 
 
-def _outcome(taken: Array, found: Residuals, usable: Array, moves: Array) -> Array:
+def _outcome(
+    taken: Array, found: Residuals, inverse: Inverse, usable: Array, moves: Array
+) -> Array:
     """In `OUTCOMES`."""
     reasons = [
-        taken, ~all_finite(found.r), ~found.convex, ~found.separable, found.rest, ~usable, ~moves,
+        taken, ~all_finite(found.r), ~found.convex, ~found.separable, found.rest,
+        ~inverse.finite, ~inverse.agrees, ~usable, ~moves,
     ]  # fmt: skip
-    numbers = [jnp.asarray(x, jnp.int32) for x in (1, 6, 3, 4, 5, 6, 7)]
+    numbers = [jnp.asarray(x, jnp.int32) for x in (1, 6, 3, 4, 5, 6, 8, 6, 7)]
     return jnp.select(reasons, numbers, jnp.asarray(2, jnp.int32))

@@ -85,7 +85,7 @@ def burgers_solution(points: np.ndarray) -> np.ndarray:
 
 
 def _advection(value: Any, gradient: Any, second: Any) -> Any:
-    """u u_x."""
+    """U u_x."""
     del second
     return value[:, :1] * gradient[:, 0, :1]
 

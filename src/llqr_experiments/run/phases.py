@@ -41,6 +41,7 @@ def refit(job: Job, session: Session, training: dict[str, Any], desk: Desk) -> N
     with clock.phase("insight"):
         skew = config.measure_asymmetry
         report = llqr.inspect(job.recipe.tx, opt_state, state.params, asymmetry=skew)
+        assert isinstance(report, llqr.Report)
         ours, theirs = (_bound(job, given, state) for given in (batch, training))
         cosine = insight.gradient_cosine(ours, theirs, state.params)
         length = insight.step_length(job.recipe.tx, opt_state, theirs, state.params)
