@@ -7,7 +7,7 @@ from llqr_experiments.config.row import option
 ARCHITECTURES = (
     "mlp", "mlp-legacy", "resnet-18", "resnet-50", "vgg16-bn", "wide-resnet-28-10",
     "pyramidnet-110", "vit-ti-16", "vit-s-16", "grok-transformer", "gpt2-small",
-    "transformer-iwslt-de-en", "pinn",
+    "transformer-iwslt-de-en", "pinn", "regressor",
 )  # fmt: skip
 
 
@@ -71,6 +71,24 @@ class Dataset:
     max_length: int = option(1024, "most words of a sentence", low=1)
     points: int = option(
         32, "of an equation: squares along a side, in whose middles it is asked for", low=1
+    )
+    boundary_points: int | None = option(
+        None,
+        "points on the boundary of an equation, all faces together; null: `points` on each, or a "
+        "quarter of `fresh`",
+        low=1,
+    )
+    fresh: int | None = option(
+        None,
+        "points inside that are others in every batch, as those on the boundary then are; null: "
+        "squares, and 512 in more than two variables",
+        low=1,
+    )
+    measurements: int = option(
+        200, "of the solution, where a coefficient of the equation is sought", low=1
+    )
+    noise: float = option(
+        0.01, "errors of measurements, by the root mean square of what is measured", low=0
     )
     refit_coverage: float = option(
         0.95, "share of sentences that fit the one width of refit batches", above=0, high=1

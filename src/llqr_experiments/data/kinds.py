@@ -8,7 +8,7 @@ from llqr.errors import unknown
 from llqr_experiments import data
 from llqr_experiments.config.options import Config, Dataset
 from llqr_experiments.config.row import become, plain
-from llqr_experiments.data import poisson, translation
+from llqr_experiments.data import equations, problems, regression, translation
 from llqr_experiments.data.material import (
     Material,
     error_rates,
@@ -41,6 +41,7 @@ class Kind:
       batch: `(config) ->` in words what a training batch holds.
       decoded: whether its models answer in sentences, found by a beam search.
       long: whether its runs are told by orders of magnitude: steps on a logarithmic axis.
+      numeric: whether its labels are numbers, not classes.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Kind:
     batch: Callable[[Config], str] = _examples
     decoded: bool = False
     long: bool = False
+    numeric: bool = False
 
     def check(self, config: Dataset) -> None:
         """Raise ConfigError for an option that this kind does not have."""
@@ -62,7 +64,7 @@ class Kind:
             if not own and value != plain(option):
                 raise ConfigError(
                     f"dataset.{option.name}={value}: {config.name} has no such option, only "
-                    f"{', '.join(self.options)}."
+                    f"{', '.join(self.options) or 'none'}."
                 )
 
     def given(self, config: Dataset) -> dict[str, Any]:
@@ -234,30 +236,96 @@ TRANSLATION = Kind(
 
 
 def _equations(config: Dataset) -> Material:
-    splits = {"train": poisson.equation_rows(config.points), "test": poisson.solution_rows()}
+    equation = problems.EQUATIONS[config.name]
+    splits = {
+        "train": _rows(equation, config),
+        "test": equations.solution_rows(equation),
+    }
     return Material(
         config.name,
         EQUATIONS.name,
         example_streams(splits),
         {name: len(split) for name, split in splits.items()},
         ("test",),
-        (2,),
-        1,
+        (len(equation.box),),
+        equation.unknowns,
         inputs=lambda batch: (batch["x"], batch["operator"]),
+        options={"terms": equation.terms},
         rates=error_rates,
         best=("test relative error", False),
     )
 
 
+def _rows(equation: equations.Equation, config: Dataset) -> equations.Rows:
+    """What is asked of an equation in training."""
+    if equation.measured is None:
+        for name in ("measurements", "noise"):
+            if getattr(config, name) != getattr(Dataset(), name):
+                raise ConfigError(
+                    f"dataset.{name}={getattr(config, name)}: nothing of {config.name} is measured."
+                )
+    known = None
+    if equation.measured is not None:
+        known = equations.measurements(equation, config.measurements, config.noise)
+    dim, faces, inside = len(equation.box), len(equation.faces), config.fresh
+    if inside is None and dim > 2:
+        inside = FRESH
+    if inside is not None:
+        boundary = config.boundary_points or -(-inside // 4)
+        return equations.fresh(equation, inside, boundary, known)
+    boundary = config.boundary_points or faces * config.points
+    rows = equations.grid(equation, [config.points] * dim, equations.spread(boundary, faces))
+    return rows if known is None else equations.joined(rows, known)
+
+
+FRESH = 512
+"""Points inside, where the variables are too many for squares."""
+
+
+def _few(config: Dataset) -> Dataset:
+    """The same equation at few points."""
+    given = replace(config, points=4, boundary_points=None)
+    return given if config.fresh is None else replace(given, fresh=16)
+
+
 EQUATIONS = Kind(
     "equations",
     "Differential equations",
-    ("poisson",),
+    tuple(problems.EQUATIONS),
     ("train", "test"),
-    ("points",),
+    ("points", "boundary_points", "fresh", "measurements", "noise"),
     _equations,
-    lambda config: replace(config, points=4),
+    _few,
+    numeric=True,
 )
 
-KINDS = {kind.name: kind for kind in (IMAGES, OPERATIONS, TEXT, TRANSLATION, EQUATIONS)}
+# --- tables -------------------------------------------------------------------------------------
+
+
+def _tables(config: Dataset) -> Material:
+    found = regression.load(config.name)
+    return _by_number(
+        TABLES,
+        found,
+        ("test",),
+        (found.columns,),
+        1,
+        inputs=lambda batch: batch["x"],
+        rates=error_rates,
+        best=("test relative error", False),
+    )
+
+
+TABLES = Kind(
+    "tables",
+    "Tables of numbers",
+    regression.NAMES,
+    ("train", "test"),
+    (),
+    _tables,
+    lambda config: config,
+    numeric=True,
+)
+
+KINDS = {kind.name: kind for kind in (IMAGES, OPERATIONS, TEXT, TRANSLATION, EQUATIONS, TABLES)}
 """Every kind, by name."""

@@ -37,7 +37,7 @@ class Model:
     Attributes:
       factory: `(shape or sizes of the data, classes, *, options, rngs) -> Staged`.
       small: options of a small sibling, for smoke runs and tests.
-      takes: kind of data: images, operations, text, translation or equations.
+      takes: kind of data: images, operations, text, translation, equations or tables.
     """
 
     factory: Callable[..., Staged]
@@ -71,6 +71,7 @@ MODELS: dict[str, Model] = {
         "translation",
     ),
     "pinn": Model(pinn.pinn, {"hidden": [8, 8]}, "equations"),
+    "regressor": Model(pinn.regressor, {"hidden": [8, 8]}, "tables"),
 }
 
 

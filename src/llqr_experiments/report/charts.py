@@ -28,6 +28,7 @@ CURVES = {
     "text": (LOSS, ACCURACY, PERPLEXITY),
     "translation": (LOSS, ACCURACY, BLEU),
     "equations": (LOSS, ERROR),
+    "tables": (LOSS, ERROR),
     "other": (),
 }
 """What is drawn over steps and over seconds, by kind of runs."""

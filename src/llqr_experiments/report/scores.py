@@ -43,6 +43,11 @@ class Metric(NamedTuple):
 PERCENT, PLAIN = "{:.2f} %", "{:.4f}"
 _ACCURACY, _LOSS = Metric("test accuracy", max, PERCENT), Metric("test loss", min, PLAIN)
 
+_NUMBERS = (
+    Metric("test relative error", min, "{:.3g}"),
+    Metric("train loss", min, "{:.3g}", ("final",)),
+)
+
 METRICS: dict[str, tuple[Metric, ...]] = {
     "images": (_ACCURACY, _LOSS),
     "operations": (_ACCURACY, _LOSS),
@@ -60,10 +65,8 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric("valid_ppl", min, "{:.2f}", ("final",)),
         Metric("valid token_accuracy", max, PERCENT, ("final",)),
     ),
-    "equations": (
-        Metric("test relative error", min, "{:.3g}"),
-        Metric("train loss", min, "{:.3g}", ("final",)),
-    ),
+    "equations": _NUMBERS,
+    "tables": _NUMBERS,
     "other": (),
 }
 """What runs are compared by. The first two are named in the sentence above the table."""

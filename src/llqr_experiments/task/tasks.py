@@ -142,7 +142,7 @@ def architecture_options(architecture: Architecture) -> dict[str, Any]:
 
 def _check_answers(config: Config, made: Material) -> None:
     """Whether loss and metric are those of numbers, where labels are numbers."""
-    if made.kind != kinds.EQUATIONS.name:
+    if not kinds.KINDS[made.kind].numeric:
         return
     if config.label_smoothing:
         raise ConfigError(
