@@ -1,8 +1,8 @@
 """By what it is solved: the suite's methods, exact steps, and solvers of other libraries.
 
-Solvers that are driven from outside are engines of the suite: optimistix' by `solver.step`, compiled
-once and called in a loop, without its test for convergence. SciPy's has a loop of its own, whose
-callback notes the time and the parameters.
+Solvers that are driven from outside are engines of the suite: those of optimistix by `solver.step`,
+compiled once and called in a loop, without its test for convergence. SciPy's has a loop of its own,
+whose callback notes the time and the parameters.
 """
 
 import importlib.util
@@ -27,9 +27,6 @@ FIRST = "first"
 SHARE = 0.3
 """Of AdamW's steps, before L-BFGS."""
 
-PATIENCE = 3.0
-"""Seconds of the solvers for least squares, by those of the others: their steps are slow."""
-
 
 @dataclass(frozen=True, eq=False)
 class Entry:
@@ -40,7 +37,7 @@ class Entry:
         the seconds of the problem; one without goes on until they are over.
       exact: whether it makes the exact steps of the problem instead.
       timed: whether its work is told in seconds of a gradient, because a step is more than that.
-      patience: its seconds by the problem's.
+      patient: whether it has the problem's `patience`.
       alternatives: of the method, by number, that are tried beside its usual options.
       after: the method whose tuned rate and steps it begins with.
       course: (workload, seed, seconds) -> (seconds of compilation, its iterates), for a solver
@@ -51,7 +48,7 @@ class Entry:
     method: Method
     exact: bool = False
     timed: bool = False
-    patience: float = 1.0
+    patient: bool = False
     alternatives: tuple[int, ...] = ()
     after: str = ""
     course: "Callable[[Workload, int, float], tuple[float, list[Iterate]]] | None" = None
@@ -187,9 +184,8 @@ def _optimistix(workload: Workload, solver: str) -> Engine:
 
 
 def _broyden(workload: Workload) -> Engine:
-    import ssbroyden_optimistix
-
-    return _stepped(workload, lambda: ssbroyden_optimistix.SSBroyden(rtol=0.0, atol=0.0))
+    package = importlib.import_module("ssbroyden_optimistix")
+    return _stepped(workload, lambda: package.SSBroyden(rtol=0.0, atol=0.0))
 
 
 # --- SciPy --------------------------------------------------------------------------------------
@@ -197,8 +193,9 @@ def _broyden(workload: Workload) -> Engine:
 
 def _trf(workload: Workload, seed: int, seconds: float) -> tuple[float, list[Iterate]]:
     """SciPy's least squares; its Jacobian has the gradient of each row, as ours."""
-    from scipy.optimize import least_squares
+    import scipy.optimize
 
+    least_squares: Any = scipy.optimize.least_squares
     flat, unravel = ravel_pytree(workload.initial(seed))
     batch, found = workload.train, _residuals(workload)
 
@@ -254,8 +251,8 @@ ENTRIES = {
         Entry(_own("optimistix BFGS", _optimistix, "optimistix", solver="BFGS"), most=5000),
         Entry(_own("SSBroyden", _broyden, "ssbroyden_optimistix"), most=5000),
         Entry(_own("optimistix LM", _optimistix, "optimistix", solver="LevenbergMarquardt"),
-              timed=True, patience=PATIENCE, most=5000),
-        Entry(_own("SciPy trf", _none, "scipy"), timed=True, patience=PATIENCE, course=_trf,
+              timed=True, patient=True, most=5000),
+        Entry(_own("SciPy trf", _none, "scipy"), timed=True, patient=True, course=_trf,
               most=5000),
     )
 }  # fmt: skip

@@ -120,12 +120,12 @@ class _Table:
 
 
 def outside(
-    entry: Entry, workload: Workload, seconds: float, seed: int, unit: float
+    entry: Entry, workload: Workload, limit: float, seed: int, unit: float
 ) -> tuple[float, dict[str, list[Any]]]:
     """Run a solver that has its own loop; return seconds of compilation, and columns."""
     assert entry.course is not None
     measured = jax.jit(workload.measured)
-    compilation, seen = entry.course(workload, seed, seconds)
+    compilation, seen = entry.course(workload, seed, limit)
     table, last = _Table(unit), seen[-1].step if seen else 0
     table.add(0, 0.0, 0.0, measured(workload.initial(seed), workload.fixed, workload.test))
     for at in seen:
@@ -171,6 +171,11 @@ def pace(program: Program, warmup: int = 20, steps: int = 20, repeats: int = 3) 
     return min(found)
 
 
+def allowed(problem: Problem, entry: Entry) -> float:
+    """Return the seconds of a trial."""
+    return problem.seconds * (problem.patience if entry.patient else 1.0)
+
+
 def _round_down(count: float) -> int:
     """Two digits."""
     digits = max(0, math.floor(math.log10(max(count, 1))) - 1)
@@ -211,7 +216,8 @@ class Record:
         options = {k: v for k, v in entry.method.options.items() if not callable(v)}
         settings = {
             "options": options,
-            "seconds": problem.seconds * entry.patience,
+            "seconds": allowed(problem, entry),
+            "tuning": problem.tuning,
             "exact steps": problem.steps if entry.exact else None,
             "parameters": workload.size(),
             "rows": rows(next(workload.batches(0))),
@@ -276,9 +282,7 @@ class Bench:
         self.problem, self.workload, self.folder, self.say = problem, problem.make(), folder, say
         given = [ENTRIES[n] for n in names if problem.methods is None or n in problem.methods]
         self.entries = [entry for entry in given if entry.suits(self.workload)]
-        self.records = {
-            e.name: Record(folder, problem, self.workload, e) for e in self.entries
-        }
+        self.records = {e.name: Record(folder, problem, self.workload, e) for e in self.entries}
         for name, record in self.records.items():
             if record.dropped:
                 say(f"{problem.name}, {name}: settings have changed, {record.dropped} void")
@@ -343,32 +347,35 @@ class Bench:
         options = {"switch": round(SHARE * steps), **memory}
         return replace(entry.method, options=options), steps
 
-    def _plan(self, entry: Entry, rate: float, alternative: int | None) -> Plan:
-        seconds = entry.patience * self.problem.seconds
+    def _plan(self, entry: Entry, rate: float, alternative: int | None, share: float) -> Plan:
+        limit = share * allowed(self.problem, entry)
         if entry.exact:
             return Plan(steps=self.problem.steps)
         if entry.after:
             before = Record(self.folder, self.problem, self.workload, ENTRIES[entry.after])
             tuned = before.tuned()
             assert tuned is not None
-            return Plan(tuned["rate"], before.kept["steps"], seconds=seconds)
+            return Plan(tuned["rate"], before.kept["steps"], seconds=limit)
         if entry.method.rate is None:
-            return Plan(seconds=seconds, alternative=alternative)
+            return Plan(seconds=limit, alternative=alternative)
         record = self.records[entry.name]
         if record.kept["steps"] is None:
-            record.kept["steps"] = _round_down(seconds / pace(self._program(entry, alternative)))
-        steps = record.kept["steps"]
+            record.kept["steps"] = _round_down(
+                allowed(self.problem, entry) / pace(self._program(entry, alternative))
+            )
+        steps = max(1, round(share * record.kept["steps"]))
         return Plan(rate, steps, steps, alternative=alternative)
 
     def _course(
-        self, entry: Entry, rate: float, alternative: int | None, seed: int
+        self, entry: Entry, rate: float, alternative: int | None, seed: int, share: float = 1.0
     ) -> dict[str, Any]:
+        """Train once, for a share of the seconds."""
         if entry.course is not None:
-            seconds = entry.patience * self.problem.seconds
-            compilation, columns = outside(entry, self.workload, seconds, seed, self.unit)
+            limit = share * allowed(self.problem, entry)
+            compilation, columns = outside(entry, self.workload, limit, seed, self.unit)
         else:
             program = self._program(entry, alternative)
-            plan = self._plan(entry, rate, alternative)
+            plan = self._plan(entry, rate, alternative, share)
             columns = course(program, plan, seed, self.unit if entry.timed else None)
             compilation = program.compilation
         found = {"compilation": round(compilation, 2), "gradient": float(f"{self.unit:.4g}")}
@@ -388,7 +395,7 @@ class Bench:
     def _tune(self, entry: Entry, progress: "_Progress") -> None:
         record = self.records[entry.name]
         while (due := self._due(entry)) is not None:
-            found = self._course(entry, *due, TUNING_SEED)
+            found = self._course(entry, *due, TUNING_SEED, self.problem.tuning)
             error = final(found["columns"])
             kept = None if math.isinf(error) else error
             record.kept["tuning"].append({"rate": due[0], "alternative": due[1], "error": kept})
@@ -407,12 +414,12 @@ class Bench:
         total = 0.0
         for entry in self.entries:
             if entry.name not in self.skipped:
-                record, seconds = self.records[entry.name], entry.patience * self.problem.seconds
-                missing = sum(record.trial(seed) is None for seed in seeds)
+                record = self.records[entry.name]
+                missing: float = sum(record.trial(seed) is None for seed in seeds)
                 if self._due(entry) is not None:
                     most = TIER.rates + 1 if entry.method.rate else 1 + len(entry.alternatives)
-                    missing += max(1, most - len(record.kept["tuning"]))
-                total += missing * seconds
+                    missing += self.problem.tuning * max(1, most - len(record.kept["tuning"]))
+                total += missing * allowed(self.problem, entry)
         return total
 
 
