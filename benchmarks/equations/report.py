@@ -31,6 +31,8 @@ COLORS = {
     "SSBroyden": "k", "optimistix LM": "C7", "SciPy trf": "tab:olive",
 }  # fmt: skip
 
+AXES = ("seconds", "gradients")
+
 Columns = dict[str, list[Any]]
 
 
@@ -167,12 +169,14 @@ def _chosen(kept: dict[str, Any]) -> str:
 
 
 def reached(result: Result, axis: str) -> str:
-    """Return what errors take."""
+    """Return what errors take; nothing, if the first is reached by none."""
     targets = [
         target
         for target in TARGETS
         if any(_reached(result.runs(name), target, axis) for name in result.methods)
     ]
+    if not targets:
+        return ""
     rows = [
         [name, *(_reached(result.runs(name), target, axis) for target in targets)]
         for name in result.methods
@@ -264,16 +268,19 @@ def _section(result: Result) -> list[str]:
     given = result.problem
     seeds = sorted({len(result.runs(name)) for name in result.methods})
     points = "others in every step" if given["fresh"] else "all of them in every step"
-    told = given["told"]
+    told, taken = given["told"], [found for axis in AXES if (found := reached(result, axis))]
     return [
         f"## {result.name}",
         f"{told[0].upper()}{told[1:]}: {given['parameters']:,} parameters, {given['rows']:,} rows, "
         f"{points}. {given['seconds']:g} seconds a trial; a gradient takes "
         f"{1e3 * given['gradient']:.2g} ms. Seeds: {' to '.join(map(str, seeds))}.",
         table(result),
-        "Medians of what an error takes; in brackets by how many seeds it is reached.",
-        reached(result, "seconds"),
-        reached(result, "gradients"),
+        *(
+            ["Medians of what an error takes; where not all seeds reach it, how many do."]
+            if taken
+            else []
+        ),
+        *taken,
     ]
 
 
@@ -282,6 +289,8 @@ def _section(result: Result) -> list[str]:
 
 def draw(results: list[Result], path: Path) -> None:
     """Draw error against seconds: a panel for each problem, medians, all seeds between."""
+    if not results:
+        return
     height = math.ceil(len(results) / 2)
     figure = Figure(figsize=(8.4, 3.1 * height + 0.7), layout="constrained")
     panels = figure.subplots(height, 2, squeeze=False).ravel()
