@@ -1,7 +1,7 @@
 """Linear algebra on pytrees."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class _CG(NamedTuple):
     r: PyTree
     p: PyTree
     rr: Array
+    rz: Array  # of r and the preconditioned r
     steps: Array
     convex: Array
 
@@ -41,6 +42,7 @@ def conjugate_gradients(
     *,
     tolerance: float = 1e-10,
     max_steps: int | None = None,
+    precondition: Callable[[PyTree], PyTree] = lambda r: r,
 ) -> tuple[PyTree, CGInfo]:
     """Solve product(x) = b for a symmetric positive definite product.
 
@@ -52,6 +54,7 @@ def conjugate_gradients(
       b: right side.
       tolerance: relative residual at which to stop.
       max_steps: None: ten times the number of entries of b.
+      precondition: r -> M r, symmetric and positive definite, near to the inverse of A.
 
     Returns:
       x, and how it ended; if the product is not convex, the last x before it showed.
@@ -67,15 +70,16 @@ def conjugate_gradients(
         q = product(s.p)
         curvature = vdot(s.p, q)
         convex = curvature > 0
-        alpha = jnp.where(convex, divide(s.rr, curvature), 0.0)
+        alpha = jnp.where(convex, divide(s.rz, curvature), 0.0)
         x = jax.tree.map(lambda x, p: x + alpha * p, s.x, s.p)
         r = jax.tree.map(lambda r, q: r - alpha * q, s.r, q)
-        rr = vdot(r, r)
-        p = jax.tree.map(lambda r, p: r + rr / s.rr * p, r, s.p)
-        return _CG(x, r, p, rr, s.steps + 1, convex)
+        z = precondition(r)
+        rz = vdot(r, z)
+        p = jax.tree.map(lambda z, p: z + rz / s.rz * p, z, s.p)
+        return _CG(x, r, p, vdot(r, r), rz, s.steps + 1, convex)
 
-    zeros = jax.tree.map(jnp.zeros_like, b)
-    start = _CG(zeros, b, b, bb, jnp.zeros((), jnp.int32), jnp.array(True))
+    zeros, z = jax.tree.map(jnp.zeros_like, b), precondition(b)
+    start = _CG(zeros, b, z, bb, vdot(b, z), jnp.zeros((), jnp.int32), jnp.array(True))
     end = jax.lax.while_loop(unfinished, step, start)
     residual = jnp.sqrt(end.rr / jnp.where(bb > 0, bb, 1.0))
     return end.x, CGInfo(end.steps, residual, end.convex)
@@ -157,6 +161,55 @@ def _(size: int, batched: list[bool], x: Float[Array, "k d d"]) -> tuple[Array, 
     one_by_one = lambda x: jax.lax.map(_orthonormal, x)  # noqa: E731
     at_once = lambda x: jnp.linalg.qr(x)[0]  # noqa: E731
     return jax.lax.platform_dependent(x, cpu=one_by_one, default=at_once), True
+
+
+class Sketch(NamedTuple):
+    """U diag(w) U^T, near to a symmetric positive semi-definite A."""
+
+    w: Float[Array, " k"]  # falling
+    u: Float[Array, "d k"]
+    finite: Array  # bool[]: whether A is, as far as that shows; else all is 0
+
+    def precondition(self, damping: Array, r: Float[Array, " d"]) -> Float[Array, " d"]:
+        """Return M r, M near to (w_k + lambda) (A + lambda I)^-1.
+
+        Args:
+          damping: lambda.
+          r: a vector.
+        """
+        inside = self.u.T @ r
+        return r + self.u @ (((self.w[-1] + damping) / (self.w + damping) - 1) * inside)
+
+
+def nystroem(
+    product: Callable[[Array], Array], size: int, rank: int, dtype: Any, *, chunk: int = 16
+) -> Sketch:
+    """Return a randomised Nystroem approximation of a symmetric positive semi-definite A.
+
+    Args:
+      product: v -> A v.
+      size: d, of v.
+      rank: k, of the approximation: as many products.
+      dtype: of v.
+      chunk: products that are computed at once.
+
+    Source: Frangella, Tropp, Udell, Randomized Nystroem preconditioning (arXiv 2110.02820),
+    algorithm 2.1.
+    """
+    rank = min(rank, size)
+    probes = jax.random.normal(jax.random.key(0), (rank, size), dtype)
+    probes = jnp.linalg.qr(probes.T)[0]
+    images = jax.lax.map(product, probes.T, batch_size=min(chunk, rank)).T
+    finite = jnp.all(jnp.isfinite(images))
+    images = jnp.where(finite, images, 0.0)  # a factorisation of NaN might never end
+    shift = jnp.finfo(dtype).eps * jnp.sqrt(jnp.sum(images * images))
+    shift = jnp.where(shift > 0, shift, 1.0)  # A = 0
+    images = images + shift * probes
+    inner = probes.T @ images
+    factor = jnp.linalg.cholesky((inner + inner.T) / 2)
+    half = jax.scipy.linalg.solve_triangular(factor, images.T, lower=True).T
+    u, s, _ = jnp.linalg.svd(half, full_matrices=False)
+    return Sketch(jnp.maximum(s * s - shift, 0.0), u, finite)
 
 
 def newton_schulz(x: Float[Array, "m n"], steps: int = 5) -> Float[Array, "m n"]:

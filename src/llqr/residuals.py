@@ -13,8 +13,8 @@ R^T R = J^T Q J. Squares have S = sqrt(weight); every other loss that is convex 
 by row has an S from the eigenvectors of Q.
 """
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +23,9 @@ from jax.flatten_util import ravel_pytree
 
 from llqr import coupling
 from llqr.objective import BoundObjective
+from llqr.operators import LinearOperator
 from llqr.tree import norm
-from llqr.typing import Array, Bool, Float, Params, PyTree
+from llqr.typing import Array, Bool, Float, Int, Params, PyTree
 
 CURVED = 1e3
 """A block of Q counts as convex down to minus this many roundings of its largest eigenvalue."""
@@ -106,35 +107,142 @@ def residuals(outputs: PyTree, cotangent: PyTree, product: Callable[[PyTree], Py
     return Residuals(r, tuple(roots), ~every([~x for x in rest]), every(flags), every(apart))
 
 
-def jacobian(objective: BoundObjective, params: Params, found: Residuals) -> Float[Array, "m n"]:
-    """Return R, the parameters flattened.
+class Linear(NamedTuple):
+    """R as a map, the parameters flattened."""
+
+    along: Callable[[Float[Array, " n"]], Float[Array, " m"]]  # d -> R d
+    back: Callable[[Float[Array, " m"]], Float[Array, " n"]]  # v -> R^T v
+
+
+def as_map(jacobian: LinearOperator, outputs: PyTree, params: Params, found: Residuals) -> Linear:
+    """Return R by tangent and cotangent sweeps of the whole model.
+
+    Args:
+      jacobian: J.
+      outputs: z.
+      params: the parameters.
+      found: roots at this point.
+    """
+    _, unravel = ravel_pytree(params)
+    return Linear(
+        lambda d: found.whitened(jacobian.jvp(unravel(d))),
+        lambda v: ravel_pytree(jacobian.vjp(found.coloured(v, outputs)))[0],
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """R in blocks of rows: those of one example, or single ones where examples meet.
+
+    Attributes:
+      data: of the blocks, on its first axes; `of` takes that of one.
+      of: data -> places in r, and the rows of R there: [q], [q, n].
+      residuals: m.
+      ordered: whether the blocks one after the other are R.
+    """
+
+    data: PyTree
+    of: Callable[[PyTree], tuple[Int[Array, " q"], Float[Array, "q n"]]]
+    residuals: int
+    ordered: bool
+
+    @property
+    def count(self) -> int:
+        """Number of blocks."""
+        return len(jax.tree.leaves(self.data)[0])
+
+    def matrix(self) -> Float[Array, "m n"]:
+        """Return R."""
+        places, rows = jax.vmap(self.of)(self.data)
+        rows = rows.reshape(self.residuals, -1)
+        return rows if self.ordered else jnp.zeros_like(rows).at[places.ravel()].set(rows)
+
+    def chunks(self, size: int) -> "Chunked":
+        """Return R in chunks of at most `size` blocks, of which one is made at a time."""
+        many = -(-self.count // size)
+        return Chunked(self, many, -(-self.count // many))
+
+
+@dataclass(frozen=True)
+class Chunked:
+    """R in chunks of blocks of rows."""
+
+    rows: Rows
+    many: int
+    size: int
+
+    def __getitem__(self, i: Int[Array, ""]) -> tuple[Array, Array]:
+        """Return places and rows of chunk i; rows that fill up the last chunk are 0, nowhere."""
+        at = i * self.size + jnp.arange(self.size)
+        data = jax.tree.map(lambda x: x[jnp.minimum(at, self.rows.count - 1)], self.rows.data)
+        places, rows = jax.vmap(self.rows.of)(data)
+        real = (at < self.rows.count)[:, None]
+        places = jnp.where(real, places, self.rows.residuals)
+        rows = jnp.where(real[..., None], rows, 0.0)
+        return places.ravel(), rows.reshape(places.size, -1)
+
+    def inner(self, like: Array) -> Float[Array, "n n"]:
+        """Return R^T R.
+
+        Args:
+          like: of the parameters, flat.
+        """
+
+        def add(total: Array, i: Array) -> tuple[Array, None]:
+            _, rows = self[i]
+            return total + rows.T @ rows, None
+
+        zeros = jnp.zeros((like.size, like.size), like.dtype)
+        return jax.lax.scan(add, zeros, jnp.arange(self.many))[0]
+
+    def outer(self, like: Array) -> Float[Array, "m m"]:
+        """Return R R^T, with two chunks at a time: each is made once for every pair it is in.
+
+        Args:
+          like: of the parameters, flat.
+        """
+        m = self.rows.residuals
+
+        def first(total: Array, i: Array) -> tuple[Array, None]:
+            places, rows = self[i]
+
+            def second(j: Array, total: Array) -> Array:
+                others, columns = self[j]
+                block = rows @ columns.T
+                total = total.at[places[:, None], others[None]].set(block, mode="drop")
+                return total.at[others[:, None], places[None]].set(block.T, mode="drop")
+
+            return jax.lax.fori_loop(i, self.many, second, total), None
+
+        return jax.lax.scan(first, jnp.zeros((m, m), like.dtype), jnp.arange(self.many))[0]
+
+
+def rows(objective: BoundObjective, params: Params, model: Linear, found: Residuals) -> Rows:
+    """Return R, the parameters flattened, in blocks that can be made one by one.
 
     Where examples do not meet in the model (`llqr.coupling`), by a pull-back of each example's own
-    outputs, at the cost of a few gradients; otherwise by a pull-back of the whole for each output.
+    outputs, at the cost of a few gradients; otherwise by a pull-back of the whole for each
+    residual.
 
     Args:
       objective: on a batch.
       params: the parameters.
+      model: R as a map, at this point.
       found: roots at this point.
     """
-    by_leaf = _own_rows(objective, params)
-    if by_leaf is None:
-        outputs, pull = jax.vjp(objective.outputs, params)
-        flat, unravel = ravel_pytree(outputs)
-        basis = jnp.eye(flat.size, dtype=flat.dtype)
-        whole = jax.vmap(lambda e: ravel_pytree(pull(unravel(e))[0])[0])(basis)
-        ends = [x.size for x in jax.tree.leaves(outputs)]
-        starts = [sum(ends[:i]) for i in range(len(ends))]
-        by_leaf = [whole[a : a + n] for a, n in zip(starts, ends, strict=True)]
-    rows = []
-    for s, own in zip(found.roots, by_leaf, strict=True):
-        own = own.reshape(*s.shape[:2], -1)
-        rows.append(jnp.einsum("rkj,rkn->rjn", s, own).reshape(s.shape[0] * s.shape[2], -1))
-    return jnp.concatenate(rows)
+    own = _own_rows(objective, params, found)
+    if own is not None:
+        return own
+    m = found.r.size
+
+    def one(place: Array) -> tuple[Array, Array]:
+        return place[None], model.back(jnp.zeros_like(found.r).at[place].set(1.0))[None]
+
+    return Rows(jnp.arange(m), one, m, ordered=True)
 
 
-def _own_rows(objective: BoundObjective, params: Params) -> list[Array] | None:
-    """Jacobians of each output, [rows K, n], example by example; None where they meet."""
+def _own_rows(objective: BoundObjective, params: Params, found: Residuals) -> Rows | None:
+    """Rows example by example; None where examples meet."""
     counts = objective.examples()
     if len(counts) != 1 or coupling.interaction(objective, params) is not None:
         return None
@@ -148,19 +256,37 @@ def _own_rows(objective: BoundObjective, params: Params) -> list[Array] | None:
         a.shape != (b.shape[0] // examples, *b.shape[1:]) for a, b in zip(one, shapes, strict=True)
     ):
         return None
+    starts = [sum(x.size for x in shapes[:i]) for i in range(len(shapes))]
+    places = jnp.concatenate(
+        [
+            start + jnp.arange(x.size).reshape(examples, -1)
+            for start, x in zip(starts, shapes, strict=True)
+        ],
+        1,
+    )
+    roots = [s.reshape(examples, -1, *s.shape[1:]) for s in found.roots]
+    split = [a is not None for a in chunks.axes]
+    data = [x for x, is_split in zip(chunks.leaves, split, strict=True) if is_split]
+    shared = [x for x, is_split in zip(chunks.leaves, split, strict=True) if not is_split]
 
-    def flat(p: Params, i: Array) -> list[Array]:
-        return [x.ravel() for x in jax.tree.leaves(chunks[i].outputs(p))]
+    def of(block: Any) -> tuple[Array, Array]:
+        data, roots, places = block
+        mine, common = iter(data), iter(shared)
+        leaves = [next(mine) if is_split else next(common) for is_split in split]
+        bound = replace(objective, batch=chunks.treedef.unflatten(leaves))
 
-    def own(i: Array) -> list[Array]:
-        found = jax.jacrev(flat)(params, i)
-        return [
-            jnp.concatenate([x.reshape(x.shape[0], -1) for x in jax.tree.leaves(tree)], 1)
-            for tree in found
-        ]
+        def whitened(p: Params) -> Array:
+            outputs = jax.tree.leaves(bound.outputs(p))
+            pairs = zip(roots, outputs, strict=True)
+            return jnp.concatenate(
+                [jnp.einsum("rkj,rk->rj", s, _rows(x)).ravel() for s, x in pairs]
+            )
 
-    each = jax.vmap(own)(jnp.arange(examples))
-    return [x.reshape(math.prod(x.shape[:2]), -1) for x in each]
+        tree = jax.jacrev(whitened)(params)
+        flat = [x.reshape(x.shape[0], -1) for x in jax.tree.leaves(tree)]
+        return places, jnp.concatenate(flat, 1)
+
+    return Rows((data, roots, places), of, found.r.size, ordered=len(shapes) == 1)
 
 
 def acceleration(objective: BoundObjective, params: Params, d: Params, found: Residuals) -> Any:

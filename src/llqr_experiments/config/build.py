@@ -154,15 +154,17 @@ def check_mask(config: Config, params: Any) -> None:
 
 
 def optimizer(config: Config, horizon: Horizon) -> optax.GradientTransformationExtraArgs:
-    """Return the optimizer of a run: the main one alone, or wrapped by LLQR.
+    """Return the optimizer of a run: the main one alone, or wrapped by LLQR or by exact steps.
 
     Raises:
       ConfigError: unknown structure or divergence (the nearest is named), or an illegal value.
     """
     base = optax.with_extra_args_support(base_optimizer(config, horizon))
-    if not config.use_preconditioner:
+    if not (config.use_preconditioner or config.exact_steps):
         return base
     try:
+        if config.exact_steps:
+            return exact(config, base)
         chosen = structure(config)
         if config.precond_solver == "cg" and not (chosen.linear or config.precond_streaming):
             raise ConfigError(
@@ -179,6 +181,20 @@ def optimizer(config: Config, horizon: Horizon) -> optax.GradientTransformationE
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def exact(
+    config: Config, base: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Return exact steps in front of a base optimizer."""
+    trust = llqr.Trust(**become(config, "trust"))
+    return llqr.exact(
+        base,
+        metric=metric(config),
+        damping=trust if config.exact_trust else config.damping,
+        divergence_reduction=config.divergence_reduction,  # pyright: ignore[reportArgumentType]
+        **become(config, "exact"),
+    )
 
 
 METHODS: dict[str, Callable[..., llqr.Sharpness]] = {

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llqr_experiments.config.names import DRAWN
+from llqr_experiments.config.row import spelt
 
 
 def contradictions(config: Any) -> Iterator[str]:
@@ -41,6 +42,7 @@ def contradictions(config: Any) -> Iterator[str]:
         )
     yield from _of_labels(config)
     yield from _of_streaming(config)
+    yield from _of_exact(config)
     yield from _of_runs(config)
     yield from _of_sam(config)
 
@@ -82,6 +84,40 @@ def _of_streaming(config: Any) -> Iterator[str]:
         yield (
             f"quality={list(config.quality)} compares structures by a refit from the identity, "
             "which precond_streaming=true does not make."
+        )
+
+
+def _of_exact(config: Any) -> Iterator[str]:
+    if not config.exact_steps:
+        return
+    plain = {
+        "use_preconditioner": (False, "exact steps have no P"),
+        "sam_mode": (None, "exact steps are of the loss itself"),
+        "grad_acc_steps": (1, "an exact step is that of a whole batch"),
+        "sam_groups": (1, "an exact step is that of a whole batch"),
+        "normalize_conv_params": (False, "parameters stay where an exact step was found"),
+    }
+    for name, (value, why) in plain.items():
+        if getattr(config, name) != value:
+            given, own = (spelt(x) for x in (getattr(config, name), value))
+            yield f"exact_steps=true with {name}={given}: {why}. Set {name}={own}."
+    if config.precision == "bf16":
+        yield "exact_steps=true with precision=bf16: float64 is for them, float32 is the least."
+    if config.divergence_reduction == "unit":
+        yield (
+            "exact_steps=true compares curvature with the loss, a mean over rows: "
+            "divergence_reduction=mean, not unit."
+        )
+    if config.toy.name or config.comparison.name:
+        yield "exact_steps=true is for training runs."
+    if not config.exact_trust:
+        return
+    whole = config.learning_rate == 1 and config.lr_scheduler["name"] == "constant"
+    if config.main_optimizer != "sgd" or not whole or config.weight_decay:
+        yield (
+            "exact_trust=true takes the whole step, whose length it has chosen: "
+            "main_optimizer=sgd, learning_rate=1, lr_scheduler=constant, without weight_decay. "
+            "method=exact sets the first two."
         )
 
 

@@ -36,5 +36,8 @@ PROBES = ("gradient", "minibatch", "gaussian", "fisher")
 STREAM_PROBES = ("fisher", "gradient")
 """Where streaming refits see curvature."""
 
+EXACT_SOLVERS = ("auto", "dual", "primal", "cg", "riccati")
+"""Of exact steps: `llqr.Solver`."""
+
 GRAFTS = ("none", "global", "block", "rms")
 """Lengths of P g."""

@@ -25,6 +25,7 @@ from llqr_experiments.config.groups import (
 )
 from llqr_experiments.config.names import (
     DIVERGENCES,
+    EXACT_SOLVERS,
     GRAFTS,
     PROBES,
     SOLVERS,
@@ -417,6 +418,67 @@ class Config:
         high=1,
         becomes="refit.ema_decay",
         by="ema_scheduler",
+    )
+
+    # exact steps
+    exact_steps: bool = option(
+        False,
+        "whole second-order steps in place of P and of rates; the options exact_* are of them, "
+        "those of P are not",
+    )
+    exact_trust: bool = option(
+        True,
+        "in a trust region, which adapts the damping and takes what lowers the loss; false: with "
+        "`damping`, and a learning rate",
+    )
+    exact_solver: str = option(
+        "auto",
+        "of their equations: a matrix of residuals (dual) or parameters (primal), conjugate "
+        "gradients, or layer by layer (riccati)",
+        choices=EXACT_SOLVERS,
+        becomes="exact.solver",
+    )
+    exact_tolerance: float = option(
+        1e-8, "of cg, relative residual", above=0, becomes="exact.tolerance"
+    )
+    exact_max_steps: int | None = option(
+        None, "most steps of cg; null: by the library", low=1, becomes="exact.max_steps"
+    )
+    exact_start: float = option(
+        1e-3,
+        "first damping of a trust region, in units of the largest curvature",
+        above=0,
+        becomes="trust.start",
+    )
+    exact_tries: int = option(
+        8, "dampings that are tried in a step; then none is taken", low=1, becomes="trust.tries"
+    )
+    exact_geodesic: bool = option(
+        True, "steps follow the curvature of the residuals along them", becomes="trust.geodesic"
+    )
+    exact_fresh: bool = option(
+        False,
+        "how well a step did is measured on the next batch: for points that are others in each",
+        becomes="trust.fresh",
+    )
+    exact_momentum: float = option(
+        0.0,
+        "share of the last step that goes on where a batch says nothing about it (SPRING)",
+        low=0,
+        below=1,
+        becomes="trust.momentum",
+    )
+    exact_radius: float | None = option(
+        None, "longest step, in the metric; null: any", above=0, becomes="trust.radius"
+    )
+    exact_chunk: int | None = option(
+        None,
+        "examples whose derivatives are held at once; null: by their size",
+        low=1,
+        becomes="trust.chunk",
+    )
+    exact_sketch: int = option(
+        128, "rank of the matrix that preconditions cg", low=1, becomes="trust.sketch"
     )
 
     # sharpness-aware minimization

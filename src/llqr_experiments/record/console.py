@@ -33,6 +33,10 @@ REASONS = {
 """Why a block kept its old arrays, by the words of `llqr.STATUS`."""
 
 
+SHOWN = ("loss", "relative error", "exact/damping", "exact/refused")
+"""Of what training measures, besides accuracies."""
+
+
 class Display:
     """A live bar on a terminal; lines every `report_freq` steps elsewhere.
 
@@ -79,9 +83,9 @@ class Display:
         """Show training metrics measured at `step`."""
         known = {name.removeprefix("train "): value for name, value in rates.items()}
         metrics = "   ".join(
-            f"{name} {shown(name, value)}"
+            f"{name.removeprefix('exact/')} {shown(name, value)}"
             for name, value in known.items()
-            if name in ("loss", "relative error") or "accuracy" in name
+            if name in SHOWN or "accuracy" in name
         )
         self._bar.update(self._task, completed=step, metrics=metrics)
         if not self.console.is_terminal and step % self._report_freq == 0:
@@ -150,6 +154,8 @@ def shown(name: str, value: float) -> str:
     """
     if "accuracy" in name:
         return f"{value:.2f} %"
+    if name == "exact/refused":
+        return f"{value:,.0f}"
     if 0 < abs(value) < 1e-3:
         return f"{value:.3e}"
     return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"

@@ -10,6 +10,8 @@ import optax
 from matplotlib.figure import Figure
 
 import llqr
+from llqr.exact import ExactState
+from llqr.inverses import SOLVERS
 from llqr.tree import cosine, divide, norm
 from llqr.typing import Array, Float, Params
 from llqr_experiments.config import build
@@ -115,6 +117,27 @@ def streaming_record(info: llqr.RefitInfo) -> dict[str, float]:
         "refit guarded blocks": float(sum(word in REASONS for word in host.words)),
         "refit cosine Pm and m": float(host.cosine),
     }
+
+
+def exact_record(state: ExactState) -> dict[str, float]:
+    """Return what is logged of exact steps, beside the training loss; nothing before one."""
+    host = jax.device_get(state)
+    solved = {"exact/cg steps": float(host.steps), "exact/residual": float(host.residual)}
+    if not host.trust:
+        return solved
+    known = host.trust
+    if not known.solver:
+        return {}
+    record = {
+        "exact/damping": float(known.damping),
+        "exact/ratio": float(known.ratio),
+        "exact/tries": float(known.tries),
+        "exact/refused": float(known.refused),
+        "exact/curvature": float(known.top),
+        "exact/rank": float(known.rank),
+    }
+    iterative = SOLVERS[known.solver] == "cg"
+    return record | ({"exact/cg steps": solved["exact/cg steps"]} if iterative else {})
 
 
 def sharpness_record(info: llqr.SharpnessInfo) -> dict[str, float]:

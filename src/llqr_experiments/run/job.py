@@ -69,6 +69,13 @@ class Job:
         """Return the next number of rows that divide over the devices."""
         return -(-rows // self.share.parts) * self.share.parts
 
+    def seen(self, step: int) -> llqr.Objective | None:
+        """Return the network that the optimizer sees in a step; None: only a gradient."""
+        if self.config.exact_steps:
+            return self.task.objective
+        due = self.config.precond_streaming and step in self.refit_steps
+        return self.task.probing if due else None
+
     @property
     def last(self) -> int:
         """The loop's last index, which only evaluates: the number of updates."""
@@ -97,6 +104,7 @@ def prepare(config: Config, *, abstract: bool = False) -> Job:
         build.optimizer(config, horizon),
         build.ascent(config, horizon),
         weight=tasks.valid,
+        gradient=not (config.exact_steps and config.exact_trust),
         **become(config, "recipe"),
     )
     build.check_mask(config, task.params)
@@ -207,9 +215,22 @@ def refits_in_words(job: Job) -> str:
     )
 
 
+def exact_in_words(job: Job) -> str:
+    """Return how a run makes exact steps."""
+    config = job.config
+    told = f"exact steps, {config.divergence}, {config.exact_solver}"
+    if config.exact_trust:
+        geodesic = "with" if config.exact_geodesic else "without"
+        return f"{told}: in a trust region, {geodesic} a geodesic term"
+    return f"{told}: damping {config.damping:g}, in front of {config.main_optimizer}"
+
+
 def title(config: Config) -> str:
     """Return what pictures of a run are called."""
-    name = f"{config.dataset.name}, {config.architecture.name}: {config.main_optimizer}"
+    name = f"{config.dataset.name}, {config.architecture.name}: "
+    if config.exact_steps and config.exact_trust:
+        return f"{name}exact steps"
+    name += f"exact steps, {config.main_optimizer}" * config.exact_steps or config.main_optimizer
     name += f" {config.learning_rate:g}"
     way = "streaming " if config.precond_streaming else ""
     name += f" + LLQR {way}{config.block_structure}" if config.use_preconditioner else ""

@@ -207,11 +207,13 @@ def report(job: Job, step: int, state: TrainState, sums: dict[str, Array], desk:
     values = rates | sharpness(state)
     if job.config.precond_streaming and job.config.use_preconditioner:
         values |= insight.streaming_record(llqr.find(state.opt_state).refit)
+    if job.config.exact_steps:
+        values |= insight.exact_record(state.opt_state)
     if job.recipe.skip:
         values["skipped steps"] = float(state.health.bad_steps)
     desk.log(step, values)
     with desk.clock.phase("logging"):
-        desk.display.progress(step, rates)
+        desk.display.progress(step, values)
     check_health(job, state, desk)
 
 

@@ -201,15 +201,17 @@ def check_health(job: Job, state: TrainState, desk: Desk) -> None:
     if last is not None:
         where = f"the last good checkpoint is of step {last}, in {desk.checkpoints.folder}"
     raise TrainingError(
-        f"the {what} is not finite at step {int(health.bad_step)}; {where}. Lower "
-        f"learning_rate,{_caution(job.config)} or go on past such steps with on_nonfinite=skip."
+        f"the {what} is not finite at step {int(health.bad_step)}; {where}. "
+        f"{_caution(job.config)} or go on past such steps with on_nonfinite=skip."
     )
 
 
 def _caution(config: Config) -> str:
-    """How P may be the cause, where there is one."""
+    """What may be the cause: the rate, P, or the damping of exact steps."""
+    if config.exact_steps:
+        return "Raise exact_start," if config.exact_trust else "Lower learning_rate, raise damping,"
     if not config.use_preconditioner:
-        return ""
+        return "Lower learning_rate,"
     if config.precond_streaming:
-        return " raise damping,"
-    return " refit more cautiously (damping, precond_lr, ema_decay),"
+        return "Lower learning_rate, raise damping,"
+    return "Lower learning_rate, refit more cautiously (damping, precond_lr, ema_decay),"

@@ -49,6 +49,7 @@ class Recipe:
       microbatches: parts of the batch whose gradients are averaged.
       normalize: whether tensors of rank 4 and more are scaled to L2 norm sqrt(size) first.
       skip: whether a step with a loss or gradient that is not finite changes nothing.
+      gradient: whether the optimizer asks for one.
       weight: `(batch) -> number`, how much a micro-batch counts.
     """
 
@@ -58,6 +59,7 @@ class Recipe:
     microbatches: int = 1
     normalize: bool = False
     skip: bool = False
+    gradient: bool = True
     weight: Callable[[Any], Array] | None = None
 
 
@@ -128,7 +130,7 @@ def advance(
     state: TrainState,
     batch: Any,
     sums: Sequence[str] = (),
-    probing: llqr.Objective | None = None,
+    seen: llqr.Objective | None = None,
     **options: Any,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Return the state after one step, and the sums over its batch at the last gradient.
@@ -143,12 +145,13 @@ def advance(
       state: before the step.
       batch: of the step.
       sums: names of the sums over rows that `loss` adds to in its carry.
-      probing: the network for a streaming refit in this step; None: there is none.
+      seen: the network that the optimizer sees in this step: for a streaming refit, or for an
+        exact step; None: there is neither.
       **options: of `tx.update`.
     """
     params = state.params
-    if probing is not None:
-        options |= {"refresh": True, "objective": _probed(recipe, probing, state, batch)}
+    if seen is not None:
+        options |= {"refresh": True, "objective": _bound(recipe, seen, state, batch)}
     (value, carry), grads, sharpness = _gradient(loss, recipe, active, state, batch, sums)
     apply = recipe.ascent is None or recipe.ascent.configured or not active
     updates, opt_state = recipe.tx.update(grads, state.opt_state, params, apply=apply, **options)
@@ -163,12 +166,12 @@ def advance(
     return new, carry.sums
 
 
-def _probed(
-    recipe: Recipe, probing: llqr.Objective, state: TrainState, batch: Any
+def _bound(
+    recipe: Recipe, seen: llqr.Objective, state: TrainState, batch: Any
 ) -> llqr.BoundObjective:
     """The network as this step's gradient sees it, on the first of its micro-batches."""
     part = jax.tree.map(lambda x: x[:: recipe.microbatches], batch)
-    return probing.bind({**part, STATISTICS: state.statistics, KEY: _key(recipe, state)})
+    return seen.bind({**part, STATISTICS: state.statistics, KEY: _key(recipe, state)})
 
 
 def _key(recipe: Recipe, state: TrainState) -> Array:
@@ -191,6 +194,8 @@ def _gradient(
         _key(recipe, state),
         {name: jnp.zeros(()) for name in sums},
     )
+    if not recipe.gradient:
+        return loss(params, batch, carry), jax.tree.map(jnp.zeros_like, params), None
     if recipe.microbatches > 1:
         gradient = llqr.microbatched(
             recipe.microbatches, in_axes=AXES, weight=recipe.weight, thread=_hand_on

@@ -19,7 +19,14 @@ from llqr_experiments.record.clock import Clock
 from llqr_experiments.record.console import Display, counts, shown
 from llqr_experiments.record.trackers import Trackers
 from llqr_experiments.run import phases
-from llqr_experiments.run.job import Job, batches, prepare, refits_in_words, title
+from llqr_experiments.run.job import (
+    Job,
+    batches,
+    exact_in_words,
+    prepare,
+    refits_in_words,
+    title,
+)
 from llqr_experiments.run.origin import origin
 from llqr_experiments.run.preemption import Interrupts
 from llqr_experiments.run.session import Desk, Session, begin, checkpoint, checkpoints_of
@@ -124,7 +131,7 @@ def _run(config: Config, out_dir: Path, command: str, quiet: bool) -> Result:
 
 @partial(
     jax.jit,
-    static_argnames=("loss", "recipe", "active", "probing", "layout"),
+    static_argnames=("loss", "recipe", "active", "seen", "layout"),
     donate_argnames="state",
 )
 def train_step(
@@ -133,7 +140,7 @@ def train_step(
     active: bool,
     state: TrainState,
     batch: dict[str, Array],
-    probing: llqr.Objective | None = None,
+    seen: llqr.Objective | None = None,
     layout: Layout | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update; also sums over the batch (before the update), see `tasks.measure`.
@@ -144,11 +151,11 @@ def train_step(
       active: whether SAM perturbs it.
       state: before the step.
       batch: of the step.
-      probing: the task's, in a step with a streaming refit.
+      seen: the task's network, in a step with a streaming refit and in an exact one.
       layout: over devices; None: one.
     """
     state, sums = advance(
-        loss, recipe, active, state, batch, tasks.sums_of(batch), probing, refresh=False
+        loss, recipe, active, state, batch, tasks.sums_of(batch), seen, refresh=False
     )
     if layout is not None:
         state = jax.lax.with_sharding_constraint(state, shardings(recipe, layout, state))
@@ -171,14 +178,13 @@ def _loop(job: Job, session: Session, desk: Desk) -> dict[str, float]:
             break
         with clock.phase("data"):
             batch = job.join(next(session.stream))
-        due, streams = step in job.refit_steps, config.precond_streaming
-        if due and not streams:
+        if step in job.refit_steps and not config.precond_streaming:
             phases.refit(job, session, batch, desk)
         with clock.phase("training"):
             active = ascent is not None and step >= ascent.method.start
             session.state, sums = train_step(
                 job.task.training, job.recipe, active, session.state, batch,
-                job.task.probing if due and streams else None, job.layout,
+                job.seen(step), job.layout,
             )  # fmt: skip
         if ascent and step == ascent.method.start:
             desk.display.say(f"step {step:>6}   {config.sam_mode} becomes active")
@@ -213,6 +219,8 @@ def _announce(job: Job, display: Display) -> None:
             f"LLQR on {config.main_optimizer}: {config.block_structure}, {config.divergence}, "
             f"{refits_in_words(job)}\n{job.blocks}\n"
         )
+    elif config.exact_steps:
+        display.say(f"{exact_in_words(job)}\n")
     else:
         display.say(f"{config.main_optimizer} without a preconditioner\n")
 

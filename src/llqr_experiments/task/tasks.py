@@ -148,7 +148,8 @@ def _check_answers(config: Config, made: Material) -> None:
         raise ConfigError(
             f"label_smoothing={config.label_smoothing} is for classes; {made.name} has numbers."
         )
-    if config.use_preconditioner and config.divergence not in OF_NUMBERS:
+    curved = config.use_preconditioner or config.exact_steps
+    if curved and config.divergence not in OF_NUMBERS:
         raise ConfigError(
             f"divergence={config.divergence} is for classes; {made.name} has numbers: choose "
             f"{', '.join(OF_NUMBERS)}."
@@ -197,7 +198,7 @@ def bound(task: Task, batch: dict[str, Any], statistics: PyTree) -> llqr.BoundOb
 
 
 def _batch_axes(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if name == STATISTICS else 0 for name in batch}
+    return {name: None if name in (STATISTICS, KEY) else 0 for name in batch}
 
 
 def keep(batch: dict[str, Array]) -> Bool[Array, " rows"] | None:

@@ -1,0 +1,226 @@
+r"""The damped inverse behind an exact step, four ways: R^T (R R^T + lambda I)^-1 v.
+
+  solver     factorised, once for all lambda            memory             at each lambda
+  dual       R R^T = U diag(w) U^T                      m n + m m          products with U
+  primal     R^T R = U diag(w) U^T                      m n + n n          products with U
+  cg         a sketch of rank k, which preconditions    k min(m, n)        conjugate gradients
+  riccati    nothing                                    of the regulator   one layerwise recursion
+
+R is the Jacobian of m residuals in n parameters (`llqr.residuals`). By the push-through identity
+this is (R^T R + lambda I)^-1 R^T v: all give the same step. In chunks of rows, R is never held: the
+first two need m m or n n numbers, and the rows of one chunk, or of two.
+
+Over a mesh with explicit axes R is held by columns: each device has all rows of its part of the
+parameters, R R^T is the sum of what they have, and a step moves m n / devices + m m numbers, where
+gathering the rows would move m n and have every device multiply all of them.
+
+Sources: Layerwise LQR (arXiv 2605.04230); Frangella, Tropp, Udell (arXiv 2110.02820) for cg.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jax.sharding import PartitionSpec
+
+from llqr import lqr
+from llqr._linalg import conjugate_gradients, nystroem
+from llqr.residuals import Linear, Rows
+from llqr.tree import axis_devices, replicate
+from llqr.typing import Array, Bool, Float, Int
+
+Solver: TypeAlias = Literal["auto", "cg", "riccati", "dual", "primal"]
+SOLVERS: tuple[str, ...] = get_args(Solver)
+"""By the number that a state holds."""
+
+LARGEST = 8192
+"""Side of the largest matrix that "auto" factorises."""
+HELD = 2**28
+"""Numbers of R that "auto" holds at once: 2 GiB in float64."""
+SKETCH = 128
+"""Rank of the sketch that preconditions conjugate gradients."""
+CG_STEPS = 100
+"""Most steps of conjugate gradients at one lambda, where nothing is said."""
+
+
+class Inverse(NamedTuple):
+    """How R acts, and its damped inverse."""
+
+    top: Float[Array, ""]  # largest eigenvalue of R R^T, or an estimate from below
+    rank: Int[Array, ""]  # of R, as far as rounding shows; of the sketch
+    solve: Callable[[Array, Array], tuple[Array, Int[Array, ""]]]  # lambda, v [m] -> [n], cg steps
+    map: Linear
+    finite: Bool[Array, ""]  # whether R is, as far as that shows
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides between solvers.
+
+    Args:
+      residuals: m.
+      parameters: n.
+    """
+
+    residuals: int
+    parameters: int
+
+    @property
+    def side(self) -> int:
+        """Of the smaller matrix."""
+        return min(self.residuals, self.parameters)
+
+
+def choose(solver: str, sizes: Sizes) -> str:
+    """Return the solver: of "auto" the one with the smaller matrix, or cg where that is too large.
+
+    Args:
+      solver: a name.
+      sizes: of R.
+
+    Example:
+      >>> choose("auto", Sizes(300, 700)), choose("auto", Sizes(50_000, 9_000))
+      ('dual', 'cg')
+    """
+    if solver != "auto":
+        return solver
+    if sizes.side > LARGEST:
+        return "cg"
+    return "dual" if sizes.residuals <= sizes.parameters else "primal"
+
+
+def factorised(
+    solver: str, rows: Rows, model: Linear, like: Array, usable: Bool[Array, ""], chunk: int | None
+) -> Inverse:
+    """Return the inverse by the eigenvectors of R R^T or R^T R.
+
+    Args:
+      solver: "dual" or "primal".
+      rows: of R.
+      model: R as a map.
+      like: the parameters, flat.
+      usable: where False, all is 0: a factorisation of what is not finite might never end.
+      chunk: blocks of rows that are held at once; None: by their number.
+    """
+    dual, m, n = solver == "dual", rows.residuals, like.size
+    many = rows.count
+    if chunk is None and m * n > HELD:
+        chunk = max(1, HELD * many // (2 * m * n))
+    if chunk is None or chunk >= many:
+        matrix = _by_columns(rows.matrix())
+        spec = "mn,kn->mk" if dual else "mn,mk->nk"
+        square = _product(spec, matrix, matrix)[: m if dual else n, : m if dual else n]
+        model = Linear(
+            lambda d: _product("mn,n->m", matrix, _padded(d, matrix.shape[1])),
+            lambda v: _product("mn,m->n", matrix, v)[:n],
+        )
+    else:
+        chunks = rows.chunks(chunk)
+        square = chunks.outer(like) if dual else chunks.inner(like)
+    finite = jnp.all(jnp.isfinite(square))
+    w, u = jnp.linalg.eigh(jnp.where(usable & finite, square, 0.0))
+    w = jnp.maximum(w, 0.0)
+    top = jnp.max(w)
+    rank = jnp.sum(w > max(m, n) * jnp.finfo(w.dtype).eps * top, dtype=jnp.int32)
+    none = jnp.zeros((), jnp.int32)
+
+    def solve(damping: Array, v: Array) -> tuple[Array, Array]:
+        if dual:
+            return model.back(u @ ((u.T @ v) / (w + damping))), none
+        return u @ ((u.T @ model.back(v)) / (w + damping)), none
+
+    return Inverse(top, rank, solve, model, finite)
+
+
+def iterative(
+    model: Linear, sizes: Sizes, dtype: Any, *, sketch: int, tolerance: float, max_steps: int | None
+) -> Inverse:
+    """Return the inverse by conjugate gradients, preconditioned by a sketch of the matrix.
+
+    Args:
+      model: R as a map.
+      sizes: of R; the equations are those of the smaller side.
+      dtype: of the residuals.
+      sketch: rank, as many products of R R^T in every step.
+      tolerance: relative residual.
+      max_steps: at one lambda; None: `CG_STEPS`.
+    """
+    dual = sizes.residuals <= sizes.parameters
+    product = (
+        (lambda v: model.along(model.back(v))) if dual else (lambda d: model.back(model.along(d)))
+    )
+    found = nystroem(product, sizes.side, sketch, dtype)
+    top = found.w[0]
+    rank = jnp.sum(found.w > sizes.side * jnp.finfo(dtype).eps * top, dtype=jnp.int32)
+
+    def solve(damping: Array, v: Array) -> tuple[Array, Array]:
+        x, info = conjugate_gradients(
+            lambda x: product(x) + damping * x,
+            v if dual else model.back(v),
+            tolerance=tolerance,
+            max_steps=CG_STEPS if max_steps is None else max_steps,
+            precondition=lambda r: found.precondition(damping, r),
+        )
+        return (model.back(x) if dual else x), info.steps
+
+    return Inverse(top, rank, solve, model, found.finite)
+
+
+def layerwise(
+    problem: lqr.LQRProblem, model: Linear, like: Array, unravel: Callable[[Array], Any],
+    max_size: int,
+) -> Inverse:  # fmt: skip
+    """Return the inverse by the Riccati recursion: one for each lambda and right side.
+
+    Args:
+      problem: the regulator, whose damping is replaced.
+      model: R as a map.
+      like: the parameters, flat.
+      unravel: to the parameters.
+      max_size: see `llqr.lqr.riccati`.
+    """
+    size, none = like.size, jnp.zeros((), jnp.int32)
+    found = nystroem(lambda d: model.back(model.along(d)), size, 8, like.dtype)
+
+    def solve(damping: Array, v: Array) -> tuple[Array, Array]:
+        damped = replace(problem, damping=damping)
+        u = lqr.solve(damped, gradient=unravel(model.back(v)), max_size=max_size)
+        return -ravel_pytree(u)[0], none
+
+    return Inverse(found.w[0], jnp.array(size, jnp.int32), solve, model, found.finite)
+
+
+def _by_columns(matrix: Array) -> Array:
+    """R with columns over the devices of an explicit mesh, zeros added until they divide them."""
+    devices = axis_devices(matrix)
+    if devices < 2:
+        return matrix
+    extra = -matrix.shape[1] % devices
+    matrix = jnp.pad(replicate_columns(matrix), ((0, 0), (0, extra)))
+    names = jax.typeof(matrix).sharding.mesh.axis_names
+    return jax.sharding.reshard(matrix, PartitionSpec(None, names))
+
+
+def replicate_columns(matrix: Array) -> Array:
+    """A matrix of which every device has whole rows."""
+    spec = jax.typeof(matrix).sharding.spec
+    return jax.sharding.reshard(matrix, PartitionSpec(spec[0], None))
+
+
+def _padded(d: Array, size: int) -> Array:
+    return jnp.pad(d, (0, size - d.size)) if d.size < size else d
+
+
+def _product(spec: str, *factors: Array) -> Array:
+    """A product whose result every device of an explicit mesh has whole."""
+    if not any(axis_devices(x) for x in factors):
+        return jnp.einsum(spec, *factors)
+    out = PartitionSpec(*[None] * len(spec.partition("->")[2]))
+    return jnp.einsum(spec, *map(_whole_vector, factors), out_sharding=out)
+
+
+def _whole_vector(x: Array) -> Array:
+    return replicate(x) if x.ndim == 1 else x
