@@ -35,7 +35,8 @@ class Entry:
     Attributes:
       method: how its engine is made. One with a rate is tuned, and makes as many steps as fit into
         the seconds of the problem; one without goes on until they are over.
-      exact: whether it makes the exact steps of the problem instead.
+      exact: whether it makes the exact steps of the problem instead; if `patient`, as many as fit
+        into its seconds.
       timed: whether its work is told in seconds of a gradient, because a step is more than that.
       patient: whether it has the problem's `patience`.
       alternatives: of the method, by number, that are tried beside its usual options.
@@ -241,7 +242,8 @@ ENTRIES = {
     for entry in (
         Entry(Method("exact", _exact, None, {"solver": "factor"}), exact=True, timed=True,
               most=20_000),
-        Entry(Method("exact cg", _exact, None, {"solver": "cg"}), exact=True, timed=True),
+        Entry(Method("exact cg", _exact, None, {"solver": "cg"}), exact=True, timed=True,
+              patient=True),
         Entry(SUITE["LLQR streaming"]),
         Entry(SUITE["SOAP"]),
         Entry(SUITE["Muon"]),

@@ -350,7 +350,7 @@ class Bench:
     def _plan(self, entry: Entry, rate: float, alternative: int | None, share: float) -> Plan:
         limit = share * allowed(self.problem, entry)
         if entry.exact:
-            return Plan(steps=self.problem.steps)
+            return Plan(steps=self.problem.steps, seconds=limit if entry.patient else None)
         if entry.after:
             before = Record(self.folder, self.problem, self.workload, ENTRIES[entry.after])
             tuned = before.tuned()

@@ -14,7 +14,6 @@ from llqr_experiments.data import equations, problems
 from . import networks
 from .problem import Batch, Workload, rows, squared_error
 
-VISCOSITY = 0.05
 _WIDTHS = (2, 24, 24, 1)
 
 
@@ -47,17 +46,16 @@ def _workload(name: str, forward: Any, train: Batch, test: Batch, told: str) -> 
 
 def _poisson(params: Any, batch: Batch) -> Any:
     value, _, second = networks.jets(params, batch["x"])
-    a, b = batch["operator"].T
+    a, b = batch["operator"][:, 0], -batch["operator"][:, -1]
     return a * value - b * second.sum(-1)
 
 
 def poisson() -> Workload:
     """-Laplacian u = f on the unit square, u = 0 on its boundary, in units of the largest f."""
     train = equations.grid(problems.POISSON, (16, 16), (16,) * 4)
-    test, unit = equations.solution_rows(problems.POISSON), 2 * np.pi**2
+    test = equations.solution_rows(problems.POISSON)
     told = train.gather(np.arange(len(train)))
-    value, *_, second = told["operator"].T  # all second derivatives alike
-    scaled = {"operator": np.stack([value, -second], -1) / unit, "label": told["label"] / unit}
+    scaled = {name: told[name] / (2 * np.pi**2) for name in ("operator", "label")}
     return _workload(
         "poisson",
         _poisson,
@@ -73,30 +71,23 @@ def poisson() -> Workload:
 def _burgers(params: Any, batch: Batch) -> Any:
     """u_t + u u_x - nu u_xx inside, u on the boundary."""
     value, first, second = networks.jets(params, batch["x"])
-    inside = first[:, 1] + value * first[:, 0] - VISCOSITY * second[:, 0]
+    inside = first[:, 1] + value * first[:, 0] - problems.VISCOSITY * second[:, 0]
     return jnp.where(batch["inside"] > 0, inside, batch["weight"] * value)
 
 
 def burgers() -> Workload:
     """u_t + u u_x = nu u_xx for x in [-1, 1], t in [0, 1], u(x, 0) = -sin(pi x), u(+-1, t) = 0."""
-    x, t = np.meshgrid((np.arange(24) + 0.5) / 12 - 1, (np.arange(16) + 0.5) / 16, indexing="ij")
-    inside = np.stack([x.ravel(), t.ravel()], -1)
-    places, times = (np.arange(48) + 0.5) / 24 - 1, (np.arange(16) + 0.5) / 16
-    begin = np.stack([places, 0 * places], -1)
-    ends = [np.stack([np.full(16, end), times], -1) for end in (-1.0, 1.0)]
-    points = np.concatenate([inside, begin, *ends])
-    weight, count = 2.0, len(inside)
-    label = np.zeros(len(points))
-    label[count : count + 48] = -weight * np.sin(np.pi * places)
+    rows = equations.grid(problems.BURGERS, (24, 16), (48, 16, 16))
+    weight = np.max([face.operator[0] for face in problems.BURGERS.faces])
     train = {
-        "x": points,
-        "inside": (np.arange(len(points)) < count).astype(float),
-        "weight": np.full(len(points), weight),
-        "label": label,
+        "x": rows.x,
+        "inside": (rows.operator[:, 0] == 0).astype(float),
+        "weight": np.full(len(rows), weight),
+        "label": rows.label,
     }
     x, t = np.meshgrid(np.linspace(-1, 1, 33), np.linspace(0, 1, 17)[1:], indexing="ij")
     test = {"x": np.stack([x.ravel(), t.ravel()], -1)}
-    test["label"] = burgers_solution(test["x"])
+    test["label"] = problems.burgers_solution(test["x"])
     return _workload(
         "burgers",
         _burgers,
@@ -104,16 +95,3 @@ def burgers() -> Workload:
         test,
         "Burgers' equation, viscosity 0.05, tanh 2-24-24-1, float64",
     )
-
-
-def burgers_solution(points: np.ndarray) -> np.ndarray:
-    """Return u at (x, t), (n, 2) with t > 0, by the transformation of Cole and Hopf.
-
-    u = -integral sin(pi y) f(y) w(x - y) dy / integral f(y) w(x - y) dy with
-    f(y) = exp(-cos(pi y) / (2 pi nu)) and w the normal density of variance 2 nu t.
-    """
-    nodes, weights = np.polynomial.hermite.hermgauss(80)
-    x, t = points[:, :1], points[:, 1:]
-    y = x - np.sqrt(4 * VISCOSITY * t) * nodes
-    f = weights * np.exp(-np.cos(np.pi * y) / (2 * np.pi * VISCOSITY))
-    return -np.sum(f * np.sin(np.pi * y), 1) / np.sum(f, 1)
