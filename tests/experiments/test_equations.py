@@ -10,7 +10,8 @@ import pytest
 
 import llqr
 from llqr_experiments import models
-from llqr_experiments.data import poisson
+from llqr_experiments.config.options import Dataset
+from llqr_experiments.data import equations, kinds, problems, regression
 from llqr_experiments.data.material import error_rates
 from llqr_experiments.errors import ConfigError
 from llqr_experiments.run import train
@@ -24,48 +25,159 @@ def small(*overrides, preset="pinn-poisson-streaming"):
     return shrink(support.config(f"experiment={preset}", "logging.aim=false", *overrides))
 
 
-@pytest.fixture
-def network():
-    """Model and parameters in float64, and the network as a plain function of one point."""
+# --- equations ----------------------------------------------------------------------------------
+
+NAMES = list(problems.EQUATIONS)
+STEP = 2e-3
+
+
+def rows_of(name, fresh=None):
+    """Training rows, without errors of measurements."""
+    noise = 0.0 if name == "diffusion" else 0.01
+    config = Dataset(name=name, points=6, fresh=fresh, noise=noise)
+    return kinds.make(config).streams
+
+
+def unknowns(name):
+    """The exact unknown functions."""
+    if name == "diffusion":
+        exact = problems.DIFFUSION
+        u = lambda x: exact.measured.value(x) / problems.BOUNDARY  # noqa: E731
+        return [u, lambda x: np.log(exact.solution(x))]
+    return [problems.EQUATIONS[name].solution]
+
+
+def terms_of(name, x):
+    """All terms of the solution at points, by differences of the fourth order."""
+    value, first, second = [], [], []
+    for u in unknowns(name):
+        near = {s: [u(x + s * STEP * e) for e in np.eye(x.shape[1])] for s in (-2, -1, 1, 2)}
+        far, close = zip(near[-2], near[2], strict=True), zip(near[-1], near[1], strict=True)
+        pairs = list(zip(far, close, strict=True))
+        value.append(u(x))
+        first.append([(a - b + 8 * (d - c)) / (12 * STEP) for (a, b), (c, d) in pairs])
+        second.append(
+            [(16 * (c + d) - a - b - 30 * u(x)) / (12 * STEP**2) for (a, b), (c, d) in pairs]
+        )
+    value, first, second = np.array(value).T, np.array(first), np.array(second)
+    first, second = np.moveaxis(first, -1, 0), np.moveaxis(second, -1, 0)
+    found = [value[:, :1], first[:, 0], second[:, 0]]
+    more = problems.EQUATIONS[name].terms
+    return np.concatenate(found + ([np.asarray(more(value, first, second))] if more else []), -1)
+
+
+GRIDS = [(name, None) for name in NAMES if len(problems.EQUATIONS[name].box) == 2]
+
+
+@pytest.mark.parametrize(("name", "fresh"), [*GRIDS, *((name, 24) for name in NAMES)])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in sqrt")
+def test_the_solution_solves_every_row(name, fresh):
+    """Of training and of the test, inside and on the boundary."""
+    config = support.config("experiment=pinn-poisson", "batch_size=40", "data_threads=0")
+    streams = rows_of(name, fresh)
+    stream = streams.training(config)
+    batches = [next(stream), next(stream), next(streams.evaluation("test", 40))]
+    stream.close()
+    for batch in batches:
+        x, operator, label = batch["x"], batch["operator"], batch["label"]
+        box = np.array(problems.EQUATIONS[name].box)
+        assert ((x >= box[:, 0]) & (x <= box[:, 1])).all()
+        # What is not asked for need not be there: Burgers' solution before time 0.
+        found = np.where(operator == 0, 0, operator * terms_of(name, x)).sum(-1)
+        there = np.isfinite(found)
+        assert there.mean() > 0.9
+        scale = 1 + np.abs(operator).max() + np.abs(label).max()
+        np.testing.assert_allclose(found[there], label[there], atol=2e-5 * scale)
+    parts = np.unique(batches[0]["operator"], axis=0)
+    assert len(parts) > 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fresh_points_are_others_in_every_batch_and_the_same_after_a_resume(name):
+    config = support.config("experiment=pinn-poisson", "batch_size=20", "rng_seed=3")
+    streams = rows_of(name, 16)
+    stream, again = streams.training(config), streams.training(config)
+    first, state = next(stream), stream.get_state()
+    second, third = next(stream), next(stream)
+    again.set_state(state)
+    for old, new in ((second, next(again)), (third, next(again))):
+        for key, array in old.items():
+            np.testing.assert_array_equal(array, new[key])
+    measured = 0.9 if name == "diffusion" else 0.0  # these stay, and many are in no two batches
+    known = {tuple(x) for x in first["x"]}
+    assert sum(tuple(x) in known for x in second["x"]) <= measured * len(known)
+    stream.close()
+    again.close()
+    fixed = [next(streams.evaluation("train", 20)) for _ in range(2)]
+    np.testing.assert_array_equal(fixed[0]["x"], fixed[1]["x"])
+
+
+def test_a_share_of_fresh_points_is_as_in_the_whole():
+    rows = equations.fresh(problems.HEAT, 8, 4)
+    index, own = np.arange(12), np.array([1, 5, 11])
+    whole = rows.draw(index, np.random.default_rng(0))
+    part = rows.draw(index, np.random.default_rng(0), own)
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array[own], part[name])
+
+
+def test_a_grid_of_poissons_equation():
+    rows = equations.grid(problems.POISSON, (6, 6), (6,) * 4)
+    inside = rows.operator[:, 0] == 0
+    assert inside.sum() == 36
+    assert (rows.operator[~inside] == [problems.BOUNDARY, 0, 0, 0, 0]).all()
+    on_edge = rows.x[~inside]
+    assert np.isin(on_edge, (0.0, 1.0)).any(-1).all()
+    assert len(np.unique(on_edge, axis=0)) == 24
+
+
+def test_measurements_have_errors_of_their_size():
+    exact, measured = (
+        equations.measurements(problems.DIFFUSION, 4000, noise).label for noise in (0.0, 0.1)
+    )
+    assert np.std(measured - exact) / np.sqrt(np.mean(exact**2)) == pytest.approx(0.1, rel=0.05)
+    with pytest.raises(ConfigError, match="nothing of wave is measured"):
+        kinds.make(Dataset(name="wave", noise=0.1))
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_jets_are_those_of_automatic_differentiation(outputs):
+    """Values, gradients and second derivatives of every output; and the terms of an equation."""
+    terms = problems.DIFFUSION.terms if outputs == 2 else problems.BURGERS.terms
     with jax.enable_x64(True):
-        made = models.network(models.make("pinn", (2,), 1, seed=0, options={"hidden": [5, 4]}))
+        options = {"hidden": [5, 4], "terms": terms}
+        made = models.network(models.make("pinn", (2,), outputs, seed=0, options=options))
         params = jax.tree.map(lambda x: x.astype(jnp.float64), made.params)
 
         def plain(x):
             for layer in ("layers_1", "layers_3", "layers_5"):
                 x = x @ params[layer]["kernel"] + params[layer]["bias"]
                 x = jnp.tanh(x) if layer != "layers_5" else x
-            return x[0]
+            return x
 
-        yield made.model.bind({}), params, plain
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(6, 2))
+        value, first = jax.vmap(plain)(x), jax.vmap(jax.jacobian(plain))(x)
+        second = jnp.einsum("nkii->nki", jax.vmap(jax.hessian(plain))(x))
+        expected = jnp.concatenate(
+            [value[:, :1], first[:, 0], second[:, 0], terms(value, first, second)], -1
+        )
+        operator = rng.normal(size=expected.shape)
+        rows = made.model.bind({})(params, (x, operator))
+        np.testing.assert_allclose(rows, jnp.sum(operator * expected, -1), rtol=1e-11, atol=1e-12)
 
 
-def test_network_and_laplacian_are_those_of_automatic_differentiation(network):
-    model, params, plain = network
-    x = np.random.default_rng(0).normal(size=(6, 2))
-    value = jax.vmap(plain)(x)
-    laplacian = jax.vmap(lambda p: jnp.trace(jax.hessian(plain)(p)))(x)
-    for a, b in ((1.0, 0.0), (0.0, 1.0), (2.0, 0.5)):
-        rows = model(params, (x, np.tile([a, b], (6, 1))))
-        np.testing.assert_allclose(rows, a * value - b * laplacian, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("name", ["lorentz", "diabetes"])
+def test_a_table_is_standardised_by_its_training_rows(name):
+    table = regression.load(name)
+    assert abs(len(table.train) - len(table.test)) <= 1
+    np.testing.assert_allclose(table.train.x.mean(0), 0, atol=1e-12)
+    np.testing.assert_allclose(table.train.x.std(0), 1)
+    assert table.train.label.std() == pytest.approx(1)
+    assert abs(table.test.label.mean()) < 0.2
 
 
-def test_rows_are_those_of_the_solution():
-    """The right side is minus the Laplacian of u, by differences; u is 0 on the boundary."""
-    rows = poisson.equation_rows(6)
-    inside = rows.operator[:, 0] == 0
-    assert inside.sum() == 36
-    assert (rows.operator[~inside] == [poisson.BOUNDARY, 0]).all()
-    x, h = rows.x[inside], 1e-4
-    around = sum(poisson.solution(x + s * e) for s in (h, -h) for e in np.eye(2))
-    expected = (4 * poisson.solution(x) - around) / h**2
-    np.testing.assert_allclose(rows.label[inside], expected, rtol=1e-6)
-    on_edge = rows.x[~inside]
-    assert np.isin(on_edge, (0.0, 1.0)).any(-1).all()
-    assert len(np.unique(on_edge, axis=0)) == 24
-    np.testing.assert_allclose(poisson.solution(on_edge), rows.label[~inside], atol=1e-12)
-    test = poisson.solution_rows()
-    np.testing.assert_array_equal(test.label, poisson.solution(test.x))
+# --- runs ---------------------------------------------------------------------------------------
 
 
 def test_loss_and_error_are_those_of_the_rows():

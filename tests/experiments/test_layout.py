@@ -125,6 +125,10 @@ WAYS = {
         "block_structure=diagonal", "method=streaming", "precond_stream_every=2",
         "learning_rate=0.01",
     ),
+    "exact steps": (
+        "method=exact", "exact_geodesic=false", "exact_momentum=0.5", "batch_size=32",
+        "architecture.hidden=[4]",
+    ),
     "many refit batches": ("multibatch_training=true", "precond_solver=adam"),
     "chunks": (
         "llqr_batch_update_mode=chunked_lqr_segment", "llqr_batch_update_chunk_size=16",

@@ -37,6 +37,8 @@ OWNERS = {
     "sam": defaults(llqr.Sharpness) | defaults(llqr.sam),
     "asam": defaults(llqr.asam),
     "fisher_sam": defaults(llqr.fisher_sam),
+    "exact": defaults(llqr.exact),
+    "trust": defaults(llqr.Trust),
     "recipe": defaults(Recipe),
     "rules": defaults(Rules),
     "bucketing": defaults(translation.Bucketing),
@@ -56,6 +58,7 @@ def test_every_field_of_a_refit_and_of_its_route_is_an_option():
     assert set(become(config, "refit")) == set(OWNERS["refit"])
     assert set(become(config, "route")) == set(OWNERS["route"]) - {"axis_name"}  # pmap, shard_map
     assert set(become(config, "streaming")) == set(OWNERS["streaming"])
+    assert set(become(config, "trust")) == set(OWNERS["trust"])
 
 
 # One seed of a run, which the papers' commands give, is that of all that draws.
@@ -102,7 +105,7 @@ CHOICES = [
     if "choices" in row.metadata
     for path in row.metadata["becomes"]
 ]
-LITERALS = {"refit": llqr.Refit, "route": llqr.Route, "llqr": llqr.llqr, "sam": llqr.Sharpness}
+LITERALS = {"exact": llqr.exact, "refit": llqr.Refit, "route": llqr.Route, "llqr": llqr.llqr, "sam": llqr.Sharpness}
 
 
 @pytest.mark.parametrize(("name", "rules", "path"), CHOICES, ids=[path for *_, path in CHOICES])

@@ -1,4 +1,5 @@
-"""Every preset composes, has a forecast, and runs in small with a refit and a SAM step."""
+"""Every preset composes, has a forecast, and runs in small: with a refit and a SAM step, or exact.
+"""
 
 from dataclasses import replace
 
@@ -45,8 +46,9 @@ def run(preset, out):
     if config.comparison.name:
         comparison.run(config, out, command="test")
         return None
-    sam = replace(config, sam_mode="base_sam", start_sam_after_step=2)
-    train.run(sam, out, command="test", quiet=True)
+    if not config.exact_steps:
+        config = replace(config, sam_mode="base_sam", start_sam_after_step=2)
+    train.run(config, out, command="test", quiet=True)
     return support.rows(out)
 
 
@@ -59,6 +61,15 @@ def test_every_preset_runs_in_small(preset, tmp_path):
     if rows is None:
         assert (tmp_path / "meta.json").exists()
         return
+    last = {name for row in rows if row["step"] == 4 for name in row}
+    assert {"test loss", "valid loss"} & last
+    losses = [row["train loss"] for row in rows if "train loss" in row]
+    assert len(losses) == 4
+    assert np.isfinite(losses).all()
+    if small(preset).exact_steps:
+        assert rows[-2]["exact/refused"] == 0
+        assert losses[-1] < losses[0]
+        return
     refits = [row for row in rows if "refit objective after" in row]
     first = small(preset).precond_start_step
     if small(preset).precond_streaming:  # logged beside the loss, how many there were
@@ -66,13 +77,8 @@ def test_every_preset_runs_in_small(preset, tmp_path):
         assert refits[-1]["refit guarded blocks"] == 0
     else:
         assert [row["step"] for row in refits] == [first, first + 2]
-    losses = [row["train loss"] for row in rows if "train loss" in row]
-    assert len(losses) == 4
-    assert np.isfinite(losses).all()
     perturbed = [row["sam active steps"] for row in rows if "sam active steps" in row]
     assert perturbed[-1] == 2
-    last = {name for row in rows if row["step"] == 4 for name in row}
-    assert {"test loss", "valid loss"} & last
 
 
 # Spec 7.4: what the papers ran, row by row.

@@ -427,18 +427,6 @@ def test_jets_are_the_derivatives():
     np.testing.assert_allclose(second, jnp.einsum("nii->ni", hessian), rtol=1e-3, atol=1e-4)
 
 
-def test_the_solution_of_burgers_solves_it():
-    def u(x, t):
-        return physics.burgers_solution(np.array([[x, t]]))[0]
-
-    x, t, h = 0.3, 0.4, 1e-3
-    u_t = (u(x, t + h) - u(x, t - h)) / (2 * h)
-    u_x = (u(x + h, t) - u(x - h, t)) / (2 * h)
-    u_xx = (u(x + h, t) - 2 * u(x, t) + u(x - h, t)) / h**2
-    assert u_t + u(x, t) * u_x == pytest.approx(physics.VISCOSITY * u_xx, abs=1e-3)
-    assert u(x, 1e-6) == pytest.approx(-np.sin(np.pi * x), abs=1e-3)
-    assert u(1.0, t) == pytest.approx(0, abs=1e-9)
-
 
 def test_mnist1d_is_balanced_and_standardised():
     train, test = mnist1d.generate()

@@ -15,7 +15,7 @@ from llqr_experiments.command import memory
 from llqr_experiments.config import advice, build
 from llqr_experiments.config.options import Config
 from llqr_experiments.record.console import counts
-from llqr_experiments.run.job import Job, batches, prepare, refits_in_words
+from llqr_experiments.run.job import Job, batches, exact_in_words, prepare, refits_in_words
 from llqr_experiments.run.step import TrainState, init, shardings
 from llqr_experiments.study import comparison
 from llqr_experiments.task import tasks
@@ -90,6 +90,8 @@ def _rows(job: Job, state: TrainState) -> Iterable[tuple[str, str]]:
         "steps",
         f"{job.last:,} of {batches(job)} ({job.last / job.horizon.steps_per_epoch:.3g} epochs)",
     )
+    if config.exact_steps:
+        yield "steps by", exact_in_words(job)
     yield (
         "optimizer",
         f"{config.main_optimizer}, learning rate {config.learning_rate:g}"

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 import llqr
+from llqr.inverses import Sizes, choose
 from llqr_experiments import capacity, data, processes
 from llqr_experiments.config import build
 from llqr_experiments.config.options import Config
@@ -112,6 +113,11 @@ def prepare(config: Config, *, abstract: bool = False) -> Job:
     for name in ("precond_probes", "precond_rank"):
         count = getattr(config, name) if config.use_preconditioner else None
         capacity.check(size * (count or 0), f"{name}={count}: as many times the parameters")
+    if config.exact_steps and config.exact_trust:
+        sizes, solver = exact_sizes(config, task)
+        if solver in ("dual", "primal"):
+            side = sizes.residuals if solver == "dual" else sizes.parameters
+            capacity.check(8 * side**2, f"exact_solver={solver}: a matrix of {side:,} x {side:,}")
     refits = build.refit_steps(config, horizon)
     blocks = llqr.describe(recipe.tx, task.params) if config.use_preconditioner else None
     best = goal(config, task.material)
@@ -215,14 +221,34 @@ def refits_in_words(job: Job) -> str:
     )
 
 
+def exact_sizes(config: Config, task: tasks.Task) -> tuple[Sizes, str]:
+    """Return residuals and parameters of an exact step, and the solver of a trust region."""
+    batch = task.material.streams.shapes(config)
+    outputs = jax.eval_shape(
+        lambda params, batch: tasks.bound(task, batch, task.statistics).outputs(params),
+        task.params,
+        batch,
+    )
+    count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
+    sizes = Sizes(count(outputs), count(task.params))
+    return sizes, choose(config.exact_solver, sizes)
+
+
 def exact_in_words(job: Job) -> str:
     """Return how a run makes exact steps."""
     config = job.config
-    told = f"exact steps, {config.divergence}, {config.exact_solver}"
-    if config.exact_trust:
-        geodesic = "with" if config.exact_geodesic else "without"
-        return f"{told}: in a trust region, {geodesic} a geodesic term"
-    return f"{told}: damping {config.damping:g}, in front of {config.main_optimizer}"
+    if not config.exact_trust:
+        solver = "cg" if config.exact_solver == "auto" else config.exact_solver
+        return (
+            f"exact steps by {solver}, {config.divergence}: damping {config.damping:g}, in front "
+            f"of {config.main_optimizer}"
+        )
+    sizes, solver = exact_sizes(config, job.task)
+    geodesic = "with" if config.exact_geodesic else "without"
+    return (
+        f"exact steps by {solver}, {config.divergence}: {sizes.residuals:,} residuals in "
+        f"{sizes.parameters:,} parameters, a trust region, {geodesic} a geodesic term"
+    )
 
 
 def title(config: Config) -> str:

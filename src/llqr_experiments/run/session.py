@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 
+from llqr.exact import ExactState
 from llqr.tree import leaf_names
+from llqr.trust import OUTCOMES
 from llqr_experiments import processes
 from llqr_experiments.config.options import Config
 from llqr_experiments.errors import TrainingError
@@ -190,6 +192,8 @@ def _meta(job: Job, session: Session, desk: Desk) -> dict[str, Any]:
 def check_health(job: Job, state: TrainState, desk: Desk) -> None:
     """Stop if a loss or gradient was not finite, before it is saved or believed."""
     health = jax.device_get(state.health)
+    if job.config.exact_steps:
+        _check_residuals(state.opt_state)
     if job.recipe.skip or health.bad_step < 0:
         return
     what, names = "training loss", leaf_names(state.params)
@@ -204,6 +208,20 @@ def check_health(job: Job, state: TrainState, desk: Desk) -> None:
         f"the {what} is not finite at step {int(health.bad_step)}; {where}. "
         f"{_caution(job.config)} or go on past such steps with on_nonfinite=skip."
     )
+
+
+def _check_residuals(state: ExactState) -> None:
+    """Stop if no exact step can be made of such a loss, whatever the damping."""
+    known = state.trust
+    if known and int(known.outcome) in NO_RESIDUALS:
+        raise TrainingError(
+            f"no exact step can be made: {OUTCOMES[int(known.outcome)]}. Numbers take "
+            "divergence=gaussian, classes divergence=ngd."
+        )
+
+
+NO_RESIDUALS = tuple(i for i, words in enumerate(OUTCOMES) if words.startswith("the loss "))
+"""What becomes of steps where the loss is no sum of squares of residuals."""
 
 
 def _caution(config: Config) -> str:
