@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.suite import store
 from benchmarks.suite.tables import markdown
 
-from .methods import ENTRIES, SHARE
+from .methods import ENTRIES, MOST_LM, SHARE
 from .trials import TIER
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -238,7 +238,7 @@ def _how() -> str:
   zoom line search, from the package `ssbroyden-optimistix`; **optimistix BFGS** has that package's
   own line search by backtracking. A step of those two is one evaluation of a line search.
 - **optimistix LM** is `LevenbergMarquardt`, which differentiates the residuals itself, stepped by
-  `solver.step`. **SciPy trf** is `least_squares`, timed by its callback; its Jacobian is the
+  `solver.step`, up to {MOST_LM:,} parameters. **SciPy trf** is `least_squares`, timed by its callback; its Jacobian is the
   gradient of each row under `vmap`, as ours, which is far faster than `jax.jacrev`.
 - **Gradients** are counted: one a step for first-order methods, a probe in addition, each call of
   a line search. Of the exact steps and the solvers for least squares they are seconds by those of
