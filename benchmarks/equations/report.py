@@ -228,18 +228,20 @@ def _how() -> str:
   whichever is smaller (`solver="dual"` or `"primal"`); **exact cg** has none (`solver="cg"`).
   They have no rate; nothing of them is tuned.
 - **Seconds**: all methods of a problem ran in one process, in turns, seed by seed. Compilation is
-  told apart, evaluations stop the clock. Methods other than ours have the seconds that are told
-  with each problem.
+  told apart, evaluations stop the clock. All methods have the seconds that are told with each
+  problem; **exact** makes a fixed number of steps, which take about as long or less.
 - **Rates** are tuned by the error at the end on a seed that is used for nothing else: {TIER.rates}
   rates, a factor of ten around the customary one in both directions, and further ones as long as
-  the best is at an end. The rate falls to 0 over as many steps as fit into the seconds.
+  the best is at an end; on the larger problems in a quarter of the steps. The rate falls to 0 over
+  as many steps as fit into the seconds.
 - **L-BFGS** is optax's with its zoom line search, its memory (10 or 50) tuned likewise; before it
   **AdamW** makes {SHARE:.0%} of its steps in one row. **SSBroyden** is self-scaled Broyden with a
   zoom line search, from the package `ssbroyden-optimistix`; **optimistix BFGS** has that package's
   own line search by backtracking. A step of those two is one evaluation of a line search.
 - **optimistix LM** is `LevenbergMarquardt`, which differentiates the residuals itself, stepped by
-  `solver.step`, up to {MOST_LM:,} parameters. **SciPy trf** is `least_squares`, timed by its callback; its Jacobian is the
-  gradient of each row under `vmap`, as ours, which is far faster than `jax.jacrev`.
+  `solver.step`, up to {MOST_LM:,} parameters. **SciPy trf** is `least_squares`, timed by its
+  callback; its Jacobian is the gradient of each row under `vmap`, as ours, which is far faster than
+  `jax.jacrev`. These two and **exact cg** have twice the seconds on the first two problems.
 - **Gradients** are counted: one a step for first-order methods, a probe in addition, each call of
   a line search. Of the exact steps and the solvers for least squares they are seconds by those of
   one loss with its gradient, measured in the same process."""

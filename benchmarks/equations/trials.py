@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from benchmarks.suite import store
-from benchmarks.suite.environment import environment
+from benchmarks.suite.environment import environment, version
 from benchmarks.suite.methods.method import Method
 from benchmarks.suite.protocol import TIERS, TUNING_SEED, multiplier
 from benchmarks.suite.training import Program, compiled
@@ -35,6 +35,7 @@ RESULTS = store.RESULTS.parent / "equations"
 AXES = ("step", "gradients", "seconds")
 COLUMNS = (*AXES, "error", "loss")
 TIER = TIERS["quick"]
+PACKAGES = ("scipy", "optimistix", "ssbroyden-optimistix")
 BEYOND = 4
 """Rates beyond an end of the grid, at most."""
 MARKS = frozenset(round(m * 10**e) for e in range(6) for m in (1, 1.5, 2, 3, 5, 7))
@@ -287,6 +288,7 @@ class Bench:
             if record.dropped:
                 say(f"{problem.name}, {name}: settings have changed, {record.dropped} void")
         self.where, self.unit = environment(command=command), gradient_seconds(self.workload)
+        self.where["versions"] |= {name: version(name) for name in PACKAGES}
         self.skipped: dict[str, str] = {}
         self._programs: dict[tuple[str, int | None], Program] = {}
 
