@@ -144,7 +144,7 @@ def _burgers_dense() -> Workload:
 PROBLEMS = {
     problem.name: problem
     for problem in (
-        _suite("poisson", physics.poisson, 3.0, 200),
+        _suite("poisson", physics.poisson, 3.5, 200),
         _suite("burgers", physics.burgers, 4.0, 100),
         Problem("wave", _wave, 10.0),
         Problem("helmholtz", _helmholtz, 8.0),
