@@ -28,7 +28,7 @@ TARGETS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 COLORS = {
     "exact": "C3", "exact cg": "C1", "LLQR streaming": "C4", "SOAP": "C2", "Muon": "C8",
     "AdamW": "C0", "L-BFGS": "C5", "AdamW then L-BFGS": "C9", "optimistix BFGS": "C6",
-    "SSBroyden": "k", "optimistix LM": "C7", "SciPy trf": "tab:olive",
+    "SSBroyden": "k", "optimistix LM": "C7", "SciPy trf": "navy",
 }  # fmt: skip
 
 AXES = ("seconds", "gradients")
