@@ -64,6 +64,11 @@ DRAWINGS = (
         SUITE,
     ),
     Drawing(
+        "images/equations",
+        ("-m", "benchmarks.equations", "draw", "--into", "{}"),
+        ("benchmarks/equations/*.py", "benchmarks/results/equations/*.json"),
+    ),
+    Drawing(
         "images/study",
         ("-m", "benchmarks.study_curves", "{}"),
         ("benchmarks/study_curves.py", "benchmarks/results/study_*.json"),

@@ -16,7 +16,7 @@ def environment(**more: Any) -> dict[str, Any]:
     """Return versions, machine and what else is told."""
     return {
         "commit": _commit(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
         "platform": platform.platform(),
@@ -35,7 +35,8 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
+    """Return the version of a package, None where it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
