@@ -21,7 +21,7 @@ from llqr.approximation import Quality, quality
 from llqr.curvature import QuadraticModel, Route, linearize
 from llqr.curvature import model as quadratic
 from llqr.diagnostics import Description, Report, describe, inspect
-from llqr.exact import Trust, exact
+from llqr.exact import ExactState, exact
 from llqr.metrics import Metric
 from llqr.objective import BoundObjective, Objective
 from llqr.refit import STATUS, Refit, RefitInfo, Streaming, StreamState
@@ -42,12 +42,14 @@ from llqr.state import LLQRState, find
 from llqr.structures import STRUCTURES, Rule, Structure, stacked
 from llqr.transform import llqr, scale_by_llqr
 from llqr.transform import streaming_llqr as streaming
+from llqr.trust import Trust, TrustReport, TrustState
 
 __all__ = [
     "STATUS",
     "STRUCTURES",
     "BoundObjective",
     "Description",
+    "ExactState",
     "LLQRState",
     "Metric",
     "Objective",
@@ -66,6 +68,8 @@ __all__ = [
     "Streaming",
     "Structure",
     "Trust",
+    "TrustReport",
+    "TrustState",
     "asam",
     "blocks",
     "describe",

@@ -24,10 +24,8 @@ from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
 from llqr.residuals import Residuals, residuals
 from llqr.tree import all_finite, is_traced, widen
-from llqr.trust import OUTCOMES, REMEDIES, Trust, TrustState
+from llqr.trust import OUTCOMES, REMEDIES, Trust
 from llqr.typing import Array, Float, Int, Number, Params
-
-__all__ = ["ExactState", "Solver", "Trust", "TrustState", "exact"]
 
 
 class ExactState(NamedTuple):

@@ -47,8 +47,8 @@ GEODESIC = 0.75
 """Longest geodesic term, by the step."""
 FLOOR = 50
 """Least damping: as many roundings of the largest curvature."""
-CEILING = 1e6
-"""Largest damping, by the largest curvature."""
+CEILING = 1e3
+"""Largest damping, by the largest curvature: steps are then short ones along the gradient."""
 GAIN = 4.0
 """How much of the slope that is left at the end of a step changes lambda fully, inverted."""
 
@@ -159,20 +159,23 @@ class TrustReport:
         if not self.solver:
             yield "no step was made yet: update() takes params and objective=objective.bind(batch)."
             return
-        if self.outcome != OUTCOMES[1]:
+        least = FLOOR * self.digits * self.curvature
+        ends = self.outcome == OUTCOMES[2] and self.damping >= CEILING / 2 * self.curvature
+        if self.outcome != OUTCOMES[1] and not ends:
             yield f"the last step was not taken: {self.outcome}. {REMEDIES[self.outcome]}"
-        if self.damping <= 2 * FLOOR * self.digits * self.curvature:
-            if self.digits > 1e-10:
-                yield (
-                    "the damping is at its floor, and float32 has no more digits: errors stop at "
-                    "about 1e-3. jax.config.update('jax_enable_x64', True), and parameters and "
-                    "data in float64."
-                )
-            elif not self.noisy:
-                yield (
-                    "the damping is at its floor: the rows are met as well as rounding lets them. "
-                    "What error is left lies between them: more rows, or other weights."
-                )
+        if not (ends or self.damping <= 2 * least):
+            return
+        where = "no step lowers the loss, however short" if ends else "the damping is at its floor"
+        if self.digits > 1e-10:
+            yield (
+                f"{where}: float32 has no more digits, and errors stop at about 1e-3. "
+                "jax.config.update('jax_enable_x64', True), with parameters and data in float64."
+            )
+        elif not self.noisy:
+            yield (
+                f"{where}: the rows are met as well as rounding lets them. What error is left lies "
+                "between them: more rows, or other weights."
+            )
 
     def __str__(self) -> str:
         if not self.solver:

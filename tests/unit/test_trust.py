@@ -105,28 +105,6 @@ def step_of(tx: Any, state: Any, p: Any, bound: Any) -> tuple[Any, Any]:
     return ravel_pytree(updates)[0], state
 
 
-@pytest.mark.parametrize("loss", ["squares", "cross-entropy"])
-def test_all_solvers_give_the_dense_step(loss: str) -> None:
-    """At the lambda that was tried first, without the geodesic term."""
-    bound, quadratic, _, _ = parts(forward, LOSSES[loss])
-    top = np.linalg.eigvalsh(quadratic.as_matrix())[-1]
-    lam = top
-    dense = quadratic.as_matrix() + lam * np.eye(len(quadratic.as_matrix()))
-    expected = -np.linalg.solve(dense, ravel_pytree(quadratic.gradient)[0])
-    grads = jax.grad(bound)(params())
-    for solver in ("dual", "primal", "auto"):
-        tx = llqr.exact(damping=llqr.Trust(start=1.0, geodesic=False), solver=solver)
-        found, state = step_of(tx, tx.init(params()), params(), bound)
-        np.testing.assert_allclose(found, expected, atol=1e-9)
-        assert float(state.trust.top) == pytest.approx(top)
-        assert int(state.trust.tries) == 1
-    cg = llqr.exact(
-        optax.sgd(1.0), metric="gauss_newton", damping=lam, solver="cg", tolerance=1e-13
-    )
-    updates, _ = cg.update(grads, cg.init(params()), params(), objective=bound)
-    np.testing.assert_allclose(ravel_pytree(updates)[0], expected, atol=1e-9)
-
-
 def numpy_path(steps: int, options: llqr.Trust) -> Any:
     """The method for squares, written out: J by differences of nothing, a by differences of r."""
     flat, unravel = ravel_pytree(params())
@@ -215,6 +193,211 @@ def test_a_scan_of_steps_is_as_many_calls() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), scanned, carry[0])
 
 
+def drawn(seed: int) -> Any:
+    """Another batch of the same problem."""
+    x = jax.random.normal(jax.random.key(seed), (ROWS, 3))
+    return batch() | {"x": x, "y": jnp.sin(2 * x)}
+
+
+def numpy_momentum(seeds: list[int], mu: float, radius: float) -> Any:
+    """SPRING for squares, each step on other points, its length in the metric bounded."""
+    flat, unravel = ravel_pytree(params())
+    theta, last, lam, growth = np.asarray(flat), np.zeros(flat.size), 0.0, 2.0
+    for seed in seeds:
+        data = drawn(seed)
+
+        def residual(t: Any, data: Any = data) -> Any:
+            z = forward(unravel(jnp.asarray(t)), data)
+            return (z - data["y"]).ravel() * np.sqrt(2 / z.size)
+
+        r, jac = np.asarray(residual(theta)), np.asarray(jax.jacobian(residual)(theta))
+        gram = jac @ jac.T
+        top = np.linalg.eigvalsh(gram)[-1]
+        lam = lam if lam > 0 else 1e-2 * top
+        for _ in range(8):
+            matrix = gram + lam * np.eye(len(gram))
+            d = mu * last - jac.T @ np.linalg.solve(matrix, r + mu * jac @ last)
+            rd = jac @ d
+            share = min(1.0, radius / np.linalg.norm(rd))
+            predicted = 0.5 * (r @ r - np.sum((r + share * rd) ** 2))
+            after = np.asarray(residual(theta + share * d))
+            rho = 0.5 * (r @ r - after @ after) / predicted
+            if rho > 1e-4:
+                last, growth = share * d, 2.0
+                theta = theta + last
+                lam *= max(0.2, 1 - (2 * rho - 1) ** 3)
+                break
+            lam, growth = lam * growth, 2 * growth
+        yield theta, lam, np.linalg.norm(share * rd)
+
+
+def test_momentum_and_radius_are_the_numpy_loop() -> None:
+    seeds = list(range(10, 16))
+    tx = llqr.exact(damping=llqr.Trust(start=1e-2, geodesic=False, momentum=0.8, radius=0.3))
+    objective, p = llqr.Objective(forward, LOSSES["squares"]), params()
+    state, lengths = tx.init(p), []
+    update = jax.jit(lambda s, p, b: tx.update(p, s, p, objective=objective.bind(b)))
+    for seed, (theta, lam, length) in zip(seeds, numpy_momentum(seeds, 0.8, 0.3), strict=True):
+        updates, state = update(state, p, drawn(seed))
+        p = optax.apply_updates(p, updates)
+        np.testing.assert_allclose(ravel_pytree(p)[0], theta, atol=1e-10)
+        np.testing.assert_allclose(state.trust.damping, lam, rtol=1e-8)
+        last = ravel_pytree(state.trust.last)[0]
+        np.testing.assert_array_equal(last, ravel_pytree(updates)[0])
+        lengths.append(length)
+    assert max(lengths) == pytest.approx(0.3), "the bound held a step back"
+
+
+def test_noise_raises_the_damping() -> None:
+    """Where the loss of other examples rises at the end of steps; by the rule, number by number."""
+    tx = llqr.exact(damping=llqr.Trust(noisy=True))
+    objective, p = llqr.Objective(forward, LOSSES["squares"]), params()
+    state: Any = tx.init(p)
+    slope: Any = None
+    last: Any = None
+    update = jax.jit(lambda s, p, b: tx.update(p, s, p, objective=objective.bind(b)))
+    rooms = []
+    for seed in range(30):
+        noise = jax.random.normal(jax.random.key(100 + seed), (ROWS, 3))
+        data = drawn(seed) | {"y": 3 * noise}
+        gradient = ravel_pytree(jax.grad(objective)(p, data))[0]
+        damping = float(state.trust.damping)
+        updates, state = update(state, p, data)
+        now = state.trust
+        if slope is not None and slope > 0:
+            room = -float(gradient @ last) / slope
+            assert float(now.room) == pytest.approx(room, rel=1e-9)
+            rooms.append(room)
+            if int(now.tries) == 1:
+                own = max(0.2, 1 - (2 * float(now.ratio) - 1) ** 3) ** np.clip(4 * room, 0, 1)
+                expected = damping * 2 ** np.clip(-4 * room, 0, 1) * own
+                assert float(now.damping) == pytest.approx(expected, rel=1e-6)
+        slope, last = float(now.slope), ravel_pytree(updates)[0]
+        p = optax.apply_updates(p, updates)
+    assert min(rooms) < 0 < max(rooms)
+    first = float(llqr.exact(damping=llqr.Trust()).init(p).trust.damping)
+    assert float(state.trust.damping) > 0.1 * float(state.trust.top) > first
+    plain = llqr.exact(damping=llqr.Trust())
+    q, state = params(), plain.init(params())
+    update = jax.jit(lambda s, p, b: plain.update(p, s, p, objective=objective.bind(b)))
+    for seed in range(30):
+        noise = jax.random.normal(jax.random.key(100 + seed), (ROWS, 3))
+        updates, state = update(state, q, drawn(seed) | {"y": 3 * noise})
+        q = optax.apply_updates(q, updates)
+    size = lambda t: np.linalg.norm(ravel_pytree(t)[0])  # noqa: E731
+    assert size(p) < size(q), "without it, parameters follow each batch"
+
+
+def test_the_geodesic_term_is_the_second_difference() -> None:
+    bound, quadratic, found, _ = parts(forward, LOSSES["cross-entropy"])
+    del quadratic
+    flat, unravel = ravel_pytree(params())
+    d = np.random.default_rng(0).normal(size=flat.size)
+    exact = residuals.acceleration(bound, params(), unravel(jnp.asarray(d)), found)
+    h = 1e-4
+    z = [found.whitened(bound.outputs(unravel(flat + s * h * d))) for s in (1, 0, -1)]
+    np.testing.assert_allclose(exact, (z[0] - 2 * z[1] + z[2]) / h**2, rtol=1e-5, atol=1e-6)
+
+
+def test_saturated_rows_keep_their_gradient() -> None:
+    """A softmax that is sure of the wrong class: its curvature is lost in rounding."""
+
+    def sure(p: Any, b: Any) -> Any:
+        return 60 * forward(p, b)
+
+    bound, quadratic, found, matrix = parts(sure, LOSSES["cross-entropy"])
+    gradient = ravel_pytree(quadratic.gradient)[0]
+    assert found.convex & ~found.rest
+    np.testing.assert_allclose(matrix.T @ found.r, gradient, atol=1e-9 * np.abs(gradient).max())
+    tx, p = llqr.exact(damping=llqr.Trust(tries=30)), params()
+    updates, state = tx.update(p, tx.init(p), p, objective=bound)
+    assert int(state.trust.outcome) == 1
+    assert float(bound(optax.apply_updates(p, updates))) < float(bound(p))
+
+
+def test_resumed_to_the_same_bits() -> None:
+    """A state is arrays alone: through numpy and back, steps are the same."""
+    tx, p = llqr.exact(damping=llqr.Trust(momentum=0.5, noisy=True)), params()
+    objective = llqr.Objective(forward, LOSSES["squares"])
+    update = jax.jit(lambda s, p, b: tx.update(p, s, p, objective=objective.bind(b)))
+
+    def run(carry: Any, seeds: range) -> Any:
+        for seed in seeds:
+            updates, state = update(carry[1], carry[0], drawn(seed))
+            carry = optax.apply_updates(carry[0], updates), state
+        return carry
+
+    whole = run((p, tx.init(p)), range(6))
+    saved = jax.tree.map(np.asarray, run((p, tx.init(p)), range(3)))
+    resumed = run(jax.tree.map(jnp.asarray, saved), range(3, 6))
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+
+def test_inspect_speaks() -> None:
+    tx, p = llqr.exact(damping=llqr.Trust()), params()
+    bound = llqr.Objective(forward, LOSSES["squares"]).bind(batch())
+    assert "no step was made yet" in llqr.inspect(tx, tx.init(p), p).advice[0]
+    update = jax.jit(lambda s, p: tx.update(p, s, p, objective=bound))
+    updates, state = update(tx.init(p), p)
+    report = llqr.inspect(tx, state, p)
+    assert isinstance(report, llqr.TrustReport)
+    assert (report.solver, report.residuals, report.parameters) == ("dual", 21, 35)
+    assert report.outcome == "taken"
+    assert report.advice == ()
+    assert "21 residuals in 35 parameters, which can meet all of them" in str(report)
+    for _ in range(60):
+        p = optax.apply_updates(p, updates)
+        updates, state = update(state, p)
+    assert float(bound(p)) < 1e-20
+    words = " ".join(llqr.inspect(tx, state, p).advice)
+    assert "no step lowers the loss, however short: the rows are met" in words
+    chained = optax.chain(optax.clip(1.0), tx)
+    assert isinstance(llqr.inspect(chained, chained.init(p), p), llqr.TrustReport)
+
+
+def test_float32_is_told_where_it_stops() -> None:
+    single = lambda t: jax.tree.map(lambda x: x.astype(jnp.float32), t)  # noqa: E731
+    data = {name: jnp.asarray(batch()[name], jnp.float32) for name in ("x", "y")}
+    tx, p = llqr.exact(damping=llqr.Trust()), single(params())
+    bound = llqr.Objective(forward, lambda z, b: jnp.mean((z - b["y"]) ** 2)).bind(data)
+    state = tx.init(p)
+    update = jax.jit(lambda s, p: tx.update(p, s, p, objective=bound))
+    for _ in range(40):
+        updates, state = update(state, p)
+        assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(updates))
+        p = optax.apply_updates(p, updates)
+    assert float(bound(p)) < 1e-6
+    assert "float32 has no more digits" in " ".join(llqr.inspect(tx, state, p).advice)
+
+
+def test_an_empty_batch_and_a_model_without_parameters_in_it() -> None:
+    tx, p = llqr.exact(damping=llqr.Trust()), params()
+    none = {name: x[:0] for name, x in batch().items()}
+    with pytest.raises(ValueError, match="the outputs have no rows"):
+        tx.update(p, tx.init(p), p, objective=llqr.Objective(forward, LOSSES["squares"]).bind(none))
+    still = llqr.Objective(lambda p, b: b["y"] + 0 * p["b"][0], LOSSES["weighted squares"])
+    updates, state = tx.update(
+        p, tx.init(p), p, objective=still.bind(batch() | {"y": batch()["x"]})
+    )
+    assert not np.any(ravel_pytree(updates)[0])
+    assert "no row depends on the parameters" in llqr.inspect(tx, state, p).advice[0]
+
+
+def test_a_derivative_that_is_not_finite_moves_nothing() -> None:
+    """A root at 0: the loss is finite, its derivative is not."""
+
+    def root(p: Any, b: Any) -> Any:
+        return forward(p, b) + jnp.sqrt(p["b"][:3])
+
+    bound, tx, p = llqr.Objective(root, LOSSES["squares"]).bind(batch()), None, params()
+    for solver in ("dual", "primal", "cg"):
+        tx = llqr.exact(damping=llqr.Trust(), solver=solver)
+        updates, state = jax.jit(lambda s, tx=tx: tx.update(p, s, p, objective=bound))(tx.init(p))
+        assert not np.any(ravel_pytree(updates)[0])
+        assert int(state.trust.outcome) == 6
+        assert "derivatives that are infinite" in llqr.inspect(tx, state, p).advice[0]
+
+
 REFUSED = {
     "not convex in the outputs": lambda z, b: jnp.mean(jnp.cos(z)),
     "couples rows": lambda z, b: jnp.sum(jnp.mean(z, 0) ** 2),
@@ -246,5 +429,9 @@ def test_options_that_do_not_go_together() -> None:
             llqr.exact(**options)
     with pytest.raises(ValueError, match="tries must be >= 1"):
         llqr.Trust(tries=0)
+    with pytest.raises(ValueError, match="momentum must lie in"):
+        llqr.Trust(momentum=1.0)
+    with pytest.raises(ValueError, match="radius must lie in"):
+        llqr.Trust(radius=0.0)
     with pytest.raises(ValueError, match="start must lie in"):
         llqr.Trust(start=0.0)
