@@ -107,7 +107,7 @@ def test_what_does_not_go_with_exact_steps_is_refused(override, message):
 def test_a_loss_without_residuals_ends_the_run_in_words(tmp_path):
     """Inside a compiled step nothing can be raised: the run says why no step is made."""
     options = ("method=exact", "divergence=gauss_newton", "max_steps=3", "logging_freq=1")
-    with pytest.raises(TrainingError, match="no exact step can be made .* linear"):
+    with pytest.raises(TrainingError, match=r"no exact step can be made: .* linear"):
         support.run(tmp_path, *options, "architecture.hidden=[4]", "batch_size=16")
 
 

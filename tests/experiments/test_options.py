@@ -105,7 +105,13 @@ CHOICES = [
     if "choices" in row.metadata
     for path in row.metadata["becomes"]
 ]
-LITERALS = {"exact": llqr.exact, "refit": llqr.Refit, "route": llqr.Route, "llqr": llqr.llqr, "sam": llqr.Sharpness}
+LITERALS = {
+    "exact": llqr.exact,
+    "refit": llqr.Refit,
+    "route": llqr.Route,
+    "llqr": llqr.llqr,
+    "sam": llqr.Sharpness,
+}
 
 
 @pytest.mark.parametrize(("name", "rules", "path"), CHOICES, ids=[path for *_, path in CHOICES])

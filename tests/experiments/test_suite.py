@@ -35,7 +35,7 @@ from benchmarks.suite import report as reports
 from benchmarks.suite.methods.method import Method
 from benchmarks.suite.store import Setting
 from benchmarks.suite.training import compiled, trial
-from benchmarks.suite.workloads import mnist1d, networks, physics
+from benchmarks.suite.workloads import mnist1d, networks
 from benchmarks.suite.workloads.problem import Workload, cross_entropy
 
 ROOT = Path(__file__).parents[2]
@@ -425,7 +425,6 @@ def test_jets_are_the_derivatives():
     np.testing.assert_allclose(first, jax.vmap(jax.grad(u))(x), rtol=1e-3, atol=1e-5)
     hessian = jax.vmap(jax.hessian(u))(x)
     np.testing.assert_allclose(second, jnp.einsum("nii->ni", hessian), rtol=1e-3, atol=1e-4)
-
 
 
 def test_mnist1d_is_balanced_and_standardised():

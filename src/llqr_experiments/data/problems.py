@@ -12,8 +12,8 @@ r"""The differential equations of the runner, each with a solution that is known
 The weights of conditions are by what a residual of the equation counts, which is 1.
 
 Sources: Dangel et al., K-FAC for physics-informed networks (arXiv 2405.15603), for `heat` and
-`poisson_5d`; Wang, Yu and Perdikaris (arXiv 2007.14527) for `wave`, there with c = 2; Wang, Teng and
-Perdikaris (arXiv 2001.04536) for `helmholtz`.
+`poisson_5d`; Wang, Yu and Perdikaris (arXiv 2007.14527) for `wave`, there with c = 2; Wang, Teng
+and Perdikaris (arXiv 2001.04536) for `helmholtz`.
 """
 
 from typing import Any
@@ -85,7 +85,7 @@ def burgers_solution(points: np.ndarray) -> np.ndarray:
 
 
 def _advection(value: Any, gradient: Any, second: Any) -> Any:
-    """u u_x."""
+    """U u_x."""
     del second
     return value[:, :1] * gradient[:, 0, :1]
 
