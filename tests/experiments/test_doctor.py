@@ -89,6 +89,7 @@ SICK = {
         {name: [] for name in HEALTHY if name != "train loss"}, {"precond_start_step": 9}, {},
         "never refitted", "precond_start_step=9, 3 steps",
     ),
+    "refused": ({"exact/refused": [0.0, 1.0, 2.0, 2.0]}, {}, {}, "are refused", "2 of 3 steps"),
     "slow": ({}, {}, {"time": {"refit": 60.0, "training": 50.0}}, "longer than", "60.0 s of"),
     "compiles": ({}, {}, {"time": {"compile": 60.0, "training": 9.0}}, "compilation", "60.0 of 69"),
     "waits": ({}, {}, {"time": {"data": 20.0, "training": 50.0}}, "wait for data", "20.0 s"),

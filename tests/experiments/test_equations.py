@@ -14,6 +14,7 @@ from llqr_experiments.config.options import Dataset
 from llqr_experiments.data import equations, kinds, problems, regression
 from llqr_experiments.data.material import error_rates
 from llqr_experiments.errors import ConfigError
+from llqr_experiments.record import fields
 from llqr_experiments.run import train
 from llqr_experiments.run.job import prepare
 from llqr_experiments.task import tasks
@@ -178,6 +179,24 @@ def test_a_table_is_standardised_by_its_training_rows(name):
 
 
 # --- runs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.1])
+def test_the_picture_of_a_solution_has_each_value_at_its_place(wrong, tmp_path):
+    rows = equations.solution_rows(problems.WAVE)
+    order = np.random.default_rng(0).permutation(len(rows))
+    x, exact = rows.x[order], rows.label[order]
+    figure = fields.draw(x, exact, exact + wrong * x[:, 1], ("x", "t"), "waves")
+    solution, network, error = (
+        np.asarray(axes.collections[0].get_array()).reshape(65, 65) for axes in figure.axes[:3]
+    )
+    np.testing.assert_array_equal(solution, rows.label.reshape(65, 65).T)  # t upwards
+    np.testing.assert_allclose(
+        network - solution, wrong * np.linspace(0, 1, 65)[:, None] + 0 * error, atol=1e-12
+    )
+    assert error.max() == pytest.approx(wrong)
+    fields.write(figure, tmp_path)
+    assert (tmp_path / fields.FILE).stat().st_size > 10_000
 
 
 def test_loss_and_error_are_those_of_the_rows():

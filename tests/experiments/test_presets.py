@@ -1,4 +1,4 @@
-"""Every preset composes, has a forecast, runs in small: with a refit and a SAM step, or exact."""
+"""Every preset composes, has a forecast, and runs in small; with a SAM step where it can."""
 
 from dataclasses import replace
 

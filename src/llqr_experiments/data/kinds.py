@@ -253,6 +253,7 @@ def _equations(config: Dataset) -> Material:
         options={"terms": equation.terms},
         rates=error_rates,
         best=("test relative error", False),
+        axes=equation.axes,
     )
 
 

@@ -88,6 +88,7 @@ class Material:
       best: metric of the best checkpoint, and whether more of it is better.
       milestones: accuracies in percent, the first step of which is recorded.
       pairs: of translation: sentences and vocabularies; None for other kinds.
+      axes: names of the coordinates of an equation.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Material:
     best: tuple[str, bool] = ("test accuracy", True)
     milestones: tuple[float, ...] = ()
     pairs: translation.Translation | None = None
+    axes: tuple[str, ...] = ()
 
 
 # --- examples by number -----------------------------------------------------------------------

@@ -48,6 +48,7 @@ COSINES = ("refit cosine Pg and g", "refit cosine Pm and m")
 AGREEMENT = "refit cosine refit and training gradient"
 NORM = "Preconditioner l2 norm"
 LENGTH = "refit update over parameters"
+REFUSED = "exact/refused"
 
 
 def diagnose(run: Run) -> list[Finding]:
@@ -261,6 +262,20 @@ def _adam(run: Run) -> Iterator[Finding]:
         )
 
 
+def _refused(run: Run) -> Iterator[Finding]:
+    """Exact steps that are not taken, before there is nothing left to gain."""
+    refused = _values(run, REFUSED)
+    if not refused or refused[-1] < MOST * run.last():
+        return
+    loss = _values(run, "train loss")
+    yield Finding(
+        "exact steps are refused: no damping that was tried lowers the loss",
+        f"{refused[-1]:.0f} of {run.last()} steps, at a loss of {loss[-1]:.3g}",
+        "fewer steps, where the loss has reached rounding; precision=float64; raise exact_tries "
+        "or exact_start.",
+    )
+
+
 def _slow(run: Run) -> Iterator[Finding]:
     seconds = run.phases()
     total, steps = sum(seconds.values()), seconds.get("training", 0.0)
@@ -301,5 +316,5 @@ def _short(run: Run) -> Iterator[Finding]:
 
 CHECKS: tuple[Callable[[Run], Iterator[Finding]], ...] = (
     _not_finite, _diverged, _no_refit, _guarded, _indefinite, _unmoved, _across, _unlike, _length,
-    _grown, _adam, _slow, _short,
+    _grown, _adam, _refused, _slow, _short,
 )  # fmt: skip

@@ -4,6 +4,7 @@ import base64
 from collections.abc import Sequence
 from typing import Any
 
+from llqr_experiments.record.fields import FILE
 from llqr_experiments.record.translations import Sample
 from llqr_experiments.report import scores, tables
 from llqr_experiments.report.canvas import Picture
@@ -73,6 +74,10 @@ def _section(section: Section, drawn: Drawn) -> str:
     if means := tables.seeds(section):
         parts += [heading(level, "Means over seeds"), means]
     parts += [heading(level, "Curves"), _figures(drawn, level + 1)]
+    drawn_solutions = [(i, run) for i, run in enumerate(runs) if (run.folder / FILE).is_file()]
+    if drawn_solutions:
+        parts += [heading(level, "Solutions")]
+        parts += [_solution(run, i, level + 1) for i, run in drawn_solutions]
     if any(run.translations for run in runs):
         parts += [heading(level, "Translations")]
         parts += [_translations(run, i, level + 1) for i, run in enumerate(runs)]
@@ -96,6 +101,16 @@ def _figures(drawn: Drawn, level: int) -> str:
         for picture, png in drawn
     )
     return '<div class="pictures">\n' + "\n".join(figures) + "\n</div>"
+
+
+def _solution(run: Run, i: int, level: int) -> str:
+    """The picture that a run has drawn of its solution."""
+    png = base64.b64encode((run.folder / FILE).read_bytes()).decode()
+    return (
+        f'<section class="run"><h{level}>{key(i)}{escape(run.name)}</h{level}>'
+        f'<img alt="Solution, network and error of {escape(run.name)} as colours over the plane" '
+        f'src="data:image/png;base64,{png}"></section>'
+    )
 
 
 # --- translations -----------------------------------------------------------------------------

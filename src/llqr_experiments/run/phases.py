@@ -13,12 +13,12 @@ import llqr
 from llqr.typing import Array, Params, PyTree
 from llqr_experiments import processes
 from llqr_experiments.errors import ConfigError
-from llqr_experiments.record import insight, measures
+from llqr_experiments.record import fields, insight, measures
 from llqr_experiments.record.translations import FILE, append
 from llqr_experiments.run import translate
 from llqr_experiments.run.checkpoint import BEST, find, load_fields, steps
 from llqr_experiments.run.evaluate import Histograms, evaluate
-from llqr_experiments.run.job import Job
+from llqr_experiments.run.job import Job, title
 from llqr_experiments.run.session import HISTOGRAMS, Desk, Session, check_health, keep_best
 from llqr_experiments.run.step import TrainState
 from llqr_experiments.task import tasks
@@ -199,6 +199,28 @@ def _translate(
     except OSError as error:
         say(f"[yellow]warning:[/] the translations of step {step} are not written: {error}")
     return found
+
+
+def solution(job: Job, state: TrainState, desk: Desk) -> None:
+    """Draw the solution of an equation in two variables, as the network has it."""
+    made = job.task.material
+    if len(made.axes) != 2:
+        return
+    size = job.multiple(job.config.eval_batch_size or job.config.batch_size)
+    forward = jax.jit(job.task.objective.forward)
+    parts = []
+    with desk.clock.phase("evaluation"):
+        for batch in made.streams.evaluation("test", size):
+            given = {**job.put(batch), tasks.STATISTICS: state.statistics}
+            found = np.asarray(job.whole(forward(state.params, given)))
+            parts.append([x[batch["mask"]] for x in (batch["x"], batch["label"], found)])
+    x, exact, found = (np.concatenate(column) for column in zip(*parts, strict=True))
+    if not processes.first():
+        return
+    try:
+        fields.write(fields.draw(x, exact, found, made.axes, title(job.config)), desk.out_dir)
+    except (OSError, ValueError) as error:
+        desk.display.say(f"[yellow]warning:[/] the solution is not drawn: {error}")
 
 
 def report(job: Job, step: int, state: TrainState, sums: dict[str, Array], desk: Desk) -> None:

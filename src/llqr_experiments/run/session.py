@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 
-from llqr.exact import ExactState
 from llqr.tree import leaf_names
 from llqr.trust import OUTCOMES
 from llqr_experiments import processes
@@ -193,7 +192,7 @@ def check_health(job: Job, state: TrainState, desk: Desk) -> None:
     """Stop if a loss or gradient was not finite, before it is saved or believed."""
     health = jax.device_get(state.health)
     if job.config.exact_steps:
-        _check_residuals(state.opt_state)
+        _check_residuals(state)
     if job.recipe.skip or health.bad_step < 0:
         return
     what, names = "training loss", leaf_names(state.params)
@@ -210,10 +209,10 @@ def check_health(job: Job, state: TrainState, desk: Desk) -> None:
     )
 
 
-def _check_residuals(state: ExactState) -> None:
-    """Stop if no exact step can be made of such a loss, whatever the damping."""
-    known = state.trust
-    if known and int(known.outcome) in NO_RESIDUALS:
+def _check_residuals(state: TrainState) -> None:
+    """Stop if no step was taken yet, because no exact one can be made of such a loss."""
+    known = state.opt_state.trust
+    if known and int(known.refused) == int(state.step) and int(known.outcome) in NO_RESIDUALS:
         raise TrainingError(
             f"no exact step can be made: {OUTCOMES[int(known.outcome)]}. Numbers take "
             "divergence=gaussian, classes divergence=ngd."

@@ -115,6 +115,7 @@ def _run(config: Config, out_dir: Path, command: str, quiet: bool) -> Result:
             quality["after training"] = phases.quality(job, session.state, job.last, desk)
             if processes.first():
                 insight.draw(quality, title(config), out_dir / "quality.png")
+        phases.solution(job, session.state, desk)
         checkpoints.wait()
     result = Result(final, job.task, session.state.params, session.state.statistics)
     if not processes.first():
