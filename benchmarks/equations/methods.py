@@ -88,10 +88,14 @@ class Iterate:
 
 
 def _exact(workload: Workload, solver: str) -> Engine:
-    """Exact steps in a trust region; the gradient that the engine takes is not used."""
+    """Exact steps in a trust region; the gradient that the engine takes is not used.
+
+    With momentum where points are others in every step.
+    """
+    momentum = 0.0 if workload.full_batch else 0.9
     if solver == "factor":
         solver = "dual" if rows(next(workload.batches(0))) <= workload.size() else "primal"
-    tx: Any = llqr.exact(damping=llqr.Trust(), solver=solver)  # type: ignore[arg-type]
+    tx: Any = llqr.exact(damping=llqr.Trust(momentum=momentum), solver=solver)  # type: ignore[arg-type]
 
     def keywords(kind: str, params: Any, batch: Batch) -> dict[str, Any]:
         return {"objective": workload.objective.bind(batch)}

@@ -146,11 +146,11 @@ PROBLEMS = {
     for problem in (
         _suite("poisson", physics.poisson, 3.5, 200),
         _suite("burgers", physics.burgers, 4.0, 100),
-        Problem("wave", _wave, 10.0),
+        Problem("wave", _wave, 10.0, 200),
         Problem("helmholtz", _helmholtz, 8.0),
-        Problem("poisson-runner", _poisson_runner, 12.0, 40),
-        Problem("burgers-dense", _burgers_dense, 15.0, 25, methods=MANY),
-        Problem("poisson-5d", _poisson_5d, 15.0, 25, methods=FRESH),
+        Problem("poisson-runner", _poisson_runner, 12.0, 100),
+        Problem("burgers-dense", _burgers_dense, 15.0, 100, methods=MANY),
+        Problem("poisson-5d", _poisson_5d, 25.0, 60, methods=FRESH),
     )
 }
 """To add one, add it here."""
