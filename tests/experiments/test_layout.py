@@ -126,7 +126,7 @@ WAYS = {
         "learning_rate=0.01",
     ),
     "exact steps": (
-        "method=exact", "exact_momentum=0.5", "batch_size=128", "architecture.hidden=[8]",
+        "method=exact", "exact_momentum=0.5", "batch_size=32", "architecture.hidden=[4]",
     ),
     "many refit batches": ("multibatch_training=true", "precond_solver=adam"),
     "chunks": (

@@ -67,7 +67,6 @@ def test_every_preset_runs_in_small(preset, tmp_path):
     assert np.isfinite(losses).all()
     if small(preset).exact_steps:
         assert rows[-2]["exact/refused"] == 0
-        assert losses[-1] < losses[0]
         return
     refits = [row for row in rows if "refit objective after" in row]
     first = small(preset).precond_start_step

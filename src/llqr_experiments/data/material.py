@@ -63,11 +63,15 @@ def translation_rates(split: str, totals: Totals) -> dict[str, float]:
 
 
 def error_rates(split: str, totals: Totals) -> dict[str, float]:
-    """Return the loss, half a mean square, and the L2 norm of the error by that of the labels."""
-    return {
-        f"{split} loss": totals["loss"] / totals["rows"],
-        f"{split} relative error": math.sqrt(2 * totals["loss"] / totals["squares"]),
-    }
+    """Return the loss, half a mean square, and the L2 norm of the error by that of the labels.
+
+    The second is left out where all labels are 0, as those of a batch may be.
+    """
+    found = {f"{split} loss": totals["loss"] / totals["rows"]}
+    if not totals["squares"]:
+        return found
+    error = math.sqrt(2 * totals["loss"] / totals["squares"])
+    return found | {f"{split} relative error": error}
 
 
 @dataclass(frozen=True)
