@@ -163,6 +163,26 @@ def _(size: int, batched: list[bool], x: Float[Array, "k d d"]) -> tuple[Array, 
     return jax.lax.platform_dependent(x, cpu=one_by_one, default=at_once), True
 
 
+def eigh_of_each(x: Float[Array, "rows K K"]) -> tuple[Array, Array]:
+    """Return eigenvalues and eigenvectors of small symmetric matrices: [rows, K], [rows, K, K].
+
+    On CPU one after the other, for the reason that `orthonormal` has: on several virtual devices at
+    once, batched ones wait for ever.
+
+    Args:
+      x: the matrices.
+    """
+    if x.shape[-1] == 1:
+        return x[..., 0], jnp.ones_like(x)
+    one_by_one = lambda x: jax.lax.map(_eigh, x)  # noqa: E731
+    return jax.lax.platform_dependent(x, cpu=one_by_one, default=_eigh)
+
+
+def _eigh(x: Array) -> tuple[Array, Array]:
+    found = jnp.linalg.eigh(x)
+    return found.eigenvalues, found.eigenvectors
+
+
 class Sketch(NamedTuple):
     """U diag(w) U^T, near to a symmetric positive semi-definite A."""
 

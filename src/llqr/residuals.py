@@ -25,6 +25,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
 from llqr import coupling
+from llqr._linalg import eigh_of_each
 from llqr.objective import BoundObjective
 from llqr.operators import LinearOperator
 from llqr.tree import axis_devices, is_key, is_legacy_key, norm, replicate, shard_like
@@ -97,7 +98,7 @@ def residuals(outputs: PyTree, cotangent: PyTree, product: Callable[[PyTree], Py
             return _rows(jax.tree.leaves(product(treedef.unflatten(v)))[i])
 
         blocks = jnp.moveaxis(jax.vmap(column)(jnp.eye(width, dtype=z.dtype)), 0, -1)
-        q, vectors = jnp.linalg.eigh((blocks + jnp.swapaxes(blocks, 1, 2)) / 2)
+        q, vectors = eigh_of_each((blocks + jnp.swapaxes(blocks, 1, 2)) / 2)
         eps, most = jnp.finfo(q.dtype).eps, jnp.max(jnp.abs(q), initial=0.0)
         flags.append(jnp.all(q >= -CURVED * eps * most))
         own = jnp.einsum("rkj,rk->rj", vectors, _rows(c))

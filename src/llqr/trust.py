@@ -60,6 +60,9 @@ OUTCOMES = (
 )  # fmt: skip
 """What became of a step, by the number that a state holds."""
 
+IMPOSSIBLE = (3, 4, 5, 8)
+"""Those that no other point, damping or batch will mend."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trust:

@@ -60,7 +60,7 @@ def test_a_run_is_the_loop_of_the_library(tmp_path):
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     """With fresh points, and a last step that is remembered."""
     config = replace(
-        small("pinn-heat-exact", "exact_fresh=true", "exact_momentum=0.5"), max_steps=8
+        small("pinn-heat-exact", "exact_noisy=true", "exact_momentum=0.5"), max_steps=8
     )
     train.run(config, tmp_path / "whole", quiet=True)
     with monkeypatch.context() as patch:

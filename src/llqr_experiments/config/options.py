@@ -456,10 +456,11 @@ class Config:
     exact_geodesic: bool = option(
         True, "steps follow the curvature of the residuals along them", becomes="trust.geodesic"
     )
-    exact_fresh: bool = option(
+    exact_noisy: bool = option(
         False,
-        "how well a step did is measured on the next batch: for points that are others in each",
-        becomes="trust.fresh",
+        "the damping follows what a step does to the loss of the next batch: for mini-batches of "
+        "data with noise",
+        becomes="trust.noisy",
     )
     exact_momentum: float = option(
         0.0,

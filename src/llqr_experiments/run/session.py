@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from llqr.tree import leaf_names
-from llqr.trust import OUTCOMES
+from llqr.trust import IMPOSSIBLE, OUTCOMES
 from llqr_experiments import processes
 from llqr_experiments.config.options import Config
 from llqr_experiments.errors import TrainingError
@@ -212,15 +212,11 @@ def check_health(job: Job, state: TrainState, desk: Desk) -> None:
 def _check_residuals(state: TrainState) -> None:
     """Stop if no step was taken yet, because no exact one can be made of such a loss."""
     known = state.opt_state.trust
-    if known and int(known.refused) == int(state.step) and int(known.outcome) in NO_RESIDUALS:
+    if known and int(known.refused) == int(state.step) and int(known.outcome) in IMPOSSIBLE:
         raise TrainingError(
             f"no exact step can be made: {OUTCOMES[int(known.outcome)]}. Numbers take "
             "divergence=gaussian, classes divergence=ngd."
         )
-
-
-NO_RESIDUALS = tuple(i for i, words in enumerate(OUTCOMES) if words.startswith("the loss "))
-"""What becomes of steps where the loss is no sum of squares of residuals."""
 
 
 def _caution(config: Config) -> str:
