@@ -314,18 +314,17 @@ def search(
         lam = jnp.maximum(tried.damping, floor)
         d, products = inverse.solve(lam, r + pushed)
         step = d = carried - d
-        rd = inverse.map.along(d)
-        predicted = -(r @ rd + 0.5 * rd @ rd)
         if options.geodesic:
             a = acceleration(objective, params, unravel(d), found)
             b, more = inverse.solve(lam, a)
             b, products = -0.5 * b, products + more
             short = jnp.isfinite(norm(b)) & (norm(b) < GEODESIC * norm(d))
             step = d + jnp.where(short, b, 0.0)
+        rd = inverse.map.along(d)
         if options.radius is not None:
             share = jnp.minimum(1.0, divide(jnp.asarray(options.radius, rd.dtype), norm(rd), 1.0))
-            predicted = -(share * (r @ rd) + 0.5 * share**2 * (rd @ rd))
-            step = share * step
+            step, rd = share * step, share * rd
+        predicted = -(r @ rd + 0.5 * rd @ rd)
         after = objective(unravel(flat + step))
         own = divide(model.loss - after, predicted)
         taken = (after < model.loss) & (own > ACCEPTED)

@@ -40,6 +40,16 @@ def test_solvers_make_no_nan(solver: str) -> None:
     llqr.refresh(tx, tx.init(params), params, pb.bound())
 
 
+@pytest.mark.parametrize("solver", ["dual", "primal", "cg"])
+def test_exact_steps_make_no_nan(solver: Any) -> None:
+    """Also where the loss is at its least, and where no row depends on the parameters."""
+    tx, params = llqr.exact(damping=llqr.Trust(), solver=solver), pb.params()
+    for scale in (1.0, 0.0):
+        at = jax.tree.map(lambda x, scale=scale: scale * x, params)
+        updates, _ = jax.jit(lambda s, p: tx.update(p, s, p, objective=pb.bound()))(tx.init(at), at)
+        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(updates))
+
+
 @pytest.mark.parametrize("kind", ["sam", "past_friendly_sam"])
 def test_sam_makes_no_nan(kind: str) -> None:
     method: Any = getattr(llqr, kind)(0.1, start=1)

@@ -24,6 +24,7 @@ THINGS: dict[str, Any] = {
     "update": lambda: llqr.llqr(optax.adam(1e-3), precondition="update", metric="bernoulli"),
     "streaming": lambda: llqr.streaming(1e-3, metric="gaussian"),
     "exact": lambda: llqr.exact(optax.sgd(1.0), metric=llqr.metrics.renyi(0.3)),
+    "trust": lambda: llqr.exact(damping=llqr.Trust(momentum=0.9), solver="cg"),
     "rules": lambda: llqr.scale_by_llqr(
         structure=[(lambda path, shape: len(shape) == 2, "kfac"), ("*", "diagonal")]
     ),

@@ -7,9 +7,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jinns
-import llqr
 import optax
 from with_jinns import Poisson, solution
+
+import llqr
 
 jax.config.update("jax_enable_x64", True)
 

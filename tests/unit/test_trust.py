@@ -333,6 +333,45 @@ def test_resumed_to_the_same_bits() -> None:
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 
+def test_compositions() -> None:
+    """A rate behind it, a chain, wrappers of optax; a fixed damping on a schedule."""
+    p, bound = params(), llqr.Objective(forward, LOSSES["squares"]).bind(batch())
+
+    def first(tx: Any) -> Any:
+        tx = optax.with_extra_args_support(tx)
+        return ravel_pytree(tx.update(p, tx.init(p), p, objective=bound)[0])[0]
+
+    trust = llqr.Trust()
+    whole = first(llqr.exact(damping=trust))
+    half = first(llqr.exact(optax.sgd(0.5), damping=trust))
+    np.testing.assert_allclose(half, whole / 2, rtol=1e-12)
+    chained = first(optax.chain(llqr.exact(damping=trust), optax.scale(0.5)))
+    np.testing.assert_allclose(chained, half, rtol=1e-12)
+    wrapped = first(optax.apply_if_finite(llqr.exact(damping=trust), 3))
+    np.testing.assert_allclose(wrapped, whole, rtol=1e-12)
+    falling = optax.inject_hyperparams(llqr.exact)(damping=optax.exponential_decay(2.0, 1, 0.5))
+    state, grads = falling.init(p), jax.grad(bound)(p)
+    for damping in (2.0, 1.0, 0.5):
+        updates, state = falling.update(grads, state, p, objective=bound)
+        fixed = llqr.exact(damping=damping)
+        expected = fixed.update(grads, fixed.init(p), p, objective=bound)[0]
+        np.testing.assert_allclose(
+            ravel_pytree(updates)[0], ravel_pytree(expected)[0], rtol=1e-6, atol=1e-9
+        )
+
+
+def test_half_precision_parameters() -> None:
+    """Solved for in float32; what is returned is in the parameters' dtype."""
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+    data = {name: jnp.asarray(batch()[name], jnp.bfloat16) for name in ("x", "y")}
+    bound = llqr.Objective(forward, lambda z, b: jnp.mean((z - b["y"]) ** 2)).bind(data)
+    tx = llqr.exact(damping=llqr.Trust(momentum=0.5))
+    updates, state = tx.update(half, tx.init(half), half, objective=bound)
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves((updates, state.trust.last)))
+    assert state.trust.damping.dtype == jnp.float32
+    assert np.any(np.asarray(ravel_pytree(updates)[0], np.float32))
+
+
 def test_inspect_speaks() -> None:
     tx, p = llqr.exact(damping=llqr.Trust()), params()
     bound = llqr.Objective(forward, LOSSES["squares"]).bind(batch())
