@@ -63,12 +63,12 @@ class Problem:
 
 
 def _digits(noise: float) -> Problem:
-    x, y = load_digits(return_X_y=True)
+    x, y = map(np.asarray, load_digits(return_X_y=True))
     return Problem(x / 16 - 0.3, y.astype(np.int32), 64, noise)
 
 
 def _diabetes() -> Problem:
-    x, y = load_diabetes(return_X_y=True)
+    x, y = map(np.asarray, load_diabetes(return_X_y=True))
     return Problem((x - x.mean(0)) / x.std(0), ((y - y.mean()) / y.std()).astype(np.float32), 32)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from llqr.errors import NonConvexError
-from llqr.tree import divide, is_traced, vdot
+from llqr.tree import all_finite, divide, is_traced, vdot
 from llqr.typing import Array, Float, PyTree
 
 NOT_CONVEX = (
@@ -163,19 +163,33 @@ def _(size: int, batched: list[bool], x: Float[Array, "k d d"]) -> tuple[Array, 
     return jax.lax.platform_dependent(x, cpu=one_by_one, default=at_once), True
 
 
+def exactly(spec: str, *factors: Array, **options: Any) -> Array:
+    """Return `jnp.einsum` in the precision of the dtype: accelerators would take less.
+
+    Args:
+      spec: of the product.
+      *factors: arrays.
+      **options: of `jnp.einsum`.
+    """
+    return jnp.einsum(spec, *factors, precision=jax.lax.Precision.HIGHEST, **options)
+
+
 def eigh_of_each(x: Float[Array, "rows K K"]) -> tuple[Array, Array]:
     """Return eigenvalues and eigenvectors of small symmetric matrices: [rows, K], [rows, K, K].
 
-    On CPU one after the other, for the reason that `orthonormal` has: on several virtual devices at
-    once, batched ones wait for ever.
+    Of diagonal ones without a factorisation. Of others on CPU one after the other, for the reason
+    that `orthonormal` has: on several virtual devices at once, batched ones wait for ever.
 
     Args:
-      x: the matrices.
+      x: the matrices, finite.
     """
     if x.shape[-1] == 1:
         return x[..., 0], jnp.ones_like(x)
+    eye = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
+    of_diagonal = lambda x: (jnp.diagonal(x, axis1=1, axis2=2), eye)  # noqa: E731
     one_by_one = lambda x: jax.lax.map(_eigh, x)  # noqa: E731
-    return jax.lax.platform_dependent(x, cpu=one_by_one, default=_eigh)
+    of_any = lambda x: jax.lax.platform_dependent(x, cpu=one_by_one, default=_eigh)  # noqa: E731
+    return jax.lax.cond(jnp.all((x == 0) | (eye != 0)), of_diagonal, of_any, x)
 
 
 def _eigh(x: Array) -> tuple[Array, Array]:
@@ -220,16 +234,18 @@ def nystroem(
     probes = jax.random.normal(jax.random.key(0), (rank, size), dtype)
     probes = jnp.linalg.qr(probes.T)[0]
     images = jax.lax.map(product, probes.T, batch_size=min(chunk, rank)).T
-    finite = jnp.all(jnp.isfinite(images))
-    images = jnp.where(finite, images, 0.0)  # a factorisation of NaN might never end
-    shift = jnp.finfo(dtype).eps * jnp.sqrt(jnp.sum(images * images))
-    shift = jnp.where(shift > 0, shift, 1.0)  # A = 0
-    images = images + shift * probes
-    inner = probes.T @ images
+    length = jnp.sqrt(jnp.sum(images * images))
+    finite, shift = jnp.isfinite(length), jnp.sqrt(size) * jnp.finfo(dtype).eps * length
+    # A factorisation of what is not finite might never end.
+    images = jnp.where(finite, images + shift * probes, probes)
+    inner = exactly("dk,dl->kl", probes, images)
     factor = jnp.linalg.cholesky((inner + inner.T) / 2)
+    finite &= all_finite(factor)  # products that are too rough for the shift
+    factor = jnp.where(finite, factor, jnp.eye(rank, dtype=dtype))
     half = jax.scipy.linalg.solve_triangular(factor, images.T, lower=True).T
     u, s, _ = jnp.linalg.svd(half, full_matrices=False)
-    return Sketch(jnp.maximum(s * s - shift, 0.0), u, finite)
+    some = finite & (length > 0)
+    return Sketch(jnp.where(some, jnp.maximum(s * s - shift, 0.0), 0.0), u, finite)
 
 
 def newton_schulz(x: Float[Array, "m n"], steps: int = 5) -> Float[Array, "m n"]:

@@ -11,6 +11,7 @@ import optax
 
 from llqr._tables import table
 from llqr.advice import advise
+from llqr.exact import ExactState
 from llqr.refit.learner import Blocks, asks
 from llqr.refit.record import STATUS
 from llqr.refit.remedies import PUBLISHED, Remedies
@@ -196,7 +197,7 @@ def inspect(
     Everything is measured on the device in one call, and fetched once.
 
     Args:
-      tx: an optimizer with `llqr.llqr` or `llqr.scale_by_llqr` in it.
+      tx: an optimizer with `llqr.llqr`, `llqr.scale_by_llqr` or `llqr.exact` in it.
       state: its state.
       params: the parameters, or their shapes.
       asymmetry: also measure how far each dense side A is from symmetric: |A - A^T| / |A + A^T|
@@ -216,11 +217,10 @@ def inspect(
       >>> report.advice, report.asks.split(',')[0]
       ((), 'where a refit is due')
     """
-    regions = _regions(state)
-    if regions and not visited(tx, params):
+    exact = [x for x in jax.tree.leaves(state, is_leaf=_is_trusting) if _is_trusting(x)]
+    if exact and not visited(tx, params):
         count = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params))
-        noisy = bool(jax.tree.leaves(regions[0].last))
-        return report(regions[0], count, accurate_dtype(params), noisy=noisy)
+        return report(exact[0].trust, exact[0].residual, count, accurate_dtype(params))
     ours = find(state)
     plan, learner = visited(tx, params)[0][:2]
     blocks = blocks_of(plan, ours, params)
@@ -251,9 +251,9 @@ def inspect(
     )  # fmt: skip
 
 
-def _regions(state: Any) -> list[TrustState]:
-    is_region = lambda x: isinstance(x, TrustState)  # noqa: E731
-    return [x for x in jax.tree.leaves(state, is_leaf=is_region) if is_region(x)]
+def _is_trusting(x: Any) -> bool:
+    """Whether it is the state of exact steps in a trust region."""
+    return isinstance(x, ExactState) and isinstance(x.trust, TrustState)
 
 
 def _asymmetric_sides(block: Block) -> tuple[str, ...]:

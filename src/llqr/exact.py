@@ -6,25 +6,28 @@ With a damping they are a reference: every update solves (C + lambda I) d = -g. 
 Sources: Layerwise LQR (arXiv 2605.04230); see `llqr.trust` and `llqr.inverses` for theirs.
 """
 
+import warnings
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from llqr import _replicas, inverses, lqr, metrics, trust
 from llqr._linalg import solve
 from llqr._replicas import AxisName
-from llqr.curvature.model import linearize
+from llqr.curvature.model import QuadraticModel, linearize
 from llqr.curvature.route import Route
 from llqr.errors import check_choice, check_range
-from llqr.inverses import Inverse, Solver
+from llqr.inverses import Effort, Inverse, Solver
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
-from llqr.residuals import Residuals, residuals
-from llqr.tree import all_finite, is_traced, widen
-from llqr.trust import OUTCOMES, REMEDIES, Trust
+from llqr.residuals import Residuals, curves, residuals
+from llqr.tree import all_finite, is_traced, replicate, shard_like, widen
+from llqr.trust import OUTCOMES, REMEDIES, Trust, TrustState
 from llqr.typing import Array, Float, Int, Number, Params
 
 
@@ -42,7 +45,7 @@ def exact(
     *,
     metric: MetricLike | None = None,
     damping: Number | Trust = 0.0,
-    divergence_reduction: Reduction = "sum",
+    divergence_reduction: Reduction | None = None,
     solver: Solver = "auto",
     tolerance: float = 1e-8,
     max_steps: int | None = None,
@@ -57,19 +60,25 @@ def exact(
     taken where it lowers the loss on its batch, and none where it would not.
 
     Args:
-      base: any optax optimizer behind the step; None: `optax.sgd(1.0)`, the whole step.
+      base: any optax optimizer behind the step; None: `optax.sgd(1.0)`, the whole step. With a
+        momentum of its own, or Adam's scaling, steps are no longer those that were tried.
       metric: see `llqr.metrics`. None: "ngd", and "gauss_newton" in a trust region, which compares
         the model with the loss.
       damping: lambda >= 0; C is singular or indefinite for most networks, so use some. Or a
         `Trust`, which adapts it; the step is then that of the objective, and the gradient that
         reaches `update` is not used.
-      divergence_reduction: "sum" or "mean" over rows.
-      solver: with a number as damping "cg", conjugate gradients on fused products, for any model
-        ("auto" too); or "riccati", the layerwise recursion, for an objective made from a staged
-        model (`as_forward`). In a trust region "dual", a matrix of residuals x residuals, or
-        "primal", of parameters x parameters: the same step; "auto" takes the smaller.
+      divergence_reduction: "sum" or "mean" over rows, for metrics that are divergences. None:
+        "sum", and "mean" in a trust region, where the metric must be of the loss's scale: ngd
+        beside a mean of log-likelihoods, gaussian beside half a mean of squares.
+      solver: "cg", conjugate gradients on products, for any model; "riccati", the layerwise
+        recursion, for an objective made from a staged model (`as_forward`). In a trust region also
+        "dual", a matrix of residuals x residuals, and "primal", of parameters x parameters, and cg
+        is preconditioned by a sketch. All give the same step. "auto" is cg with a number as
+        damping; in a trust region the smaller of the two matrices, up to a side of 8,192, and cg
+        beyond. `llqr.inspect` says which.
       tolerance: of conjugate gradients, relative residual.
-      max_steps: of conjugate gradients; None: ten times the number of parameters.
+      max_steps: of conjugate gradients; None: ten times the number of parameters, in a trust region
+        100 at each damping.
       max_size: of riccati, see `llqr.lqr.riccati`.
       axis_name: of replicas under `jax.pmap` or `jax.shard_map`, see `llqr.Route`; with cg.
 
@@ -78,8 +87,9 @@ def exact(
 
     Raises:
       ValueError: an unknown name or a value out of range; in `update`, a missing objective, or
-        with riccati a model without stages or above `max_size`; in a trust region, a loss that is
-        not convex in the outputs, or couples rows (inside `jit`: no step is taken, and counted).
+        with riccati a model without stages or above `max_size`; in a trust region, an empty batch,
+        a loss that is not convex in the outputs, couples rows, is linear or not finite, or examples
+        that are not apart where they should be (inside `jit`: no step is taken, and counted).
       NonConvexError: in `update`, J has no minimum. Inside `jit`, where nothing can be
         raised, the step is NaN instead: wrap it in `optax.apply_if_finite`.
 
@@ -102,11 +112,13 @@ def exact(
     resolved = metrics.resolve(metric or ("gauss_newton" if trusts else "ngd"))
     if not trusts:
         check_range("damping", damping, low=0)
-    check_choice("divergence_reduction", divergence_reduction, ("sum", "mean"))
+    reduction: Reduction = divergence_reduction or ("mean" if trusts else "sum")
+    check_choice("divergence_reduction", reduction, ("sum", "mean"))
     check_choice("solver", solver, inverses.SOLVERS)
     _check_solver(trusts, solver, resolved, axis_name)
     base = optax.with_extra_args_support(optax.sgd(1.0) if base is None else base)
     route = Route(axis_name=axis_name, layerwise=solver == "riccati")
+    ways = inverses.Ways(solver, tolerance=tolerance, max_steps=max_steps, max_size=max_size)
 
     def init(params: Params) -> Any:
         kept = trust.start(damping, params) if isinstance(damping, Trust) else ()
@@ -124,33 +136,15 @@ def exact(
         if objective is None or params is None:
             raise ValueError("exact: update() needs params and objective=objective.bind(batch).")
         _replicas.check(axis_name)
-        steps, residual, kept = state.steps, state.residual, state.trust
+        steps, residual, kept, model = state.steps, state.residual, state.trust, None
         if isinstance(damping, Trust):
-            wide_objective, wide = objective.widened(params)
-            model = linearize(
-                wide_objective, wide, resolved, divergence_reduction=divergence_reduction
+            model, step, effort, kept = _trusted(
+                damping, ways, resolved, reduction, objective, params, kept
             )
-            curvature: Any = model.curvature
-            found = residuals(model.outputs, model.cotangent, curvature.output_hessian)
-            if not found.r.size:
-                raise ValueError("exact: the outputs have no rows: the batch is empty.")
-            ways = inverses.Ways(
-                solver, chunk=damping.chunk, sketch=damping.sketch, tolerance=tolerance,
-                max_steps=max_steps, max_size=max_size,
-            )  # fmt: skip
-            regulator = partial(
-                _stage_by_stage, wide_objective, wide, resolved, 0.0, divergence_reduction
-            )
-            name, inverse = inverses.damped(ways, found, model, wide_objective, wide, regulator)
-            usable = found.convex & found.separable & ~found.rest
-            usable &= inverse.finite & inverse.agrees & all_finite(found.r)
-            _check_residuals(found, inverse)
-            step, steps, kept = trust.search(
-                damping, name, inverse, usable, found, model, wide_objective, wide, kept
-            )
-            step = jax.tree.map(lambda s, p: (-s).astype(p.dtype), step, params)
+            steps, residual = effort.steps, effort.residual.astype(jnp.float32)
+            step = jax.tree.map(lambda s, p: shard_like(-s, p).astype(p.dtype), step, params)
         elif solver == "riccati":
-            problem = _stage_by_stage(objective, params, resolved, damping, divergence_reduction)
+            problem = _stage_by_stage(objective, params, resolved, damping, reduction)
             step = lqr.solve(problem, gradient=updates, max_size=max_size)
             step = jax.tree.map(jnp.negative, step)
         else:
@@ -160,7 +154,7 @@ def exact(
                 wide,
                 resolved,
                 damping=damping,
-                divergence_reduction=divergence_reduction,
+                divergence_reduction=reduction,
                 route=route,
             )
             step, info = solve(
@@ -174,7 +168,8 @@ def exact(
             steps, residual = info.steps, info.residual.astype(jnp.float32)
         updates, base_state = base.update(step, state.base, params, **extra)
         if isinstance(damping, Trust) and damping.remembers:
-            kept = kept._replace(last=updates)
+            assert model is not None
+            kept = trust.remembering(kept, model, updates)
         return updates, ExactState(steps, residual, base_state, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -197,24 +192,52 @@ def _check_solver(trusts: bool, solver: str, metric: Any, axis_name: AxisName) -
         raise ValueError(f"exact: {why}.")
 
 
+def _trusted(
+    options: Trust, ways: inverses.Ways, metric: Any, reduction: Reduction,
+    objective: BoundObjective, params: Params, state: TrustState,
+) -> tuple[QuadraticModel, Params, Effort, TrustState]:  # fmt: skip
+    """The model of the loss, the step in its trust region, what it cost, what is remembered."""
+    coarse = max(float(jnp.finfo(p.dtype).eps) for p in jax.tree.leaves(params))
+    objective, params = objective.widened(jax.tree.map(replicate, params))
+    model = linearize(objective, params, metric, divergence_reduction=reduction)
+    curvature: Any = model.curvature
+    flat, _ = ravel_pytree(params)
+    found = residuals(model.outputs, model.cotangent, curvature.output_hessian, flat.dtype)
+    if not found.r.size:
+        raise ValueError("exact: the outputs have no rows: the batch is empty.")
+    regulator = partial(_stage_by_stage, objective, params, metric, 0.0, reduction)
+    ways = replace(ways, chunk=options.chunk, sketch=options.sketch, coarse=coarse)
+    name, inverse = inverses.damped(ways, found, model, objective, params, regulator)
+    usable = found.convex & found.separable & ~found.rest & inverse.finite & inverse.agrees
+    usable &= found.finite & all_finite(found.r)
+    _check_residuals(found, inverse)
+    bends = options.geodesic and curves(objective, params)
+    if options.geodesic and not bends:
+        warnings.warn(
+            "llqr: exact steps go without their geodesic term: the model has a jax.custom_vjp, and "
+            "with it no second derivative along a step. Trust(geodesic=False) says that this is "
+            "meant; a jax.custom_jvp in its place has one.",
+            UserWarning,
+            stacklevel=4,
+        )
+    step, effort, state = trust.search(
+        options, name, inverse, usable, found, model, objective, params, state, bends
+    )
+    return model, step, effort, state
+
+
 def _check_residuals(found: Residuals, inverse: Inverse) -> None:
     """Raise ValueError in words where that can be, outside `jit`."""
     if is_traced((found.r, inverse.top)):
         return
-    why = None
-    if not all_finite(found.r) or not inverse.finite:
-        why = OUTCOMES[6]
-    elif not inverse.agrees:
-        why = f"{OUTCOMES[8]}: {REMEDIES[OUTCOMES[8]]}"
-    elif not found.convex:
-        why = f"{OUTCOMES[3]}; metric='ngd' or 'gaussian' is, of its own"
-    elif not found.separable:
-        why = f"{OUTCOMES[4]}; a sum or mean over rows has a root row by row"
-    elif found.rest:
-        why = f"{OUTCOMES[5]}, where a least-squares model has no curvature"
-    if why:
-        ways = "A number as damping, with solver='cg', takes any loss."
-        raise ValueError(f"exact: {why.removesuffix('.')}. {ways}")
+    finite = found.finite and all_finite(found.r) and inverse.finite
+    wrong = {
+        6: not finite, 8: not inverse.agrees, 3: not found.convex, 4: not found.separable,
+        5: found.rest,
+    }  # fmt: skip
+    for number, holds in wrong.items():
+        if holds:
+            raise ValueError(f"exact: {OUTCOMES[number]}. {REMEDIES[OUTCOMES[number]]}")
 
 
 def _stage_by_stage(

@@ -27,7 +27,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
 from llqr import lqr
-from llqr._linalg import conjugate_gradients, nystroem
+from llqr._linalg import conjugate_gradients, exactly, nystroem
 from llqr.curvature.model import QuadraticModel
 from llqr.objective import BoundObjective
 from llqr.residuals import Linear, Residuals, Rows, as_map, rows
@@ -48,12 +48,19 @@ CG_STEPS = 100
 """Most steps of conjugate gradients at one lambda, where nothing is said."""
 
 
+class Effort(NamedTuple):
+    """What a solution cost."""
+
+    steps: Int[Array, ""]  # of conjugate gradients
+    residual: Float[Array, ""]  # relative, in the end
+
+
 class Inverse(NamedTuple):
     """How R acts, and its damped inverse."""
 
     top: Float[Array, ""]  # largest eigenvalue of R R^T, or an estimate from below
-    rank: Int[Array, ""]  # of R, as far as rounding shows; of the sketch
-    solve: Callable[[Array, Array], tuple[Array, Int[Array, ""]]]  # lambda, v [m] -> [n], cg steps
+    rank: Int[Array, ""]  # of R, as far as rounding shows; of the sketch; 0: unknown
+    solve: Callable[[Array, Array], tuple[Array, Effort]]  # lambda, v [m] -> [n]
     map: Linear
     finite: Bool[Array, ""]  # whether R is, as far as that shows
     agrees: Bool[Array, ""]  # whether rows that were made one by one are those of the whole model
@@ -106,6 +113,7 @@ class Ways:
       tolerance: of cg, relative residual.
       max_steps: of cg at one lambda; None: `CG_STEPS`.
       max_size: see `llqr.lqr.riccati`.
+      coarse: one rounding of the parameters as they are kept.
     """
 
     solver: str = "auto"
@@ -114,6 +122,7 @@ class Ways:
     tolerance: float = 1e-8
     max_steps: int | None = None
     max_size: int = lqr.MAX_SIZE
+    coarse: float = 0.0
 
 
 def damped(
@@ -138,9 +147,11 @@ def damped(
         return name, iterative(whole, sizes, found.r.dtype, ways)
     if name == "riccati":
         return name, layerwise(regulator(), whole, flat, unravel, ways.max_size)
-    usable = found.convex & found.separable & all_finite(found.r)
+    usable = found.convex & found.separable & found.finite & all_finite(found.r)
     blocks = rows(objective, params, whole, found)
-    return name, factorised(name, blocks, whole, flat, usable, ways.chunk)
+    own = [float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves((model.outputs, flat))]
+    coarse = max(ways.coarse, *own)
+    return name, factorised(name, blocks, whole, flat, usable, ways.chunk, coarse)
 
 
 def factorised(
@@ -150,6 +161,7 @@ def factorised(
     like: Array,
     usable: Bool[Array, ""],
     chunk: int | None,
+    coarse: float,
 ) -> Inverse:
     """Return the inverse by the eigenvectors of R R^T or R^T R.
 
@@ -160,6 +172,7 @@ def factorised(
       like: the parameters, flat.
       usable: where False, all is 0: a factorisation of what is not finite might never end.
       chunk: blocks of rows that are held at once; None: by their number.
+      coarse: one rounding of what the model computes in.
     """
     dual, m, n, whole = solver == "dual", blocks.residuals, like.size, model
     many = blocks.count
@@ -173,21 +186,24 @@ def factorised(
             lambda d: _product("mn,n->m", matrix, _padded(d, matrix.shape[1])),
             lambda v: _product("mn,m->n", matrix, v)[:n],
         )
+        agrees = _agrees(m, model.back, whole.back, matrix, coarse)
     else:
         chunks = blocks.chunks(chunk)
         square = chunks.outer(like) if dual else chunks.inner(like)
+        agrees = _agrees(len(square), lambda v: square @ v, _squared(whole, dual), square, coarse)
     finite = jnp.all(jnp.isfinite(square))
-    agrees = jnp.array(True) if blocks.proven else _agrees(square, _squared(whole, dual))
     w, u = jnp.linalg.eigh(jnp.where(usable & finite, square, 0.0))
     w = jnp.maximum(w, 0.0)
     top = jnp.max(w)
     rank = jnp.sum(w > max(m, n) * jnp.finfo(w.dtype).eps * top, dtype=jnp.int32)
-    none = jnp.zeros((), jnp.int32)
 
-    def solve(damping: Array, v: Array) -> tuple[Array, Array]:
+    def inverted(damping: Array, v: Array) -> Array:
+        return exactly("ij,j->i", u, exactly("ij,i->j", u, v) / (w + damping))
+
+    def solve(damping: Array, v: Array) -> tuple[Array, Effort]:
         if dual:
-            return model.back(u @ ((u.T @ v) / (w + damping))), none
-        return u @ ((u.T @ model.back(v)) / (w + damping)), none
+            return model.back(inverted(damping, v)), _no_effort(w)
+        return inverted(damping, model.back(v)), _no_effort(w)
 
     return Inverse(top, rank, solve, model, finite, agrees)
 
@@ -207,7 +223,7 @@ def iterative(model: Linear, sizes: Sizes, dtype: Any, ways: Ways) -> Inverse:
     top = found.w[0]
     rank = jnp.sum(found.w > sizes.side * jnp.finfo(dtype).eps * top, dtype=jnp.int32)
 
-    def solve(damping: Array, v: Array) -> tuple[Array, Array]:
+    def solve(damping: Array, v: Array) -> tuple[Array, Effort]:
         x, info = conjugate_gradients(
             lambda x: product(x) + damping * x,
             v if dual else model.back(v),
@@ -215,7 +231,7 @@ def iterative(model: Linear, sizes: Sizes, dtype: Any, ways: Ways) -> Inverse:
             max_steps=CG_STEPS if ways.max_steps is None else ways.max_steps,
             precondition=lambda r: found.precondition(damping, r),
         )
-        return (model.back(x) if dual else x), info.steps
+        return (model.back(x) if dual else x), Effort(info.steps, info.residual)
 
     return Inverse(top, rank, solve, model, found.finite, jnp.array(True))
 
@@ -233,17 +249,20 @@ def layerwise(
       unravel: to the parameters.
       max_size: see `llqr.lqr.riccati`.
     """
-    size, none = like.size, jnp.zeros((), jnp.int32)
-    found = nystroem(_squared(model, dual=False), size, 8, like.dtype)
+    found = nystroem(_squared(model, dual=False), like.size, 8, like.dtype)
 
-    def solve(damping: Array, v: Array) -> tuple[Array, Array]:
+    def solve(damping: Array, v: Array) -> tuple[Array, Effort]:
         damped = replace(problem, damping=damping)
         u = lqr.solve(damped, gradient=unravel(model.back(v)), max_size=max_size)
-        return -ravel_pytree(u)[0], none
+        return -ravel_pytree(u)[0], _no_effort(like)
 
     return Inverse(
-        found.w[0], jnp.array(size, jnp.int32), solve, model, found.finite, jnp.array(True)
+        found.w[0], jnp.zeros((), jnp.int32), solve, model, found.finite, jnp.array(True)
     )
+
+
+def _no_effort(like: Array) -> Effort:
+    return Effort(jnp.zeros((), jnp.int32), jnp.zeros((), like.dtype))
 
 
 def _squared(model: Linear, dual: bool) -> Callable[[Array], Array]:
@@ -253,11 +272,14 @@ def _squared(model: Linear, dual: bool) -> Callable[[Array], Array]:
     return lambda d: model.back(model.along(d))
 
 
-def _agrees(square: Array, product: Callable[[Array], Array]) -> Array:
-    """Whether a matrix from rows one by one does what the whole model does to some vector."""
-    v = jax.random.normal(jax.random.key(0), square.shape[:1], square.dtype)
-    tolerance = jnp.sqrt(jnp.finfo(square.dtype).eps) * jnp.trace(square) * norm(v)
-    return norm(square @ v - product(v)) <= tolerance
+def _agrees(
+    size: int, mine: Callable[[Array], Array], whole: Callable[[Array], Array], matrix: Array,
+    coarse: float,
+) -> Array:  # fmt: skip
+    """Whether what is made of rows one by one does to some vector what the whole model does."""
+    v = jax.random.normal(jax.random.key(0), (size,), matrix.dtype)
+    scale = jnp.sqrt(jnp.sum(matrix * matrix)) * norm(v)
+    return norm(mine(v) - whole(v)) <= coarse**0.5 * scale
 
 
 def _by_columns(matrix: Array) -> Array:
@@ -284,9 +306,9 @@ def _padded(d: Array, size: int) -> Array:
 def _product(spec: str, *factors: Array) -> Array:
     """A product whose result every device of an explicit mesh has whole."""
     if not any(axis_devices(x) for x in factors):
-        return jnp.einsum(spec, *factors)
+        return exactly(spec, *factors)
     out = PartitionSpec(*[None] * len(spec.partition("->")[2]))
-    return jnp.einsum(spec, *map(_whole_vector, factors), out_sharding=out)
+    return exactly(spec, *map(_whole_vector, factors), out_sharding=out)
 
 
 def _whole_vector(x: Array) -> Array:

@@ -25,10 +25,11 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
 from llqr import coupling
-from llqr._linalg import eigh_of_each
+from llqr._linalg import eigh_of_each, exactly
+from llqr.curvature import derivatives
 from llqr.objective import BoundObjective
 from llqr.operators import LinearOperator
-from llqr.tree import axis_devices, is_key, is_legacy_key, norm, replicate, shard_like
+from llqr.tree import all_finite, axis_devices, norm, replicate, shard_like
 from llqr.typing import Array, Bool, Float, Int, Params, PyTree
 
 CURVED = 1e3
@@ -40,17 +41,15 @@ class Residuals(NamedTuple):
 
     r: Float[Array, " m"]
     roots: tuple[Float[Array, "rows K K"], ...]  # S of each output
+    finite: Bool[Array, ""]  # whether c and Q are; else roots are 0
     rest: Bool[Array, ""]  # whether an output has a gradient and no curvature: a linear loss
     convex: Bool[Array, ""]
     separable: Bool[Array, ""]  # whether Q has no entries between rows
 
     def whitened(self, outputs: PyTree) -> Float[Array, " m"]:
         """Return S^T x, for x like the outputs."""
-        found = [
-            jnp.einsum("rkj,rk->rj", s, _rows(x)).ravel()
-            for s, x in zip(self.roots, jax.tree.leaves(outputs), strict=True)
-        ]
-        return jnp.concatenate(found)
+        pairs = zip(self.roots, jax.tree.leaves(outputs), strict=True)
+        return jnp.concatenate([_whitened(s, x) for s, x in pairs])
 
     def coloured(self, v: Float[Array, " m"], like: PyTree) -> PyTree:
         """Return S v, like the outputs: what a pull-back takes."""
@@ -64,6 +63,11 @@ class Residuals(NamedTuple):
         return treedef.unflatten(found)
 
 
+def _whitened(s: Array, x: Array) -> Array:
+    """S^T x of one output, flat, in the dtype of the roots."""
+    return jnp.einsum("rkj,rk->rj", s, _rows(x).astype(s.dtype)).ravel()
+
+
 def _rows(x: Array) -> Float[Array, "rows K"]:
     """An output by rows: its last axis is K, and an array of one axis has K = 1.
 
@@ -72,13 +76,16 @@ def _rows(x: Array) -> Float[Array, "rows K"]:
     return replicate(x).reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
 
 
-def residuals(outputs: PyTree, cotangent: PyTree, product: Callable[[PyTree], PyTree]) -> Residuals:
+def residuals(
+    outputs: PyTree, cotangent: PyTree, product: Callable[[PyTree], PyTree], dtype: Any
+) -> Residuals:
     """Return residuals and roots.
 
     Args:
       outputs: z.
       cotangent: c.
       product: v -> Q v, for v like the outputs.
+      dtype: in which they are computed: that of the flattened parameters.
     """
     leaves, treedef = jax.tree.flatten(outputs)
     roots, rs, flags, rest = [], [], [], []
@@ -87,34 +94,40 @@ def residuals(outputs: PyTree, cotangent: PyTree, product: Callable[[PyTree], Py
         for key, x in zip(jax.random.split(jax.random.key(0), len(leaves)), leaves, strict=True)
     ]
     seen = jax.tree.leaves(product(treedef.unflatten(signs)))
-    apart = []
-    for i, (z, c) in enumerate(zip(leaves, jax.tree.leaves(cotangent), strict=True)):
-        width = _rows(z).shape[1]
+    slopes = [_rows(c).astype(dtype) for c in jax.tree.leaves(cotangent)]
+    apart, finite = [], [all_finite((slopes, seen))]
+    for i, (z, c) in enumerate(zip(leaves, slopes, strict=True)):
+        width = c.shape[1]
 
         def column(e: Array, i: int = i, z: Array = z) -> Array:
             v = [jnp.zeros_like(x) for x in leaves]
             one = jnp.broadcast_to(e if z.ndim > 1 else e[0], z.shape).astype(z.dtype)
             v[i] = shard_like(one, z)
-            return _rows(jax.tree.leaves(product(treedef.unflatten(v)))[i])
+            return _rows(jax.tree.leaves(product(treedef.unflatten(v)))[i]).astype(dtype)
 
-        blocks = jnp.moveaxis(jax.vmap(column)(jnp.eye(width, dtype=z.dtype)), 0, -1)
+        blocks = jnp.moveaxis(jax.vmap(column)(jnp.eye(width, dtype=dtype)), 0, -1)
+        finite.append(all_finite(blocks))
+        # A factorisation of what is not finite might never end.
+        blocks = jnp.where(finite[-1], blocks, 0.0)
         q, vectors = eigh_of_each((blocks + jnp.swapaxes(blocks, 1, 2)) / 2)
-        eps, most = jnp.finfo(q.dtype).eps, jnp.max(jnp.abs(q), initial=0.0)
+        eps, most = jnp.finfo(dtype).eps, jnp.max(jnp.abs(q), initial=0.0)
         flags.append(jnp.all(q >= -CURVED * eps * most))
-        own = jnp.einsum("rkj,rk->rj", vectors, _rows(c))
-        straight = (q <= width * eps * most) & (jnp.abs(own) > jnp.sqrt(eps) * norm(_rows(c)))
+        own = jnp.einsum("rkj,rk->rj", vectors, c)
+        straight = (q <= width * eps * most) & (jnp.abs(own) > jnp.sqrt(eps) * norm(c))
         q = jnp.where(straight, jnp.sqrt(eps) * most, q)
         reached = q > width * eps * most
         root = jnp.sqrt(jnp.where(reached, q, 0.0))
         rs.append(jnp.where(reached, own / jnp.where(reached, root, 1.0), 0.0))
         roots.append(vectors * root[:, None, :])
         rest.append((most == 0) & jnp.any(c != 0))
-        mine = jnp.einsum("rkj,rj->rk", blocks, _rows(signs[i]))
-        off = norm(_rows(seen[i]) - mine)
+        sign = _rows(signs[i]).astype(dtype)
+        mine = jnp.einsum("rkj,rj->rk", blocks, sign)
+        off = norm(_rows(seen[i]).astype(dtype) - mine)
         apart.append(off <= jnp.sqrt(eps) * norm(mine))
     r = jnp.concatenate([x.ravel() for x in rs])
     every = lambda x: jnp.all(jnp.stack(x))  # noqa: E731
-    return Residuals(r, tuple(roots), jnp.any(jnp.stack(rest)), every(flags), every(apart))
+    anywhere = jnp.any(jnp.stack(rest))
+    return Residuals(r, tuple(roots), every(finite), anywhere, every(flags), every(apart))
 
 
 class Linear(NamedTuple):
@@ -149,15 +162,12 @@ class Rows:
       of: data -> places in r, and the rows of R there: [q], [q, n].
       residuals: m.
       ordered: whether the blocks one after the other are R.
-      proven: whether it is known that examples do not meet; else it was said, or a random key
-        that examples share may draw other numbers for one of them.
     """
 
     data: PyTree
     of: Callable[[PyTree], tuple[Int[Array, " q"], Float[Array, "q n"]]]
     residuals: int
     ordered: bool
-    proven: bool = True
 
     @property
     def count(self) -> int:
@@ -203,7 +213,7 @@ class Chunked:
 
         def add(total: Array, i: Array) -> tuple[Array, None]:
             _, rows = self[i]
-            return total + rows.T @ rows, None
+            return total + exactly("mn,mk->nk", rows, rows), None
 
         zeros = jnp.zeros((like.size, like.size), like.dtype)
         return jax.lax.scan(add, zeros, jnp.arange(self.many))[0]
@@ -221,7 +231,7 @@ class Chunked:
 
             def second(j: Array, total: Array) -> Array:
                 others, columns = self[j]
-                block = rows @ columns.T
+                block = exactly("mn,kn->mk", rows, columns)
                 total = total.at[places[:, None], others[None]].set(block, mode="drop")
                 return total.at[others[:, None], places[None]].set(block.T, mode="drop")
 
@@ -264,7 +274,12 @@ def _own_rows(objective: BoundObjective, params: Params, found: Residuals) -> Ro
     if any(not x.shape or x.shape[0] % examples for x in shapes):
         return None
     chunks = objective.split(1)
-    one = jax.tree.leaves(jax.eval_shape(lambda p: chunks[0].outputs(p), params))
+    try:
+        one = jax.tree.leaves(jax.eval_shape(lambda p: chunks[0].outputs(p), params))
+    except Exception:  # a model that names the size of its batch
+        if objective.is_told:
+            raise
+        return None
     if any(
         a.shape != (b.shape[0] // examples, *b.shape[1:]) for a, b in zip(one, shapes, strict=True)
     ):
@@ -289,21 +304,17 @@ def _own_rows(objective: BoundObjective, params: Params, found: Residuals) -> Ro
         bound = replace(objective, batch=chunks.treedef.unflatten(leaves))
 
         def whitened(p: Params) -> Array:
-            outputs = jax.tree.leaves(bound.outputs(p))
-            pairs = zip(roots, outputs, strict=True)
-            return jnp.concatenate(
-                [jnp.einsum("rkj,rk->rj", s, _rows(x)).ravel() for s, x in pairs]
-            )
+            pairs = zip(roots, jax.tree.leaves(bound.outputs(p)), strict=True)
+            return jnp.concatenate([_whitened(s, x) for s, x in pairs])
 
         tree = jax.jacrev(whitened)(params)
-        flat = [x.reshape(x.shape[0], -1) for x in jax.tree.leaves(tree)]
+        dtype = found.r.dtype
+        flat = [x.reshape(x.shape[0], -1).astype(dtype) for x in jax.tree.leaves(tree)]
         return places, jnp.concatenate(flat, 1)
 
     # Over explicit mesh axes, what is mapped lies like the examples.
     roots, places = jax.tree.map(lambda x: _like_first(x, data), (roots, places))
-    keys = any(is_legacy_key(x) or is_key(x) for x in chunks.leaves)
-    proven = not (keys or objective.is_told)
-    return Rows((data, roots, places), of, found.r.size, len(shapes) == 1, proven)
+    return Rows((data, roots, places), of, found.r.size, len(shapes) == 1)
 
 
 def _like_first(x: Array, data: list[Array]) -> Array:
@@ -314,7 +325,9 @@ def _like_first(x: Array, data: list[Array]) -> Array:
     return jax.sharding.reshard(x, PartitionSpec(first, *[None] * (x.ndim - 1)))
 
 
-def acceleration(objective: BoundObjective, params: Params, d: Params, found: Residuals) -> Any:
+def acceleration(
+    objective: BoundObjective, params: Params, d: Params, found: Residuals
+) -> Float[Array, " m"]:
     """Return S^T d2/dt2 z(theta + t d): how the residuals curve along a step.
 
     Args:
@@ -322,6 +335,32 @@ def acceleration(objective: BoundObjective, params: Params, d: Params, found: Re
       params: theta.
       d: the step.
       found: roots at theta.
+
+    Raises:
+      TypeError: a function of the model's has no second derivative along a direction
+        (`jax.custom_vjp`).
     """
     along = lambda p: jax.jvp(objective.outputs, (p,), (d,))[1]  # noqa: E731
     return found.whitened(jax.jvp(along, (params,), (d,))[1])
+
+
+def curves(objective: BoundObjective, params: Params) -> bool:
+    """Whether a model has second derivatives along a direction: not through `jax.custom_vjp`.
+
+    Args:
+      objective: on a batch.
+      params: the parameters.
+    """
+
+    def twice(p: Params) -> PyTree:
+        return jax.jvp(lambda q: jax.jvp(objective.outputs, (q,), (p,))[1], (p,), (p,))[1]
+
+    try:
+        jax.eval_shape(twice, params)
+    except NotImplementedError:  # of what `linearize` makes of a custom_vjp
+        return False
+    except TypeError as error:
+        if not derivatives.lacks_rule(error):
+            raise
+        return False
+    return True

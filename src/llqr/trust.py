@@ -7,13 +7,14 @@ r"""A trust region: the damping of an exact step, by how well the model predicts
   d0, mu       the step before, and how much of it goes on                      [n], []
 
     step       d = -R^T (R R^T + lambda)^-1 r
-    momentum   d = mu d0 - R^T (R R^T + lambda)^-1 (r + mu R d0)
+    momentum   d = mu d0 - R^T (R R^T + lambda)^-1 (r + mu R d0), at the first lambda that is tried
     geodesic   a = d2/dt2 r(theta + t d),  b = -1/2 R^T (R R^T + lambda)^-1 a;  d + b where
                |b| < 3/4 |d|
-    radius     the step times min(1, radius / |R d|)
-    trust      rho = (f0 - f1) / (f0 - 1/2 |r + R d|^2);  taken where f1 < f0:
+    radius     s d + s^2 b,  s = min(1, radius / |R d|)
+    trust      rho = (f0 - f1) / (f0 - 1/2 |r + R d|^2);  taken where f1 < f0 and rho > 1e-4:
                lambda <- lambda max(1/5, 1 - (2 rho - 1)^3), nu <- 2;
-               else lambda <- nu lambda, nu <- 2 nu, and again
+               else lambda <- nu lambda, nu <- 2 nu, and again;  lambda between 50 roundings of the
+               largest curvature and 1000 times as much as that
     noisy      h = -g1.d0 / -g0.d0, how steeply the loss of the next batch still falls at the end of
                a step; where h > 0, lambda changes as above, to the power of min(1, 4 h);
                else lambda <- lambda 2^min(1, -4 h)
@@ -35,7 +36,7 @@ from jax.flatten_util import ravel_pytree
 
 from llqr.curvature.model import QuadraticModel
 from llqr.errors import check_integer, check_range
-from llqr.inverses import SKETCH, SOLVERS, Inverse
+from llqr.inverses import SKETCH, SOLVERS, Effort, Inverse
 from llqr.objective import BoundObjective
 from llqr.residuals import Residuals, acceleration
 from llqr.tree import accurate_dtype, all_finite, divide, norm, vdot
@@ -45,6 +46,10 @@ ACCEPTED = 1e-4
 """Least share of the predicted decrease that a step must give."""
 GEODESIC = 0.75
 """Longest geodesic term, by the step."""
+GROWTH = 2.0**10
+"""Largest nu."""
+SCALE = 1.5
+"""Ratio above which curvature and loss are of different scale."""
 FLOOR = 50
 """Least damping: as many roundings of the largest curvature."""
 CEILING = 1e3
@@ -56,7 +61,7 @@ OUTCOMES = (
     "none", "taken", "no damping lowered the loss", "the loss is not convex in the outputs",
     "the loss couples rows of the outputs", "the loss is linear along some outputs",
     "the residuals or their Jacobian are not finite", "the gradient is 0",
-    "examples interact in the model in a way that was not said",
+    "examples are not apart in the model",
 )  # fmt: skip
 """What became of a step, by the number that a state holds."""
 
@@ -72,7 +77,8 @@ class Trust:
       start: first lambda, in units of the largest curvature there.
       tries: of lambda in one step, all with one factorisation; then none is taken.
       geodesic: whether a step follows the curvature of the residuals along it (one more pass and
-        a half: second derivatives along the step).
+        a half: second derivatives along the step). A model with a `jax.custom_vjp` has none, and
+        goes without, with a warning.
       noisy: whether every step sees other examples, which no parameters fit all: mini-batches of
         data. On its own examples, with fewer of them than parameters, a step always does well;
         so damping also follows how steeply the loss of the *next* ones still falls where a step
@@ -132,7 +138,7 @@ class TrustState(NamedTuple):
     residuals: Int[Array, ""]  # m
     rank: Int[Array, ""]  # of R at the last step
     room: Float[Array, ""]  # h: how steeply this loss still fell after the step before; with noisy
-    slope: Float[Array, ""]  # -g.d of the last step
+    slope: Float[Array, ""]  # -g.d of the last step, where it is remembered
     last: Any = ()  # the last step as it was taken, where it is remembered
 
 
@@ -151,7 +157,7 @@ class TrustReport:
     refused: int
     outcome: str
     digits: float  # of the parameters' dtype: one rounding, relative
-    noisy: bool = False
+    unsolved: float = 0.0  # relative residual of conjugate gradients, the largest of the last step
 
     @property
     def advice(self) -> tuple[str, ...]:
@@ -166,6 +172,18 @@ class TrustReport:
         ends = self.outcome == OUTCOMES[2] and self.damping >= CEILING / 2 * self.curvature
         if self.outcome != OUTCOMES[1] and not ends:
             yield f"the last step was not taken: {self.outcome}. {REMEDIES[self.outcome]}"
+        if self.outcome == OUTCOMES[1] and self.ratio > SCALE:
+            yield (
+                f"the loss falls by {self.ratio:.1f} times what the model says: the metric is "
+                "larger than the loss's own curvature. metric='gauss_newton' is of its scale; ngd "
+                "wants divergence_reduction='mean' for a mean over rows, and gaussian a loss of "
+                "half the squares."
+            )
+        if self.unsolved > 1e-2:
+            yield (
+                f"conjugate gradients ended at a relative residual of {self.unsolved:.0e}: a "
+                "larger Trust(sketch=), or more max_steps."
+            )
         if not (ends or self.damping <= 2 * least):
             return
         where = "no step lowers the loss, however short" if ends else "the damping is at its floor"
@@ -174,10 +192,11 @@ class TrustReport:
                 f"{where}: float32 has no more digits, and errors stop at about 1e-3. "
                 "jax.config.update('jax_enable_x64', True), with parameters and data in float64."
             )
-        elif not self.noisy:
+        else:
             yield (
-                f"{where}: the rows are met as well as rounding lets them. What error is left lies "
-                "between them: more rows, or other weights."
+                f"{where}: the loss is at a minimum up to rounding. What error is left lies "
+                "between the rows, in their noise or in the model: more rows, other weights, a "
+                "wider model."
             )
 
     def __str__(self) -> str:
@@ -197,7 +216,11 @@ class TrustReport:
                 f"{self.residuals:,} residuals in {self.parameters:,} parameters"
                 + (", which can meet all of them" if fewer else ""),
             ),
-            ("rank", f"{self.rank:,}" + (" at least" if self.solver == "cg" else "")),
+            (
+                "rank",
+                (f"{self.rank:,}" if self.rank else "unknown")
+                + (" of the sketch" if self.solver == "cg" else ""),
+            ),
             ("damping", f"{self.damping:.1e}, largest curvature {self.curvature:.1e}"),
             (
                 "last step",
@@ -215,28 +238,40 @@ REMEDIES = {
         "Trust(start=), more tries, or scales of inputs and outputs near 1. At the end of a run it "
         "is rounding that is left."
     ),
-    OUTCOMES[3]: "metric='ngd' or 'gaussian' is convex, of its own.",
-    OUTCOMES[4]: "A sum or mean over rows has a root row by row; damping=1e-3 takes any loss.",
-    OUTCOMES[5]: "A least-squares model has no curvature there; damping=1e-3 takes any loss.",
+    OUTCOMES[3]: (
+        "The metrics ngd and gaussian are convex, of their own: metric='ngd' beside a mean over "
+        "rows, metric='gaussian' beside half the mean of squares."
+    ),
+    OUTCOMES[4]: (
+        "A sum or mean over rows has a root row by row; two outputs that the loss couples belong "
+        "into one array, along its last axis. llqr.exact(metric='gauss_newton', damping=1e-3) "
+        "takes any convex loss, by conjugate gradients."
+    ),
+    OUTCOMES[5]: (
+        "A least-squares model has no curvature there at this point. "
+        "llqr.exact(metric='gauss_newton', damping=1e-3) takes any convex loss, by conjugate "
+        "gradients."
+    ),
     OUTCOMES[6]: "Look for NaN in the batch, and for derivatives that are infinite (a root at 0).",
     OUTCOMES[7]: "The loss is at a minimum, or no row depends on the parameters (rank 0).",
     OUTCOMES[8]: (
-        "rows of R that are made example by example are not those of the whole model. Let "
-        "Objective(batch_axes=) be None where the model mixes examples, and give every example a "
-        "random key of its own, or none."
+        "Rows of R that are made example by example are not those of the whole model: it mixes "
+        "examples, asks how many there are, returns them in another order, or draws random numbers "
+        "for all of them from one key. Objective(..., batch_axes=lambda batch: None) takes the "
+        "rows from the whole."
     ),
 }
 """What to do about an outcome."""
 
 
-def report(state: TrustState, parameters: int, dtype: Any, *, noisy: bool) -> TrustReport:
+def report(state: TrustState, unsolved: Array, parameters: int, dtype: Any) -> TrustReport:
     """Return what a state says, on the host.
 
     Args:
       state: of a trust region.
+      unsolved: relative residual of conjugate gradients.
       parameters: n.
       dtype: of the parameters, the widest.
-      noisy: whether it remembers the last step.
     """
     known = jax.device_get(state._replace(last=()))
     return TrustReport(
@@ -251,7 +286,7 @@ def report(state: TrustState, parameters: int, dtype: Any, *, noisy: bool) -> Tr
         refused=int(known.refused),
         outcome=OUTCOMES[int(known.outcome)],
         digits=float(jnp.finfo(dtype).eps),
-        noisy=noisy,
+        unsolved=float(unsolved),
     )
 
 
@@ -271,18 +306,20 @@ class _Tried(NamedTuple):
 
     tries: Int[Array, ""]
     taken: Bool[Array, ""]
+    last: Bool[Array, ""]  # there is no larger damping
     damping: Float[Array, ""]
     growth: Float[Array, ""]
     ratio: Float[Array, ""]
-    slope: Float[Array, ""]
     step: Float[Array, " n"]
-    products: Int[Array, ""]  # steps of conjugate gradients
+    steps: Int[Array, ""]  # of conjugate gradients
+    unsolved: Float[Array, ""]  # their relative residual, the largest
 
 
 def search(
     options: Trust, solver: str, inverse: Inverse, usable: Bool[Array, ""], found: Residuals,
     model: QuadraticModel, objective: BoundObjective, params: Params, state: TrustState,
-) -> tuple[Params, Int[Array, ""], TrustState]:  # fmt: skip
+    bends: bool,
+) -> tuple[Params, Effort, TrustState]:  # fmt: skip
     """Return the step that lowers the loss, zeros where none does.
 
     Args:
@@ -295,13 +332,15 @@ def search(
       objective: the loss.
       params: where.
       state: of the step before.
+      bends: whether a step has a geodesic term.
 
     Returns:
-      The step; conjugate-gradient steps that it took; and what is remembered.
+      The step; what it cost in conjugate gradients; and what is remembered.
     """
     flat, unravel = ravel_pytree(params)
     r, top = jnp.where(usable, found.r, 0.0), inverse.top
-    floor = FLOOR * jnp.finfo(top.dtype).eps * top
+    before = model.loss.astype(top.dtype)
+    floor, ceiling = FLOOR * jnp.finfo(top.dtype).eps * top, CEILING * top
     first = jnp.where(state.damping > 0, state.damping, options.start * top)
     carried = jnp.zeros_like(flat)
     room = _room(model.gradient, state) if options.noisy else jnp.ones_like(top)
@@ -311,52 +350,48 @@ def search(
     pushed = inverse.map.along(carried) if options.momentum else jnp.zeros_like(r)
 
     def attempt(tried: _Tried) -> _Tried:
-        lam = jnp.maximum(tried.damping, floor)
-        d, products = inverse.solve(lam, r + pushed)
-        step = d = carried - d
-        if options.geodesic:
-            a = acceleration(objective, params, unravel(d), found)
-            b, more = inverse.solve(lam, a)
-            b, products = -0.5 * b, products + more
-            short = jnp.isfinite(norm(b)) & (norm(b) < GEODESIC * norm(d))
-            step = d + jnp.where(short, b, 0.0)
-        rd = inverse.map.along(d)
+        lam = jnp.clip(tried.damping, floor, ceiling)
+        keeps = (tried.tries == 0).astype(flat.dtype)  # a refused step was the momentum's, maybe
+        d, effort = inverse.solve(lam, r + keeps * pushed)
+        d = keeps * carried - d
+        rd, b = inverse.map.along(d), jnp.zeros_like(d)
+        steps, unsolved = tried.steps + effort.steps, jnp.maximum(tried.unsolved, effort.residual)
+        if bends:
+            b, effort = inverse.solve(lam, acceleration(objective, params, unravel(d), found))
+            steps, unsolved = steps + effort.steps, jnp.maximum(unsolved, effort.residual)
+            short = jnp.isfinite(norm(b)) & (norm(b) / 2 < GEODESIC * norm(d))
+            b = jnp.where(short, -0.5 * b, 0.0)
+        share = jnp.ones_like(top)
         if options.radius is not None:
             share = jnp.minimum(1.0, divide(jnp.asarray(options.radius, rd.dtype), norm(rd), 1.0))
-            step, rd = share * step, share * rd
+        step, rd = share * d + share**2 * b, share * rd
         predicted = -(r @ rd + 0.5 * rd @ rd)
-        after = objective(unravel(flat + step))
-        own = divide(model.loss - after, predicted)
-        taken = (after < model.loss) & (own > ACCEPTED)
+        after = objective(unravel(flat + step)).astype(top.dtype)
+        own = divide(before - after, predicted)
+        taken = (after < before) & (own > ACCEPTED) & all_finite(step)
         shrunk = lam * _change(own) ** jnp.clip(GAIN * room, 0.0, 1.0)
         return _Tried(
             tried.tries + 1,
             taken,
+            lam >= ceiling,
             jnp.where(taken, shrunk, lam * tried.growth),
-            jnp.where(taken, 2.0, 2 * tried.growth),
+            jnp.where(taken, 2.0, jnp.minimum(2 * tried.growth, GROWTH)),
             own,
-            jnp.where(taken, -(r @ rd), 0.0),
             jnp.where(taken, step, 0.0),
-            tried.products + products,
+            steps,
+            unsolved,
         )
 
     none, never = jnp.zeros((), jnp.int32), jnp.array(False)
     begin = _Tried(
-        none,
-        never,
-        first,
-        state.growth,
-        state.ratio,
+        none, never, never, first, state.growth, state.ratio, jnp.zeros_like(flat), none,
         jnp.zeros_like(top),
-        jnp.zeros_like(flat),
-        none,
-    )
+    )  # fmt: skip
     moves = usable & (top > 0) & jnp.any(r != 0)
-    more = lambda t: moves & ~t.taken & (t.tries < options.tries)  # noqa: E731
+    more = lambda t: moves & ~t.taken & ~t.last & (t.tries < options.tries)  # noqa: E731
     end = jax.lax.while_loop(more, attempt, begin)
-    step = unravel(end.step)
     after = TrustState(
-        damping=jnp.where(moves, jnp.clip(end.damping, floor, CEILING * top), state.damping),
+        damping=jnp.where(moves, jnp.clip(end.damping, floor, ceiling), state.damping),
         growth=end.growth,
         tries=end.tries,
         refused=state.refused + (~end.taken).astype(jnp.int32),
@@ -367,10 +402,26 @@ def search(
         residuals=jnp.array(found.r.size, jnp.int32),
         rank=inverse.rank,
         room=room,
-        slope=end.slope,
+        slope=state.slope,
         last=state.last,
     )
-    return step, end.products, after
+    return unravel(end.step), Effort(end.steps, end.unsolved), after
+
+
+def remembering(state: TrustState, model: QuadraticModel, updates: Params) -> TrustState:
+    """Return a state with the step as it was taken: what base optimizers made of it.
+
+    Args:
+      state: after the search.
+      model: of the loss where the step began.
+      updates: the step.
+    """
+    slope = -vdot(model.gradient, jax.tree.map(_like, updates, model.gradient))
+    return state._replace(last=updates, slope=slope.astype(state.slope.dtype))
+
+
+def _like(x: Array, other: Array) -> Array:
+    return x.astype(other.dtype)
 
 
 def _change(ratio: Array) -> Array:
@@ -379,8 +430,10 @@ def _change(ratio: Array) -> Array:
 
 def _room(gradient: Params, state: TrustState) -> Array:
     """h: how steeply the loss of this batch falls where the last step ended; 1 if there is none."""
-    left = divide(-vdot(gradient, state.last), state.slope, 1.0)
-    return jnp.where(jnp.isfinite(left), left, -1.0)
+    last = jax.tree.map(_like, state.last, gradient)
+    left = divide(-vdot(gradient, last).astype(state.slope.dtype), state.slope, 1.0)
+    left = jnp.where(jnp.isfinite(left), left, -1.0)
+    return jnp.where(state.slope > 0, left, 1.0)
 
 
 def _outcome(
@@ -388,7 +441,7 @@ def _outcome(
 ) -> Array:
     """In `OUTCOMES`."""
     reasons = [
-        taken, ~all_finite(found.r), ~found.convex, ~found.separable, found.rest,
+        taken, ~(found.finite & all_finite(found.r)), ~found.convex, ~found.separable, found.rest,
         ~inverse.finite, ~inverse.agrees, ~usable, ~moves,
     ]  # fmt: skip
     numbers = [jnp.asarray(x, jnp.int32) for x in (1, 6, 3, 4, 5, 6, 8, 6, 7)]

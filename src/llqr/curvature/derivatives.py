@@ -27,7 +27,7 @@ def linearize(function: Callable[[PyTree], PyTree], at: PyTree) -> tuple[PyTree,
     try:
         value, tangent = _linearize(function, at)
     except TypeError as error:
-        if not _lacks_rule(error):
+        if not lacks_rule(error):
             raise
         value, pull = jax.vjp(function, at)
         return value, TransposeOperator(pull, value, freeze(structure_of(at)))
@@ -45,7 +45,7 @@ def jvp(function: Callable[[PyTree], PyTree], at: PyTree, u: PyTree) -> PyTree:
     try:
         return _jvp(function, at, u)
     except TypeError as error:
-        if not _lacks_rule(error):
+        if not lacks_rule(error):
             raise
     return linearize(function, at)[1].jvp(u)
 
@@ -60,7 +60,7 @@ def symmetric(gradient: Callable[[PyTree], PyTree], at: PyTree) -> Callable[[PyT
     try:
         return _linearize(gradient, at)[1]
     except TypeError as error:
-        if not _lacks_rule(error):
+        if not lacks_rule(error):
             raise
     return _Symmetric(_explained(lambda: jax.vjp(gradient, at)[1]))
 
@@ -76,7 +76,7 @@ def symmetric_jvp(gradient: Callable[[PyTree], PyTree], at: PyTree, v: PyTree) -
     try:
         return _jvp(gradient, at, v)
     except TypeError as error:
-        if not _lacks_rule(error):
+        if not lacks_rule(error):
             raise
     return _explained(lambda: jax.vjp(gradient, at)[1](v)[0])
 
@@ -167,7 +167,8 @@ def _contains(primitive: str, jaxpr: Any) -> bool:
     return False
 
 
-def _lacks_rule(error: TypeError) -> bool:
+def lacks_rule(error: TypeError) -> bool:
+    """Whether an error is that of a function with a backward pass alone (`jax.custom_vjp`)."""
     return "custom_vjp" in str(error)
 
 

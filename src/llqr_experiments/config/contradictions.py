@@ -103,10 +103,13 @@ def _of_exact(config: Any) -> Iterator[str]:
             yield f"exact_steps=true with {name}={given}: {why}. Set {name}={own}."
     if config.precision == "bf16":
         yield "exact_steps=true with precision=bf16: float64 is for them, float32 is the least."
-    if config.divergence_reduction == "unit":
+    of_loss = config.divergence == "gauss_newton" or not config.exact_trust
+    if config.divergence_reduction == "unit" or not (
+        of_loss or config.divergence_reduction == "mean"
+    ):
         yield (
             "exact_steps=true compares curvature with the loss, a mean over rows: "
-            "divergence_reduction=mean, not unit."
+            f"divergence_reduction=mean, not {config.divergence_reduction}."
         )
     if config.toy.name or config.comparison.name:
         yield "exact_steps=true is for training runs."

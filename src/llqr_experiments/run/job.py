@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 import llqr
-from llqr.inverses import Sizes, choose
+from llqr.inverses import HELD, Sizes, choose
 from llqr_experiments import capacity, data, processes
 from llqr_experiments.config import build
 from llqr_experiments.config.options import Config
@@ -117,7 +117,10 @@ def prepare(config: Config, *, abstract: bool = False) -> Job:
         sizes, solver = exact_sizes(config, task)
         if solver in ("dual", "primal"):
             side = sizes.residuals if solver == "dual" else sizes.parameters
-            capacity.check(8 * side**2, f"exact_solver={solver}: a matrix of {side:,} x {side:,}")
+            entries = min(sizes.residuals * sizes.parameters, HELD) + 3 * side**2
+            itemsize = 8 if config.precision == "float64" else 4
+            what = f"exact_solver={solver}: matrices of {side:,} x {side:,}"
+            capacity.check(itemsize * entries, what)
     refits = build.refit_steps(config, horizon)
     blocks = llqr.describe(recipe.tx, task.params) if config.use_preconditioner else None
     best = goal(config, task.material)
