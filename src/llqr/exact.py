@@ -207,7 +207,7 @@ def _trusted(
         raise ValueError("exact: the outputs have no rows: the batch is empty.")
     regulator = partial(_stage_by_stage, objective, params, metric, 0.0, reduction)
     ways = replace(ways, chunk=options.chunk, sketch=options.sketch, coarse=coarse)
-    name, inverse = inverses.damped(ways, found, model, objective, params, regulator)
+    name, inverse = inverses.damped(ways, found, model, objective, params, regulator, state.damping)
     usable = found.convex & found.separable & ~found.rest & inverse.finite & inverse.agrees
     usable &= found.finite & all_finite(found.r)
     _check_residuals(found, inverse)
@@ -230,12 +230,12 @@ def _check_residuals(found: Residuals, inverse: Inverse) -> None:
     """Raise ValueError in words where that can be, outside `jit`."""
     if is_traced((found.r, inverse.top)):
         return
-    finite = found.finite and all_finite(found.r) and inverse.finite
-    wrong = {
-        6: not finite, 8: not inverse.agrees, 3: not found.convex, 4: not found.separable,
-        5: found.rest,
-    }  # fmt: skip
-    for number, holds in wrong.items():
+    wrong = [
+        (6, not (found.finite and all_finite(found.r))), (3, not found.convex),
+        (4, not found.separable), (5, found.rest), (6, not inverse.finite),
+        (8, not inverse.agrees),
+    ]  # fmt: skip
+    for number, holds in wrong:
         if holds:
             raise ValueError(f"exact: {OUTCOMES[number]}. {REMEDIES[OUTCOMES[number]]}")
 

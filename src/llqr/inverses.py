@@ -1,10 +1,15 @@
 r"""The damped inverse behind an exact step, four ways: R^T (R R^T + lambda I)^-1 v.
 
   solver     factorised, once for all lambda            memory             at each lambda
-  dual       R R^T = U diag(w) U^T                      m n + m m          products with U
-  primal     R^T R = U diag(w) U^T                      m n + n n          products with U
+  dual       R R^T, see below                           m n + m m          m m m / 3, or m m
+  primal     R^T R, see below                           m n + n n          n n n / 3, or n n
   cg         a sketch of rank k, which preconditions    k min(m, n)        conjugate gradients
   riccati    nothing                                    of the regulator   one layerwise recursion
+
+A matrix A = R R^T or R^T R has one eigendecomposition U diag(w) U^T for all lambdas, or a Cholesky
+factor of A + lambda I for each. The latter is some ten times cheaper, and as exact where lambda is
+well above the rounding of A: below that, and at the first step, which asks for the largest
+eigenvalue, the former is taken.
 
 R is the Jacobian of m residuals in n parameters (`llqr.residuals`). By the push-through identity
 this is (R^T R + lambda I)^-1 R^T v: all give the same step. In chunks of rows, R is never held: the
@@ -31,7 +36,7 @@ from llqr._linalg import conjugate_gradients, exactly, nystroem
 from llqr.curvature.model import QuadraticModel
 from llqr.objective import BoundObjective
 from llqr.residuals import Linear, Residuals, Rows, as_map, rows
-from llqr.tree import all_finite, axis_devices, norm, replicate
+from llqr.tree import all_finite, axis_devices, divide, norm, replicate
 from llqr.typing import Array, Bool, Float, Int, Params
 
 Solver: TypeAlias = Literal["auto", "cg", "riccati", "dual", "primal"]
@@ -55,15 +60,31 @@ class Effort(NamedTuple):
     residual: Float[Array, ""]  # relative, in the end
 
 
+SAFE = 10
+"""Least lambda of a Cholesky factor: as many roundings of the matrix times its side."""
+
+Solve: TypeAlias = Callable[[Array], tuple[Array, Effort]]
+"""v [m] -> R^T (R R^T + lambda)^-1 v [n], and what that cost."""
+
+
 class Inverse(NamedTuple):
     """How R acts, and its damped inverse."""
 
     top: Float[Array, ""]  # largest eigenvalue of R R^T, or an estimate from below
     rank: Int[Array, ""]  # of R, as far as rounding shows; of the sketch; 0: unknown
-    solve: Callable[[Array, Array], tuple[Array, Effort]]  # lambda, v [m] -> [n]
+    at: Callable[[Array], Solve]  # lambda ->
     map: Linear
     finite: Bool[Array, ""]  # whether R is, as far as that shows
     agrees: Bool[Array, ""]  # whether rows that were made one by one are those of the whole model
+
+    def solve(self, damping: Array, v: Array) -> tuple[Array, Effort]:
+        """Return R^T (R R^T + lambda)^-1 v and what that cost.
+
+        Args:
+          damping: lambda.
+          v: like r.
+        """
+        return self.at(damping)(v)
 
 
 @dataclass(frozen=True)
@@ -127,7 +148,7 @@ class Ways:
 
 def damped(
     ways: Ways, found: Residuals, model: QuadraticModel, objective: BoundObjective, params: Params,
-    regulator: Callable[[], lqr.LQRProblem],
+    regulator: Callable[[], lqr.LQRProblem], lowest: Array,
 ) -> tuple[str, Inverse]:  # fmt: skip
     """Return which solver it is, and the damped inverse by it.
 
@@ -138,6 +159,7 @@ def damped(
       objective: on a batch.
       params: the parameters.
       regulator: makes the model's regulator, for riccati.
+      lowest: lambda that will be tried; 0: not known.
     """
     flat, unravel = ravel_pytree(params)
     whole = as_map(model.jacobian, model.outputs, params, found)
@@ -151,30 +173,29 @@ def damped(
     blocks = rows(objective, params, whole, found)
     own = [float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves((model.outputs, flat))]
     coarse = max(ways.coarse, *own)
-    return name, factorised(name, blocks, whole, flat, usable, ways.chunk, coarse)
+    gradient = ravel_pytree(model.gradient)[0].astype(flat.dtype)
+    inverse = factorised(name, blocks, whole, gradient, found.r, lowest, usable, ways.chunk, coarse)
+    return name, inverse
 
 
 def factorised(
-    solver: str,
-    blocks: Rows,
-    model: Linear,
-    like: Array,
-    usable: Bool[Array, ""],
-    chunk: int | None,
-    coarse: float,
-) -> Inverse:
-    """Return the inverse by the eigenvectors of R R^T or R^T R.
+    solver: str, blocks: Rows, model: Linear, gradient: Array, r: Array, lowest: Array,
+    usable: Bool[Array, ""], chunk: int | None, coarse: float,
+) -> Inverse:  # fmt: skip
+    """Return the inverse by a factorisation of R R^T or R^T R.
 
     Args:
       solver: "dual" or "primal".
       blocks: rows of R.
       model: R as a map.
-      like: the parameters, flat.
-      usable: where False, all is 0: a factorisation of what is not finite might never end.
+      gradient: R^T r, by the whole model.
+      r: residuals.
+      lowest: lambda that is tried; 0: at the first step.
+      usable: where False, all is 0.
       chunk: blocks of rows that are held at once; None: by their number.
       coarse: one rounding of what the model computes in.
     """
-    dual, m, n, whole = solver == "dual", blocks.residuals, like.size, model
+    dual, m, n = solver == "dual", blocks.residuals, gradient.size
     many = blocks.count
     if chunk is None and m * n > HELD:
         chunk = max(1, HELD * many // (2 * m * n))
@@ -186,26 +207,53 @@ def factorised(
             lambda d: _product("mn,n->m", matrix, _padded(d, matrix.shape[1])),
             lambda v: _product("mn,m->n", matrix, v)[:n],
         )
-        agrees = _agrees(m, model.back, whole.back, matrix, coarse)
+        agrees = _agrees(model.back(r), gradient, matrix, r, coarse)
     else:
         chunks = blocks.chunks(chunk)
-        square = chunks.outer(like) if dual else chunks.inner(like)
-        agrees = _agrees(len(square), lambda v: square @ v, _squared(whole, dual), square, coarse)
+        square = chunks.outer(gradient) if dual else chunks.inner(gradient)
+        v = r if dual else gradient
+        image = model.along(gradient) if dual else model.back(model.along(gradient))
+        agrees = _agrees(square @ v, image, square, v, coarse)
     finite = jnp.all(jnp.isfinite(square))
-    w, u = jnp.linalg.eigh(jnp.where(usable & finite, square, 0.0))
-    w = jnp.maximum(w, 0.0)
-    top = jnp.max(w)
-    rank = jnp.sum(w > max(m, n) * jnp.finfo(w.dtype).eps * top, dtype=jnp.int32)
+    # A factorisation of what is not finite might never end.
+    square = jnp.where(usable & finite, square, 0.0)
+    side, trace = len(square), jnp.trace(square)
+    eps = jnp.finfo(square.dtype).eps
+    eigen = lowest < SAFE * side * eps * trace
+    w, u = jax.lax.cond(eigen, _eigh, lambda x: (jnp.zeros(side, x.dtype), x), square)
+    mean = divide(
+        jnp.sum(square * square), trace
+    )  # of eigenvalues, by themselves: near the largest
+    top = jnp.where(eigen, jnp.max(w), mean)
+    rank = jnp.sum(w > max(m, n) * eps * top, dtype=jnp.int32)  # 0 without eigenvalues
 
-    def inverted(damping: Array, v: Array) -> Array:
-        return exactly("ij,j->i", u, exactly("ij,i->j", u, v) / (w + damping))
+    def at(damping: Array) -> Solve:
+        def factor() -> Array:
+            return jnp.linalg.cholesky(square + damping * jnp.eye(side, dtype=square.dtype))
 
-    def solve(damping: Array, v: Array) -> tuple[Array, Effort]:
-        if dual:
-            return model.back(inverted(damping, v)), _no_effort(w)
-        return inverted(damping, model.back(v)), _no_effort(w)
+        half = jax.lax.cond(eigen, lambda: u, factor)
 
-    return Inverse(top, rank, solve, model, finite, agrees)
+        def by_eigenvectors(v: Array) -> Array:
+            return exactly("ij,j->i", half, exactly("ij,i->j", half, v) / (w + damping))
+
+        def by_factor(v: Array) -> Array:
+            return jax.scipy.linalg.cho_solve((half, True), v)
+
+        def inverted(v: Array) -> Array:
+            return jax.lax.cond(eigen, by_eigenvectors, by_factor, v)
+
+        def solve(v: Array) -> tuple[Array, Effort]:
+            found = model.back(inverted(v)) if dual else inverted(model.back(v))
+            return found, _no_effort(w)
+
+        return solve
+
+    return Inverse(top, rank, at, model, finite, agrees)
+
+
+def _eigh(square: Array) -> tuple[Array, Array]:
+    found = jnp.linalg.eigh(square)
+    return jnp.maximum(found.eigenvalues, 0.0), found.eigenvectors
 
 
 def iterative(model: Linear, sizes: Sizes, dtype: Any, ways: Ways) -> Inverse:
@@ -223,17 +271,20 @@ def iterative(model: Linear, sizes: Sizes, dtype: Any, ways: Ways) -> Inverse:
     top = found.w[0]
     rank = jnp.sum(found.w > sizes.side * jnp.finfo(dtype).eps * top, dtype=jnp.int32)
 
-    def solve(damping: Array, v: Array) -> tuple[Array, Effort]:
-        x, info = conjugate_gradients(
-            lambda x: product(x) + damping * x,
-            v if dual else model.back(v),
-            tolerance=ways.tolerance,
-            max_steps=CG_STEPS if ways.max_steps is None else ways.max_steps,
-            precondition=lambda r: found.precondition(damping, r),
-        )
-        return (model.back(x) if dual else x), Effort(info.steps, info.residual)
+    def at(damping: Array) -> Solve:
+        def solve(v: Array) -> tuple[Array, Effort]:
+            x, info = conjugate_gradients(
+                lambda x: product(x) + damping * x,
+                v if dual else model.back(v),
+                tolerance=ways.tolerance,
+                max_steps=CG_STEPS if ways.max_steps is None else ways.max_steps,
+                precondition=lambda r: found.precondition(damping, r),
+            )
+            return (model.back(x) if dual else x), Effort(info.steps, info.residual)
 
-    return Inverse(top, rank, solve, model, found.finite, jnp.array(True))
+        return solve
+
+    return Inverse(top, rank, at, model, found.finite, jnp.array(True))
 
 
 def layerwise(
@@ -251,14 +302,16 @@ def layerwise(
     """
     found = nystroem(_squared(model, dual=False), like.size, 8, like.dtype)
 
-    def solve(damping: Array, v: Array) -> tuple[Array, Effort]:
-        damped = replace(problem, damping=damping)
-        u = lqr.solve(damped, gradient=unravel(model.back(v)), max_size=max_size)
-        return -ravel_pytree(u)[0], _no_effort(like)
+    def at(damping: Array) -> Solve:
+        def solve(v: Array) -> tuple[Array, Effort]:
+            damped = replace(problem, damping=damping)
+            u = lqr.solve(damped, gradient=unravel(model.back(v)), max_size=max_size)
+            return -ravel_pytree(u)[0], _no_effort(like)
 
-    return Inverse(
-        found.w[0], jnp.zeros((), jnp.int32), solve, model, found.finite, jnp.array(True)
-    )
+        return solve
+
+    none = jnp.zeros((), jnp.int32)
+    return Inverse(found.w[0], none, at, model, found.finite, jnp.array(True))
 
 
 def _no_effort(like: Array) -> Effort:
@@ -272,14 +325,10 @@ def _squared(model: Linear, dual: bool) -> Callable[[Array], Array]:
     return lambda d: model.back(model.along(d))
 
 
-def _agrees(
-    size: int, mine: Callable[[Array], Array], whole: Callable[[Array], Array], matrix: Array,
-    coarse: float,
-) -> Array:  # fmt: skip
-    """Whether what is made of rows one by one does to some vector what the whole model does."""
-    v = jax.random.normal(jax.random.key(0), (size,), matrix.dtype)
+def _agrees(mine: Array, whole: Array, matrix: Array, v: Array, coarse: float) -> Bool[Array, ""]:
+    """Whether what is made of rows one by one does to v what the whole model does."""
     scale = jnp.sqrt(jnp.sum(matrix * matrix)) * norm(v)
-    return norm(mine(v) - whole(v)) <= coarse**0.5 * scale
+    return norm(mine - whole) <= coarse**0.5 * scale
 
 
 def _by_columns(matrix: Array) -> Array:

@@ -19,7 +19,7 @@ r"""A trust region: the damping of an exact step, by how well the model predicts
                a step; where h > 0, lambda changes as above, to the power of min(1, 4 h);
                else lambda <- lambda 2^min(1, -4 h)
 
-One factorisation serves all lambdas that are tried.
+No lambda needs another Jacobian.
 
 Sources: Nielsen, Damping parameter in Marquardt's method (IMM-REP-1999-05), for lambda; Transtrum
 and Sethna (arXiv 1201.5885) for the geodesic term; Guzman-Cordero et al. (arXiv 2505.12149) and
@@ -75,7 +75,7 @@ class Trust:
 
     Args:
       start: first lambda, in units of the largest curvature there.
-      tries: of lambda in one step, all with one factorisation; then none is taken.
+      tries: of lambda in one step, all with one Jacobian; then none is taken.
       geodesic: whether a step follows the curvature of the residuals along it (one more pass and
         a half: second derivatives along the step). A model with a `jax.custom_vjp` has none, and
         goes without, with a warning.
@@ -136,7 +136,7 @@ class TrustState(NamedTuple):
     outcome: Int[Array, ""]  # of the last step: in `OUTCOMES`
     solver: Int[Array, ""]  # in `inverses.SOLVERS`; 0 before the first step
     residuals: Int[Array, ""]  # m
-    rank: Int[Array, ""]  # of R at the last step
+    rank: Int[Array, ""]  # of R at the last step; 0: not looked for
     room: Float[Array, ""]  # h: how steeply this loss still fell after the step before; with noisy
     slope: Float[Array, ""]  # -g.d of the last step, where it is remembered
     last: Any = ()  # the last step as it was taken, where it is remembered
@@ -352,12 +352,13 @@ def search(
     def attempt(tried: _Tried) -> _Tried:
         lam = jnp.clip(tried.damping, floor, ceiling)
         keeps = (tried.tries == 0).astype(flat.dtype)  # a refused step was the momentum's, maybe
-        d, effort = inverse.solve(lam, r + keeps * pushed)
+        solve = inverse.at(lam)
+        d, effort = solve(r + keeps * pushed)
         d = keeps * carried - d
         rd, b = inverse.map.along(d), jnp.zeros_like(d)
         steps, unsolved = tried.steps + effort.steps, jnp.maximum(tried.unsolved, effort.residual)
         if bends:
-            b, effort = inverse.solve(lam, acceleration(objective, params, unravel(d), found))
+            b, effort = solve(acceleration(objective, params, unravel(d), found))
             steps, unsolved = steps + effort.steps, jnp.maximum(unsolved, effort.residual)
             short = jnp.isfinite(norm(b)) & (norm(b) / 2 < GEODESIC * norm(d))
             b = jnp.where(short, -0.5 * b, 0.0)

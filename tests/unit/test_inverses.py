@@ -117,7 +117,7 @@ def inverse(bound: Any, solver: str, metric: Any = "gauss_newton", **ways: Any) 
         )
 
     how = inverses.Ways(solver, tolerance=1e-14, **ways)
-    name, made = inverses.damped(how, found, quadratic, bound, params(), regulator)
+    name, made = inverses.damped(how, found, quadratic, bound, params(), regulator, jnp.zeros(()))
     assert name == solver
     return found, made
 
@@ -360,19 +360,21 @@ def test_cg_beyond_its_sketch() -> None:
     roots = residuals.residuals(
         quadratic.outputs, quadratic.cotangent, curvature.output_hessian, jnp.float64
     )
-    dual = inverses.damped(inverses.Ways("dual"), roots, quadratic, bound, p, lambda: None)[1]
+    dual = inverses.damped(
+        inverses.Ways("dual"), roots, quadratic, bound, p, lambda: None, jnp.zeros(())
+    )[1]
     lam = 1e-2 * dual.top
     expected, _ = dual.solve(lam, roots.r)
     steps = []
     for sketch in (5, 400):
         ways = inverses.Ways("cg", sketch=sketch, tolerance=1e-12, max_steps=2000)
-        _, made = inverses.damped(ways, roots, quadratic, bound, p, lambda: None)
+        _, made = inverses.damped(ways, roots, quadratic, bound, p, lambda: None, jnp.zeros(()))
         found, effort = jax.jit(made.solve)(lam, roots.r)
         np.testing.assert_allclose(found, expected, atol=1e-9)
         steps.append(int(effort.steps))
     assert steps[1] < 0.8 * steps[0]
     few = inverses.Ways("cg", sketch=5, tolerance=1e-12, max_steps=3)
-    _, made = inverses.damped(few, roots, quadratic, bound, p, lambda: None)
+    _, made = inverses.damped(few, roots, quadratic, bound, p, lambda: None, jnp.zeros(()))
     _, effort = made.solve(lam, roots.r)
     assert int(effort.steps) == 3
     assert float(effort.residual) > 1e-6
