@@ -180,7 +180,7 @@ def test_a_probe_sees_one_of_the_micro_batches():
     recipe = Recipe(tx, microbatches=2)
     state = init(recipe, {"w": jnp.ones((3, 2))})
     probing = llqr.Objective(forward, lambda z, batch: jnp.mean(z**2))
-    advance(loss, recipe, False, state, {"x": jnp.ones((8, 3))}, probing=probing)
+    advance(loss, recipe, False, state, {"x": jnp.ones((8, 3))}, seen=probing)
     assert seen == {(4, 3)}
 
 
