@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,24 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)  # a gigabyte
 
 
+def told(python: Path, script: str, *arguments: str) -> Any:
+    """Return what a script prints in its last line."""
+    # Users compile with all passes, and for one device.
+    changed = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "PYTHONPATH")
+    environment = {key: value for key, value in os.environ.items() if key not in changed}
+    done = subprocess.run(
+        [python, SCRIPTS / script, *arguments],
+        cwd=python.parent,
+        env=environment | {"OPENBLAS_NUM_THREADS": "1", "KERAS_BACKEND": "jax"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(script, found)
+    return found
+
+
 def check(
     python: Path,
     name: str,
@@ -69,20 +88,8 @@ def check(
       most: our loss may be this much of Adam's.
       left: our loss must be below this share of the loss at the start.
     """
-    # Users compile with all passes, and for one device.
-    changed = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "PYTHONPATH")
-    environment = {key: value for key, value in os.environ.items() if key not in changed}
     rates = ["--adam", *map(str, adam), "--llqr", *map(str, ours)]
-    done = subprocess.run(
-        [python, SCRIPTS / f"with_{name}.py", *rates],
-        cwd=python.parent,
-        env=environment | {"OPENBLAS_NUM_THREADS": "1", "KERAS_BACKEND": "jax"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(name, found)
+    found = told(python, f"with_{name}.py", *rates)
     assert found["llqr"] <= most * found["adam"], found
     assert found["llqr"] < left * found["start"], found
 
@@ -117,6 +124,12 @@ def test_jinns(python):
     check(python, "jinns", adam=adam, ours=ours, most=0.5, left=0.05)
 
 
+def test_exact_steps_on_an_equation_of_jinns(python):
+    before, after = told(python, "exact_with_jinns.py")
+    assert before > 0.1
+    assert after < 1e-5
+
+
 def test_netket(python):
     adam, ours = (1e-2, 3e-2, 1e-1), (3e-3, 1e-2, 3e-2)
     check(python, "netket", adam=adam, ours=ours, most=0.7, left=0.01)
@@ -130,6 +143,17 @@ def test_keras(python):
 def test_blackjax(python):
     adam, ours = (1e-2, 3e-2, 1e-1), (1e-1, 3e-1, 5e-1)
     check(python, "blackjax", adam=adam, ours=ours, most=1.1, left=0.2)
+
+
+def test_the_page_of_exact_steps_shows_what_is_run():
+    script = set(map(ast.dump, _statements((SCRIPTS / "exact_with_jinns.py").read_text())))
+    page = (ROOT / "docs" / "six-digits.md").read_text()
+    blocks = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if "jinns" in block]
+    shown = [
+        node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Assign | ast.Return)
+    ]
+    assert {ast.dump(node) for node in shown} <= script
 
 
 def test_the_documentation_shows_what_is_run():

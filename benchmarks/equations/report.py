@@ -229,7 +229,10 @@ def _how() -> str:
   They have no rate; nothing of them is tuned.
 - **Seconds**: all methods of a problem ran in one process, in turns, seed by seed. Compilation is
   told apart, evaluations stop the clock. All methods have the seconds that are told with each
-  problem; **exact** makes a fixed number of steps, which take about as long or less.
+  problem; **exact** makes a fixed number of steps, whose seconds are told. On poisson-runner and
+  poisson-5d, exact, LLQR streaming, SOAP and AdamW were measured once more, together, after exact
+  steps had got a Cholesky factor in place of eigenvectors: there these four stand beside each
+  other, and exact's seconds elsewhere are those of eigenvectors.
 - **Rates** are tuned by the error at the end on a seed that is used for nothing else: {TIER.rates}
   rates, a factor of ten around the customary one in both directions, and further ones as long as
   the best is at an end; on the larger problems in a quarter of the steps. The rate falls to 0 over

@@ -31,9 +31,7 @@ def loss(rows: Any, points: Any) -> Any:
     return jnp.mean(rows["inside"] ** 2) + 100 * jnp.mean(rows["border"] ** 2)
 
 
-objective = llqr.Objective(
-    rows, loss, batch_axes=lambda points: jax.tree.map(lambda _: None, points)
-)
+objective = llqr.Objective(rows, loss)
 side, middles = jnp.linspace(0.0, 1.0, 17), (jnp.arange(16) + 0.5) / 16
 grid = lambda x: jnp.stack(jnp.meshgrid(x, x), axis=-1).reshape(-1, 2)  # noqa: E731
 ends = [
