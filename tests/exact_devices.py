@@ -1,12 +1,13 @@
 """Exact steps on four virtual devices against the same steps on one, in a process of their own.
 
-    python tests/exact_devices.py
+    python tests/exact_devices.py FIRST LAST        # of the cases
 
 It prints one JSON object for each case: the largest difference of the parameters.
 """
 
 import json
 import os
+import sys
 from functools import partial
 from typing import Any
 
@@ -77,7 +78,8 @@ def main() -> None:
     params = {name: jnp.asarray(rng.normal(size=shape) / 2) for name, shape in shapes.items()}
     x = jnp.asarray(rng.normal(size=(8, 3)))
     batch = {"x": x, "y": jnp.sin(2 * x), "label": jnp.arange(8) % 5}
-    for model, solver, chunk, kind in CASES:
+    first, last = map(int, sys.argv[1:])
+    for model, solver, chunk, kind in CASES[first:last]:
         options = llqr.Trust(chunk=chunk, momentum=0.3)
         tx: Any = llqr.exact(damping=options, solver=solver, tolerance=1e-13)  # type: ignore
         run = jax.jit(partial(step, tx, llqr.Objective(MODELS[model], squares)))
