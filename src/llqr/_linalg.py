@@ -187,12 +187,17 @@ def eigh_of_each(x: Float[Array, "rows K K"]) -> tuple[Array, Array]:
         return x[..., 0], jnp.ones_like(x)
     eye = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
     of_diagonal = lambda x: (jnp.diagonal(x, axis1=1, axis2=2), eye)  # noqa: E731
-    one_by_one = lambda x: jax.lax.map(_eigh, x)  # noqa: E731
-    of_any = lambda x: jax.lax.platform_dependent(x, cpu=one_by_one, default=_eigh)  # noqa: E731
+    one_by_one = lambda x: jax.lax.map(eigh, x)  # noqa: E731
+    of_any = lambda x: jax.lax.platform_dependent(x, cpu=one_by_one, default=eigh)  # noqa: E731
     return jax.lax.cond(jnp.all((x == 0) | (eye != 0)), of_diagonal, of_any, x)
 
 
-def _eigh(x: Array) -> tuple[Array, Array]:
+def eigh(x: Float[Array, "... d d"]) -> tuple[Array, Array]:
+    """Return eigenvalues, rising, and eigenvectors of symmetric matrices: [..., d], [..., d, d].
+
+    Args:
+      x: the matrices, finite.
+    """
     found = jnp.linalg.eigh(x)
     return found.eigenvalues, found.eigenvectors
 

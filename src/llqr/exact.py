@@ -26,7 +26,7 @@ from llqr.inverses import Effort, Inverse, Solver
 from llqr.metrics import MetricLike, Reduction
 from llqr.objective import BoundObjective
 from llqr.residuals import Residuals, curves, residuals
-from llqr.tree import all_finite, is_traced, replicate, shard_like, widen
+from llqr.tree import is_traced, replicate, shard_like, widen
 from llqr.trust import OUTCOMES, REMEDIES, Trust, TrustState
 from llqr.typing import Array, Float, Int, Number, Params
 
@@ -208,8 +208,6 @@ def _trusted(
     regulator = partial(_stage_by_stage, objective, params, metric, 0.0, reduction)
     ways = replace(ways, chunk=options.chunk, sketch=options.sketch, coarse=coarse)
     name, inverse = inverses.damped(ways, found, model, objective, params, regulator, state.damping)
-    usable = found.convex & found.separable & ~found.rest & inverse.finite & inverse.agrees
-    usable &= found.finite & all_finite(found.r)
     _check_residuals(found, inverse)
     bends = options.geodesic and curves(objective, params)
     if options.geodesic and not bends:
@@ -221,23 +219,17 @@ def _trusted(
             stacklevel=4,
         )
     step, effort, state = trust.search(
-        options, name, inverse, usable, found, model, objective, params, state, bends
+        options, name, inverse, found, model, objective, params, state, bends
     )
     return model, step, effort, state
 
 
 def _check_residuals(found: Residuals, inverse: Inverse) -> None:
     """Raise ValueError in words where that can be, outside `jit`."""
-    if is_traced((found.r, inverse.top)):
-        return
-    wrong = [
-        (6, not (found.finite and all_finite(found.r))), (3, not found.convex),
-        (4, not found.separable), (5, found.rest), (6, not inverse.finite),
-        (8, not inverse.agrees),
-    ]  # fmt: skip
-    for number, holds in wrong:
-        if holds:
-            raise ValueError(f"exact: {OUTCOMES[number]}. {REMEDIES[OUTCOMES[number]]}")
+    why = trust.refusal(found, inverse)
+    if not is_traced(why) and why:
+        words = OUTCOMES[int(why)]
+        raise ValueError(f"exact: {words}. {REMEDIES[words]}")
 
 
 def _stage_by_stage(

@@ -32,11 +32,11 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
 from llqr import lqr
-from llqr._linalg import conjugate_gradients, exactly, nystroem
+from llqr._linalg import conjugate_gradients, eigh, exactly, nystroem
 from llqr.curvature.model import QuadraticModel
 from llqr.objective import BoundObjective
 from llqr.residuals import Linear, Residuals, Rows, as_map, rows
-from llqr.tree import all_finite, axis_devices, divide, norm, replicate
+from llqr.tree import axis_devices, divide, norm, replicate
 from llqr.typing import Array, Bool, Float, Int, Params
 
 Solver: TypeAlias = Literal["auto", "cg", "riccati", "dual", "primal"]
@@ -76,15 +76,6 @@ class Inverse(NamedTuple):
     map: Linear
     finite: Bool[Array, ""]  # whether R is, as far as that shows
     agrees: Bool[Array, ""]  # whether rows that were made one by one are those of the whole model
-
-    def solve(self, damping: Array, v: Array) -> tuple[Array, Effort]:
-        """Return R^T (R R^T + lambda)^-1 v and what that cost.
-
-        Args:
-          damping: lambda.
-          v: like r.
-        """
-        return self.at(damping)(v)
 
 
 @dataclass(frozen=True)
@@ -169,7 +160,7 @@ def damped(
         return name, iterative(whole, sizes, found.r.dtype, ways)
     if name == "riccati":
         return name, layerwise(regulator(), whole, flat, unravel, ways.max_size)
-    usable = found.convex & found.separable & found.finite & all_finite(found.r)
+    usable = found.convex & found.separable & found.finite
     blocks = rows(objective, params, whole, found)
     own = [float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves((model.outputs, flat))]
     coarse = max(ways.coarse, *own)
@@ -220,11 +211,10 @@ def factorised(
     side, trace = len(square), jnp.trace(square)
     eps = jnp.finfo(square.dtype).eps
     eigen = lowest < SAFE * side * eps * trace
-    w, u = jax.lax.cond(eigen, _eigh, lambda x: (jnp.zeros(side, x.dtype), x), square)
-    mean = divide(
-        jnp.sum(square * square), trace
-    )  # of eigenvalues, by themselves: near the largest
-    top = jnp.where(eigen, jnp.max(w), mean)
+    w, u = jax.lax.cond(eigen, eigh, lambda x: (jnp.zeros(side, x.dtype), x), square)
+    w = jnp.maximum(w, 0.0)
+    # Of eigenvalues, the mean by themselves is near the largest.
+    top = jnp.where(eigen, jnp.max(w), divide(jnp.sum(square * square), trace))
     rank = jnp.sum(w > max(m, n) * eps * top, dtype=jnp.int32)  # 0 without eigenvalues
 
     def at(damping: Array) -> Solve:
@@ -249,11 +239,6 @@ def factorised(
         return solve
 
     return Inverse(top, rank, at, model, finite, agrees)
-
-
-def _eigh(square: Array) -> tuple[Array, Array]:
-    found = jnp.linalg.eigh(square)
-    return jnp.maximum(found.eigenvalues, 0.0), found.eigenvectors
 
 
 def iterative(model: Linear, sizes: Sizes, dtype: Any, ways: Ways) -> Inverse:
@@ -319,7 +304,7 @@ def _no_effort(like: Array) -> Effort:
 
 
 def _squared(model: Linear, dual: bool) -> Callable[[Array], Array]:
-    """V -> R R^T v, or R^T R v."""
+    """Return R R^T or R^T R as a map."""
     if dual:
         return lambda v: model.along(model.back(v))
     return lambda d: model.back(model.along(d))
@@ -337,15 +322,10 @@ def _by_columns(matrix: Array) -> Array:
     if devices < 2:
         return matrix
     extra = -matrix.shape[1] % devices
-    matrix = jnp.pad(replicate_columns(matrix), ((0, 0), (0, extra)))
-    names = jax.typeof(matrix).sharding.mesh.axis_names
-    return jax.sharding.reshard(matrix, PartitionSpec(None, names))
-
-
-def replicate_columns(matrix: Array) -> Array:
-    """A matrix of which every device has whole rows."""
-    spec = jax.typeof(matrix).sharding.spec
-    return jax.sharding.reshard(matrix, PartitionSpec(spec[0], None))
+    known = jax.typeof(matrix).sharding
+    matrix = jax.sharding.reshard(matrix, PartitionSpec(known.spec[0], None))  # to be padded
+    matrix = jnp.pad(matrix, ((0, 0), (0, extra)))
+    return jax.sharding.reshard(matrix, PartitionSpec(None, known.mesh.axis_names))
 
 
 def _padded(d: Array, size: int) -> Array:
@@ -357,8 +337,5 @@ def _product(spec: str, *factors: Array) -> Array:
     if not any(axis_devices(x) for x in factors):
         return exactly(spec, *factors)
     out = PartitionSpec(*[None] * len(spec.partition("->")[2]))
-    return exactly(spec, *map(_whole_vector, factors), out_sharding=out)
-
-
-def _whole_vector(x: Array) -> Array:
-    return replicate(x) if x.ndim == 1 else x
+    whole = [replicate(x) if x.ndim == 1 else x for x in factors]
+    return exactly(spec, *whole, out_sharding=out)

@@ -41,7 +41,7 @@ class Residuals(NamedTuple):
 
     r: Float[Array, " m"]
     roots: tuple[Float[Array, "rows K K"], ...]  # S of each output
-    finite: Bool[Array, ""]  # whether c and Q are; else roots are 0
+    finite: Bool[Array, ""]  # whether c, Q and r are
     rest: Bool[Array, ""]  # whether an output has a gradient and no curvature: a linear loss
     convex: Bool[Array, ""]
     separable: Bool[Array, ""]  # whether Q has no entries between rows
@@ -127,7 +127,8 @@ def residuals(
     r = jnp.concatenate([x.ravel() for x in rs])
     every = lambda x: jnp.all(jnp.stack(x))  # noqa: E731
     anywhere = jnp.any(jnp.stack(rest))
-    return Residuals(r, tuple(roots), every(finite), anywhere, every(flags), every(apart))
+    whole = every([*finite, all_finite(r)])
+    return Residuals(r, tuple(roots), whole, anywhere, every(flags), every(apart))
 
 
 class Linear(NamedTuple):
@@ -293,14 +294,11 @@ def _own_rows(objective: BoundObjective, params: Params, found: Residuals) -> Ro
         1,
     )
     roots = [s.reshape(examples, -1, *s.shape[1:]) for s in found.roots]
-    split = [a is not None for a in chunks.axes]
-    data = [x for x, is_split in zip(chunks.leaves, split, strict=True) if is_split]
-    shared = [x for x, is_split in zip(chunks.leaves, split, strict=True) if not is_split]
+    data = {i: chunks.leaves[i] for i, axis in enumerate(chunks.axes) if axis is not None}
 
     def of(block: Any) -> tuple[Array, Array]:
         data, roots, places = block
-        mine, common = iter(data), iter(shared)
-        leaves = [next(mine) if is_split else next(common) for is_split in split]
+        leaves = [data.get(i, shared) for i, shared in enumerate(chunks.leaves)]
         bound = replace(objective, batch=chunks.treedef.unflatten(leaves))
 
         def whitened(p: Params) -> Array:
@@ -313,7 +311,8 @@ def _own_rows(objective: BoundObjective, params: Params, found: Residuals) -> Ro
         return places, jnp.concatenate(flat, 1)
 
     # Over explicit mesh axes, what is mapped lies like the examples.
-    roots, places = jax.tree.map(lambda x: _like_first(x, data), (roots, places))
+    split = list(data.values())
+    roots, places = jax.tree.map(lambda x: _like_first(x, split), (roots, places))
     return Rows((data, roots, places), of, found.r.size, len(shapes) == 1)
 
 

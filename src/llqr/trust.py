@@ -66,7 +66,7 @@ OUTCOMES = (
 """What became of a step, by the number that a state holds."""
 
 IMPOSSIBLE = (3, 4, 5, 8)
-"""Those that no other point, damping or batch will mend."""
+"""Those that no other damping will mend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +203,8 @@ class TrustReport:
         if not self.solver:
             return "exact steps: none yet"
         kind = {
-            "dual": f"eigenvectors of R R^T, {self.residuals} x {self.residuals}",
-            "primal": f"eigenvectors of R^T R, {self.parameters} x {self.parameters}",
+            "dual": f"a factorisation of R R^T, {self.residuals} x {self.residuals}",
+            "primal": f"a factorisation of R^T R, {self.parameters} x {self.parameters}",
             "cg": "conjugate gradients, preconditioned by a sketch",
             "riccati": "the layerwise recursion",
         }[self.solver]
@@ -316,9 +316,8 @@ class _Tried(NamedTuple):
 
 
 def search(
-    options: Trust, solver: str, inverse: Inverse, usable: Bool[Array, ""], found: Residuals,
-    model: QuadraticModel, objective: BoundObjective, params: Params, state: TrustState,
-    bends: bool,
+    options: Trust, solver: str, inverse: Inverse, found: Residuals, model: QuadraticModel,
+    objective: BoundObjective, params: Params, state: TrustState, bends: bool,
 ) -> tuple[Params, Effort, TrustState]:  # fmt: skip
     """Return the step that lowers the loss, zeros where none does.
 
@@ -326,8 +325,7 @@ def search(
       options: of the trust region.
       solver: behind the inverse.
       inverse: of the curvature at `params`.
-      usable: whether the model can be believed; else no step is taken.
-      found: the residuals there.
+      found: the residuals there; where they or the inverse cannot be believed, no step is taken.
       model: of the loss there.
       objective: the loss.
       params: where.
@@ -338,7 +336,8 @@ def search(
       The step; what it cost in conjugate gradients; and what is remembered.
     """
     flat, unravel = ravel_pytree(params)
-    r, top = jnp.where(usable, found.r, 0.0), inverse.top
+    why = refusal(found, inverse)
+    r, top = jnp.where(why == 0, found.r, 0.0), inverse.top
     before = model.loss.astype(top.dtype)
     floor, ceiling = FLOOR * jnp.finfo(top.dtype).eps * top, CEILING * top
     first = jnp.where(state.damping > 0, state.damping, options.start * top)
@@ -388,7 +387,7 @@ def search(
         none, never, never, first, state.growth, state.ratio, jnp.zeros_like(flat), none,
         jnp.zeros_like(top),
     )  # fmt: skip
-    moves = usable & (top > 0) & jnp.any(r != 0)
+    moves = (top > 0) & jnp.any(r != 0)
     more = lambda t: moves & ~t.taken & ~t.last & (t.tries < options.tries)  # noqa: E731
     end = jax.lax.while_loop(more, attempt, begin)
     after = TrustState(
@@ -398,7 +397,7 @@ def search(
         refused=state.refused + (~end.taken).astype(jnp.int32),
         ratio=end.ratio,
         top=top,
-        outcome=_outcome(end.taken, found, inverse, usable, moves),
+        outcome=jnp.where(end.taken, 1, jnp.where(why != 0, why, jnp.where(moves, 2, 7))),
         solver=jnp.array(SOLVERS.index(solver), jnp.int32),
         residuals=jnp.array(found.r.size, jnp.int32),
         rank=inverse.rank,
@@ -437,13 +436,16 @@ def _room(gradient: Params, state: TrustState) -> Array:
     return jnp.where(state.slope > 0, left, 1.0)
 
 
-def _outcome(
-    taken: Array, found: Residuals, inverse: Inverse, usable: Array, moves: Array
-) -> Array:
-    """In `OUTCOMES`."""
+def refusal(found: Residuals, inverse: Inverse) -> Int[Array, ""]:
+    """Return why a model cannot be believed, in `OUTCOMES`; 0 where it can.
+
+    Args:
+      found: the residuals.
+      inverse: of the curvature.
+    """
     reasons = [
-        taken, ~(found.finite & all_finite(found.r)), ~found.convex, ~found.separable, found.rest,
-        ~inverse.finite, ~inverse.agrees, ~usable, ~moves,
+        ~found.finite, ~found.convex, ~found.separable, found.rest, ~inverse.finite,
+        ~inverse.agrees,
     ]  # fmt: skip
-    numbers = [jnp.asarray(x, jnp.int32) for x in (1, 6, 3, 4, 5, 6, 8, 6, 7)]
-    return jnp.select(reasons, numbers, jnp.asarray(2, jnp.int32))
+    numbers = [jnp.asarray(number, jnp.int32) for number in (6, 3, 4, 5, 6, 8)]
+    return jnp.select(reasons, numbers, jnp.zeros((), jnp.int32))

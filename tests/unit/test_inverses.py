@@ -129,7 +129,7 @@ def test_all_solvers_give_the_dense_step(name: str) -> None:
     staged = name in ("squares", "cross-entropy")
     for solver, chunk in [*SOLVERS, ("riccati", None)][: None if staged else -1]:
         found, made = inverse(bound, solver, chunk=chunk)
-        step, _ = made.solve(jnp.asarray(top), found.r)
+        step, _ = made.at(jnp.asarray(top))(found.r)
         np.testing.assert_allclose(-step, expected, atol=1e-9, err_msg=f"{solver} {chunk}")
         assert made.finite & made.agrees
         estimated = solver == "riccati"
@@ -157,7 +157,7 @@ def test_metrics_of_their_own(metric: Any) -> None:
     expected, top = dense(bound, metric)
     for solver in ("dual", "primal", "cg", "riccati"):
         found, made = inverse(bound, solver, metric)
-        step, _ = made.solve(jnp.asarray(top), found.r)
+        step, _ = made.at(jnp.asarray(top))(found.r)
         np.testing.assert_allclose(-step, expected, atol=1e-9)
 
 
@@ -175,7 +175,7 @@ def test_complex_outputs_as_pairs_of_reals() -> None:
     bound = llqr.Objective(pairs, loss).bind(batch())
     expected, top = dense(bound)
     found, made = inverse(bound, "dual")
-    d, _ = made.solve(jnp.asarray(top), found.r)
+    d, _ = made.at(jnp.asarray(top))(found.r)
     np.testing.assert_allclose(-d, expected, atol=1e-9)
     split = llqr.Objective(
         lambda p, b: jax.lax.complex(plain(p, b), plain(p, b)),
@@ -334,7 +334,7 @@ def test_rows_that_are_not_those_of_the_whole_are_found_out(model: Any) -> None:
     told = llqr.Objective(model, loss, batch_axes=lambda batch: None).bind(data)
     found, made = inverse(told, "dual")
     expected, top = dense(told)
-    np.testing.assert_allclose(-made.solve(jnp.asarray(top), found.r)[0], expected, atol=1e-9)
+    np.testing.assert_allclose(-made.at(jnp.asarray(top))(found.r)[0], expected, atol=1e-9)
 
 
 def test_a_model_that_names_the_size_of_its_batch() -> None:
@@ -344,7 +344,7 @@ def test_a_model_that_names_the_size_of_its_batch() -> None:
     bound = llqr.Objective(sized, squares).bind(batch())
     found, made = inverse(bound, "dual")
     expected, top = dense(bound)
-    np.testing.assert_allclose(-made.solve(jnp.asarray(top), found.r)[0], expected, atol=1e-9)
+    np.testing.assert_allclose(-made.at(jnp.asarray(top))(found.r)[0], expected, atol=1e-9)
 
 
 def test_cg_beyond_its_sketch() -> None:
@@ -364,17 +364,17 @@ def test_cg_beyond_its_sketch() -> None:
         inverses.Ways("dual"), roots, quadratic, bound, p, lambda: None, jnp.zeros(())
     )[1]
     lam = 1e-2 * dual.top
-    expected, _ = dual.solve(lam, roots.r)
+    expected, _ = dual.at(lam)(roots.r)
     steps = []
     for sketch in (5, 400):
         ways = inverses.Ways("cg", sketch=sketch, tolerance=1e-12, max_steps=2000)
         _, made = inverses.damped(ways, roots, quadratic, bound, p, lambda: None, jnp.zeros(()))
-        found, effort = jax.jit(made.solve)(lam, roots.r)
+        found, effort = jax.jit(lambda lam, r, made=made: made.at(lam)(r))(lam, roots.r)
         np.testing.assert_allclose(found, expected, atol=1e-9)
         steps.append(int(effort.steps))
     assert steps[1] < 0.8 * steps[0]
     few = inverses.Ways("cg", sketch=5, tolerance=1e-12, max_steps=3)
     _, made = inverses.damped(few, roots, quadratic, bound, p, lambda: None, jnp.zeros(()))
-    _, effort = made.solve(lam, roots.r)
+    _, effort = made.at(lam)(roots.r)
     assert int(effort.steps) == 3
     assert float(effort.residual) > 1e-6
