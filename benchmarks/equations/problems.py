@@ -78,11 +78,6 @@ def _forward(params: Any, batch: Batch, *, terms: Any) -> Any:
     return jnp.sum(batch["operator"] * jnp.concatenate(found, -1), -1)
 
 
-def _error(params: Any, batch: Batch) -> Any:
-    u = networks.jets(params, batch["x"])[0]
-    return jnp.sqrt(jnp.mean((u - batch["label"]) ** 2) / jnp.mean(batch["label"] ** 2))
-
-
 def of_rows(
     name: str, equation: equations.Equation, train: equations.Rows, hidden: tuple[int, ...]
 ) -> Workload:
@@ -102,7 +97,7 @@ def of_rows(
         steps=1000,
         metric="gaussian",
         measure="test",
-        test_loss=_error,
+        test_loss=physics.solution_error,
         float64=True,
         told=f"{equation.told}, tanh {'-'.join(map(str, widths))}, float64",
         **more,

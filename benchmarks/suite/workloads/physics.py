@@ -17,7 +17,8 @@ from .problem import Batch, Workload, rows, squared_error
 _WIDTHS = (2, 24, 24, 1)
 
 
-def _error(params: Any, batch: Batch) -> Any:
+def solution_error(params: Any, batch: Batch) -> Any:
+    """Return the error of the solution in L2, relative to it."""
     u = networks.jets(params, batch["x"])[0]
     return jnp.sqrt(jnp.mean((u - batch["label"]) ** 2) / jnp.mean(batch["label"] ** 2))
 
@@ -35,7 +36,7 @@ def _workload(name: str, forward: Any, train: Batch, test: Batch, told: str) -> 
         steps=600,
         metric="gaussian",
         measure="test",
-        test_loss=_error,
+        test_loss=solution_error,
         float64=True,
         told=told,
     )

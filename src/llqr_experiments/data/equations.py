@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llqr_experiments.data.examples import Batch
+from llqr_experiments.data.examples import Batch, Still
 
 Function = Callable[[np.ndarray], np.ndarray]
 """Of points (n, d): n numbers."""
@@ -96,7 +96,7 @@ class Equation:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Still):
     """Rows of an equation, as examples.
 
     Attributes:
@@ -109,19 +109,9 @@ class Rows:
     operator: np.ndarray
     label: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.label)
-
     def gather(self, index: np.ndarray) -> Batch:
         """Return "x", (B, d), "operator", (B, terms), and "label", (B,): all float64."""
         return {"x": self.x[index], "operator": self.operator[index], "label": self.label[index]}
-
-    def draw(
-        self, index: np.ndarray, rng: np.random.Generator, rows: np.ndarray | None = None
-    ) -> Batch:
-        """Return the rows `index`: nothing is random."""
-        del rng
-        return self.gather(index if rows is None else index[rows])
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,26 @@ class Examples(Protocol):
         ...
 
 
+class Still:
+    """Examples with labels of which nothing is random: a batch in training is `gather`."""
+
+    label: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def gather(self, index: np.ndarray) -> Batch:
+        """Return the examples `index`, (B,) integers."""
+        raise NotImplementedError
+
+    def draw(
+        self, index: np.ndarray, rng: np.random.Generator, rows: np.ndarray | None = None
+    ) -> Batch:
+        """Return the examples `index`, or some rows of them."""
+        del rng
+        return self.gather(index if rows is None else index[rows])
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """The examples of one split of a dataset in memory.

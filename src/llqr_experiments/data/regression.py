@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llqr_experiments.data.examples import Batch
+from llqr_experiments.data.examples import Batch, Still
 
 _ROWS = 2000
 
 
 @dataclass(frozen=True)
-class Lines:
+class Lines(Still):
     """Rows of a table, as examples.
 
     Attributes:
@@ -30,19 +30,9 @@ class Lines:
     x: np.ndarray
     label: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.label)
-
     def gather(self, index: np.ndarray) -> Batch:
         """Return "x", (B, columns), and "label", (B,)."""
         return {"x": self.x[index], "label": self.label[index]}
-
-    def draw(
-        self, index: np.ndarray, rng: np.random.Generator, rows: np.ndarray | None = None
-    ) -> Batch:
-        """Return the rows `index`: nothing is random."""
-        del rng
-        return self.gather(index if rows is None else index[rows])
 
 
 @dataclass(frozen=True)
