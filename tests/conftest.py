@@ -98,6 +98,13 @@ def _no_type_checker(request: pytest.FixtureRequest) -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture(autouse=True)
+def _precision_of_the_process() -> Iterator[None]:
+    """A page of the documentation may set it for its readers; the next test has JAX's own."""
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
 @pytest.fixture
 def float64() -> Iterator[None]:
     """Compare numbers.
