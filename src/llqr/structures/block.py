@@ -1,7 +1,7 @@
 """A block: structured matrices of one kind and shape, and where in the tree they act."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -51,6 +51,12 @@ class Block:
     def names(self) -> tuple[str, ...]:
         """Paths of the leaves."""
         return tuple(view.name for source in self.sources for view in source.views)
+
+    @cached_property
+    def kind(self) -> Hashable:
+        """What is the same of blocks for which one program does."""
+        sources = tuple((s.kind, s.cut, s.count, s.stacked) for s in self.sources)
+        return self.structure, self.shape, self.dtype, self.owned, sources
 
     @property
     def labels(self) -> list[str]:

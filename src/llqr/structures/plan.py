@@ -6,6 +6,7 @@ block has and how its leaves are seen as one matrix. The arrays themselves live 
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -20,7 +21,7 @@ from llqr.structures.layouts import vocabulary_side
 from llqr.structures.matrix import Structure
 from llqr.structures.rules import AUTO, Rule
 from llqr.structures.view import Cut, Source, View
-from llqr.tree import accurate_dtype, leaf_names
+from llqr.tree import accurate_dtype, is_traced, leaf_names
 from llqr.typing import PyTree
 
 Plan: TypeAlias = tuple[Block, ...]
@@ -210,13 +211,19 @@ def each(
       *arguments: a tree of arrays for each block.
       shared: what all matrices see: arrays that `function` must not close over.
     """
-    found = []
+    found, programs = [], {}
+    many = Counter(block.kind for block in plan) if is_traced((arguments, shared)) else {}
     for block, *own in zip(plan, *arguments, strict=True):
 
-        def one(*xs: Any, block: Block = block) -> Any:
-            return function(*xs[: len(shared)], block, *xs[len(shared) :])
+        def run(shared: tuple[Any, ...], *own: Any, block: Block = block) -> Any:
+            def one(*xs: Any) -> Any:
+                return function(*xs[: len(shared)], block, *xs[len(shared) :])
 
-        found.append(block.each(one, *own, shared=shared))
+            return block.each(one, *own, shared=shared)
+
+        if many.get(block.kind, 0) > 1:  # a deep network has many: traced and lowered once
+            run = programs.setdefault(block.kind, jax.jit(run))
+        found.append(run(shared, *own))
     return found
 
 
