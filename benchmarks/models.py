@@ -8,6 +8,8 @@ ready rule tables see them as they see Flax's. A forward function takes (params,
   cnn           a stem and three residual blocks, 32x32x3                    0.31 M
   transformer   two pre-norm layers, d 128, 4 heads, length 64, causal       0.47 M
   resnet18      CIFAR's ResNet-18, batch norm in inference mode              11.17 M
+  unet          noise prediction, 16x16x3, three widths, time embedding      0.77 M
+  scanned       twelve transformer layers in a scan, stacked leaves          2.45 M
 
 The runner has a ResNet-18 too (`llqr_experiments.models`), made of stages; this one is a plain
 function, because `refit_memory.py` asks what a network costs that is not cut anywhere. Its
@@ -18,7 +20,7 @@ and `batch_axes` says so where a batch is split.
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +34,7 @@ Shapes = dict[str, Any]
 HEADS = 4
 EPSILON = 1e-5  # of both norms
 STAGES = (64, 128, 256, 512)
+FREQUENCIES = 16
 
 
 def cross_entropy(outputs: jax.Array, batch: Any) -> jax.Array:
@@ -66,6 +69,7 @@ class Model:
     steps: int  # training steps timed together, for a steady clock
     loss: Callable[[Any, Any], jax.Array] = cross_entropy
     batch_axes: Callable[[Any], Any] | None = None
+    metric: Literal["ngd", "gaussian"] = "ngd"
 
     def init(self, seed: int = 0) -> Any:
         """Return initial parameters."""
@@ -190,10 +194,32 @@ def transformer(params: Any, batch: Any) -> jax.Array:
     """A causal language model: tokens [batch, length] -> logits [batch * length, vocabulary]."""
     x = params["token"]["embedding"][batch["x"]] + params["position"]["embedding"]
     for i in range(sum(name.startswith("layer") for name in params)):
-        layer = params[f"layer{i}"]
-        x = x + _attention(layer, _layer_norm(layer["norm0"], x))
-        y = _apply(layer["up"], _layer_norm(layer["norm1"], x))
-        x = x + _apply(layer["down"], jax.nn.gelu(y))
+        x = _layer(params[f"layer{i}"], x)
+    return _vocabulary(params, x)
+
+
+def scanned_shapes(layers: int, **sizes: int) -> Shapes:
+    """Shapes of the same with its layers stacked: one leaf for each name."""
+    shapes = transformer_shapes(1, **sizes)
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    stacked = jax.tree.map(lambda s: (layers, *s), shapes.pop("layer0"), is_leaf=is_shape)
+    return {**shapes, "layers": stacked}
+
+
+def scanned(params: Any, batch: Any) -> jax.Array:
+    """The same, as a scan over its layers."""
+    x = params["token"]["embedding"][batch["x"]] + params["position"]["embedding"]
+    x, _ = jax.lax.scan(lambda x, layer: (_layer(layer, x), None), x, params["layers"])
+    return _vocabulary(params, x)
+
+
+def _layer(layer: Any, x: jax.Array) -> jax.Array:
+    x = x + _attention(layer, _layer_norm(layer["norm0"], x))
+    y = _apply(layer["up"], _layer_norm(layer["norm1"], x))
+    return x + _apply(layer["down"], jax.nn.gelu(y))
+
+
+def _vocabulary(params: Any, x: jax.Array) -> jax.Array:
     logits = _layer_norm(params["norm"], x) @ params["lm_head"]["kernel"]
     return logits.reshape(-1, logits.shape[-1])
 
@@ -276,6 +302,70 @@ def resnet18_batch_axes(batch: Any) -> Any:
     return {name: None if name == "stats" else 0 for name in batch}
 
 
+# --- U-Net that predicts noise ------------------------------------------------------------------
+
+
+def unet_shapes(widths: tuple[int, ...], embedded: int) -> Shapes:
+    """Shapes of two blocks for each width down, and one up with what was kept."""
+    shapes: Shapes = {
+        "time0": _dense(2 * FREQUENCIES, embedded),
+        "stem": {"kernel": (3, 3, 3, widths[0])},
+    }
+    for i, (before, width) in enumerate(pairwise((widths[0], *widths))):
+        shapes[f"down{i}_0"] = _unet_block(before, width, embedded)
+        shapes[f"down{i}_1"] = _unet_block(width, width, embedded)
+    for i, (below, width) in reversed(list(enumerate(pairwise((*reversed(widths), widths[0]))))):
+        kept = widths[len(widths) - 1 - i]
+        shapes[f"up{i}"] = _unet_block(below + kept, width, embedded)
+    return {**shapes, "out": {"kernel": (3, 3, widths[0], 3)}}
+
+
+def _unet_block(fan_in: int, fan_out: int, embedded: int) -> Shapes:
+    return {
+        "conv0": {"kernel": (3, 3, fan_in, fan_out)},
+        "time": _dense(embedded, fan_out),
+        "norm": _norm(fan_out),
+        "conv1": {"kernel": (3, 3, fan_out, fan_out)},
+        "skip": {"kernel": (1, 1, fan_in, fan_out)},
+    }
+
+
+def unet(params: Any, batch: Any) -> jax.Array:
+    """Noise of images [batch, 16, 16, 3] at times in [0, 1]: each row's, flattened."""
+    angles = batch["t"][:, None] * 2.0 ** jnp.arange(FREQUENCIES)
+    time = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+    time = jax.nn.silu(_apply(params["time0"], time))
+
+    def block(name: str, x: jax.Array) -> jax.Array:
+        own = params[name]
+        y = _conv(jax.nn.silu(x), own["conv0"]["kernel"])
+        y = _layer_norm(own["norm"], y + _apply(own["time"], time)[:, None, None])
+        return _conv(jax.nn.silu(y), own["conv1"]["kernel"]) + _conv(x, own["skip"]["kernel"])
+
+    depth = sum(name.startswith("up") for name in params)
+    x, kept = _conv(batch["x"], params["stem"]["kernel"]), []
+    for i in range(depth):
+        x = block(f"down{i}_1", block(f"down{i}_0", x))
+        kept.append(x)
+        x = x if i == depth - 1 else x[:, ::2, ::2]
+    for i in range(depth):
+        x = x if i == 0 else jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
+        x = block(f"up{i}", jnp.concatenate([x, kept.pop()], -1))
+    return _conv(x, params["out"]["kernel"]).reshape(len(x), -1)
+
+
+def noised(key: jax.Array, size: int) -> Any:
+    """Normal images, the noise in them, and their times."""
+    keys = jax.random.split(key, 3)
+    x, noise = (jax.random.normal(k, (size, 16, 16, 3)) for k in keys[:2])
+    return {"x": x, "y": noise.reshape(size, -1), "t": jax.random.uniform(keys[2], (size,))}
+
+
+def squared_error(outputs: jax.Array, batch: Any) -> jax.Array:
+    """Half the squared error of a row, as a mean over rows."""
+    return 0.5 * jnp.mean(jnp.sum((outputs - batch["y"]) ** 2, -1))
+
+
 # --- the catalogue ----------------------------------------------------------------------------
 
 MODELS = {
@@ -315,5 +405,25 @@ MODELS = {
         refit_batch=128,
         steps=1,
         batch_axes=resnet18_batch_axes,
+    ),
+    "unet": Model(
+        name="U-Net, 16x16x3, widths 32, 64, 96",
+        shapes=unet_shapes((32, 64, 96), 64),
+        forward=unet,
+        data=noised,
+        batch=32,
+        refit_batch=32,
+        steps=4,
+        loss=squared_error,
+        metric="gaussian",
+    ),
+    "scanned": Model(
+        name="transformer, 12 layers in a scan, d 128",
+        shapes=scanned_shapes(layers=12, width=128, inner=512, vocabulary=256, length=64),
+        forward=scanned,
+        data=lambda key, size: tokens(key, size, 64, 256),
+        batch=16,
+        refit_batch=16,
+        steps=2,
     ),
 }

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 
 from llqr.errors import NonConvexError
 from llqr.tree import all_finite, divide, is_traced, vdot
@@ -123,44 +122,36 @@ def solve(
     return jax.tree.map(lambda leaf: jnp.where(solved, leaf, jnp.nan), x), info
 
 
-@jax.custom_jvp
-def orthonormal(x: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    """Return Q of a QR factorisation: an orthonormal basis of the columns.
+def rotated(v: Float[Array, "d d"], s: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """Return an orthonormal basis that has turned towards the eigenvectors of S: V <- V exp(K).
 
-    Of many matrices, one after the other on CPU. There a batched factorisation waits for tasks that
-    it puts into the very pool of threads in which it runs: as many of them at once as there are
-    threads wait for ever (jaxlib 0.10).
+    To first order in the couplings B_ij of B = V^T S V, and with b its diagonal, that is
+
+        K_ij = B_ij (b_j - b_i) / ((b_j - b_i)^2 + (b_i + b_j)^2 / 100 + 4 B_ij^2)
+
+    near half the angle of Jacobi's rotation of the pair where b_i and b_j are apart, and nothing
+    where they are alike: there any basis will do. K is scaled down where it is long. Five products,
+    which are batched as they are and take no part in LAPACK's threads. What S does not see stays
+    where it is: rounding turns nothing. So does all of it where S is not finite.
 
     Args:
-      x: square.
+      v: a basis, nearly orthonormal: what earlier calls have left undone is mended on the way.
+      s: symmetric, positive semi-definite.
     """
-    return _orthonormal(x)
-
-
-@orthonormal.defjvp
-def _(
-    primals: tuple[Float[Array, "d d"]], tangents: tuple[Float[Array, "d d"]]
-) -> tuple[Float[Array, "d d"], Float[Array, "d d"]]:
-    # dQ = Q S, S antisymmetric, its lower part that of Q^T dX R^-1.
-    (x,), (dx,) = primals, tangents
-    q = orthonormal(x)
-    r = jnp.triu(q.T @ x)
-    m = jax.scipy.linalg.solve_triangular(r, (q.T @ dx).T, trans="T", lower=False).T
-    low = jnp.tril(m, -1)
-    return q, q @ (low - low.T)
-
-
-@custom_vmap
-def _orthonormal(x: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    return jnp.linalg.qr(x)[0]
-
-
-@_orthonormal.def_vmap
-def _(size: int, batched: list[bool], x: Float[Array, "k d d"]) -> tuple[Array, bool]:
-    del size, batched
-    one_by_one = lambda x: jax.lax.map(_orthonormal, x)  # noqa: E731
-    at_once = lambda x: jnp.linalg.qr(x)[0]  # noqa: E731
-    return jax.lax.platform_dependent(x, cpu=one_by_one, default=at_once), True
+    product = s @ v
+    b = v.T @ product
+    b = divide(b, jnp.max(jnp.abs(b)))  # squares of small entries would be 0
+    diagonal = jnp.sum(v * product, axis=0)
+    diagonal = jnp.maximum(divide(diagonal, jnp.max(jnp.abs(diagonal))), 0)
+    apart, both = diagonal - diagonal[:, None], diagonal + diagonal[:, None]
+    rounding = 4 * jnp.finfo(v.dtype).eps
+    k = b * apart / (apart**2 + 0.01 * both**2 + 4 * b * b + rounding**2)
+    kk = k @ k
+    fourth = jnp.sum(kk * kk)  # its root bounds |K|_2 from above, and not by much
+    t = jnp.where(fourth > 1, fourth, 1) ** -0.25
+    # exp(t K) to the second order, less what V lacks to be orthonormal.
+    new = 1.5 * v + v @ (t * k + 0.5 * t * t * kk - 0.5 * v.T @ v)
+    return jnp.where(jnp.isfinite(fourth), new, v)
 
 
 def exactly(spec: str, *factors: Array, **options: Any) -> Array:
@@ -177,8 +168,9 @@ def exactly(spec: str, *factors: Array, **options: Any) -> Array:
 def eigh_of_each(x: Float[Array, "rows K K"]) -> tuple[Array, Array]:
     """Return eigenvalues and eigenvectors of small symmetric matrices: [rows, K], [rows, K, K].
 
-    Of diagonal ones without a factorisation. Of others on CPU one after the other, for the reason
-    that `orthonormal` has: on several virtual devices at once, batched ones wait for ever.
+    Of diagonal ones without a factorisation. Of others on CPU one after the other. There a batched
+    factorisation waits for tasks that it puts into the very pool of threads in which it runs: as
+    many of them at once as there are threads wait for ever (jaxlib 0.10).
 
     Args:
       x: the matrices, finite.

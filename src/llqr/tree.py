@@ -105,6 +105,13 @@ def vdot(a: PyTree, b: PyTree) -> Float[Array, ""]:
     return jnp.asarray(sum((jnp.sum(x * y) for x, y in pairs), start=0.0))
 
 
+def sums(*terms: Array) -> tuple[Array, ...]:
+    """The sum of each of some arrays of one shape and dtype, in one pass."""
+    zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
+    add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))  # noqa: E731
+    return tuple(jax.lax.reduce(terms, zeros, add, tuple(range(terms[0].ndim))))
+
+
 def accurate_dtype(tree: PyTree) -> Any:
     """The widest dtype of a tree, float32 at least: in which to sum half-precision numbers."""
     widest = jnp.dtype(jnp.float32)
@@ -131,8 +138,13 @@ def divide(a: Array, b: Array, zero: float = 0.0) -> Array:
 
 def cosine(a: PyTree, b: PyTree) -> Float[Array, ""]:
     """Cosine of the angle between two trees; 0 where one of them is zero."""
-    lengths = norm(a) * norm(b)
-    return jnp.where(lengths > 0, divide(vdot(a, b), lengths), 0.0)
+    return cosine_of(vdot(a, b), vdot(a, a), vdot(b, b))
+
+
+def cosine_of(ab: Array, aa: Array, bb: Array) -> Array:
+    """Cosine of the angle between vectors with these products; 0 where one of them is zero."""
+    lengths = jnp.sqrt(aa) * jnp.sqrt(bb)
+    return jnp.where(lengths > 0, divide(ab, lengths), 0.0)
 
 
 def normal_like(tree: PyTree, key: Array) -> PyTree:

@@ -12,7 +12,7 @@ r"""One matrix between bases: what happens to it at a step, and at a refit.
   q, s        mean square of g; signal: 1 for noise                         [r, n]
 
     moments     S_L <- b S_L + (1 - b) G G^T,  S_R likewise,  m <- mu m + g,  g = V_L^T G V_R
-    turn        V_L <- qr(S_L V_L),  V_R <- qr(S_R V_R),  m in the new bases
+    turn        V_L, V_R towards the eigenvectors of S_L, S_R (`turning`),  m in the new bases
     curvature   c <- a c + (1 - a) (V_L^T h V_R)^2
     spectrum    D = 1 / (c / top + lambda)
     signal      q <- e q + (1 - e) g^2
@@ -46,12 +46,12 @@ from functools import partial
 import jax.numpy as jnp
 
 from llqr import _loops
-from llqr._linalg import newton_schulz, orthonormal
+from llqr._linalg import newton_schulz
 from llqr.refit.momentum import MOMENTUM, is_usable, momentum, towards
 from llqr.refit.options import Streaming
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays
-from llqr.tree import all_finite, divide, norm
+from llqr.tree import divide, norm, sums
 from llqr.typing import Array, Bool, Float, Int, Number
 
 SQUARES, CURVATURE = "squares", "spectrum"
@@ -102,31 +102,21 @@ def _in_turn(
 
 
 def follow(
-    options: Streaming, number: Int[Array, ""], block: Block, arrays: Arrays, memory: Arrays,
-    probes: list[Array], usable: Bool[Array, ""],
+    options: Streaming, number: Int[Array, ""], block: Block, bases: Arrays, arrays: Arrays,
+    memory: Arrays, probes: list[Array], usable: Bool[Array, ""],
 ) -> tuple[Arrays, Arrays]:  # fmt: skip
-    """Return P and what is remembered after the probes h of refit `number`, from 1.
+    """Return P in other bases, and what is remembered after the probes h of refit `number`, from 1.
 
     Curvature stays as it was where they are not `usable`: not finite, or all zero.
     """
-    arrays, memory = turn(options, number, block, arrays, memory)
+    arrays, memory = turn(bases, arrays, memory)
     return arrays, curvature(options, number, block, arrays, memory, probes, usable)
 
 
-def turn(
-    options: Streaming, number: Int[Array, ""], block: Block, arrays: Arrays, memory: Arrays
-) -> tuple[Arrays, Arrays]:
-    """Return bases that have turned towards the second moments, and the momentum in them."""
-
-    def one(slot: str, v: Array, m: Array) -> tuple[Array, Array]:
-        new = orthonormal(memory[slot] @ v)
-        new = jnp.where(all_finite([new]), new, v)
-        return new, _into({slot: new}, _out_of({slot: v}, m))
-
-    bases, m = {}, memory[MOMENTUM]
-    for slot in block.bases:
-        due = options.turns_wide(number)
-        bases[slot], m = _in_turn(options, due, partial(one, slot), arrays[slot], m)
+def turn(bases: Arrays, arrays: Arrays, memory: Arrays) -> tuple[Arrays, Arrays]:
+    """Return P in other bases, and what is remembered with the momentum in them."""
+    old = {slot: arrays[slot] for slot in bases}
+    m = _into(bases, _out_of(old, memory[MOMENTUM]))
     return arrays | bases, memory | {MOMENTUM: m}
 
 
@@ -135,7 +125,7 @@ def curvature(
     probes: list[Array], usable: Bool[Array, ""],
 ) -> Arrays:  # fmt: skip
     """Return what is remembered, with the squares of probes in c: a mean, then a running one."""
-    fresh = jnp.mean(jnp.stack([jnp.square(project(block, arrays, h)) for h in probes]), axis=0)
+    fresh = sum(jnp.square(project(block, arrays, h)) for h in probes) / len(probes)
     a = jnp.minimum(options.spectrum_decay, 1 - 1 / number.astype(fresh.dtype))
     c = jnp.where(usable, a * memory[CURVATURE] + (1 - a) * fresh, memory[CURVATURE])
     return memory | {CURVATURE: c}
@@ -151,14 +141,17 @@ def solved(damping: Number, arrays: Arrays, memory: Arrays, top: Array) -> Array
     c = memory[CURVATURE]
     d = 1 / (c / jnp.asarray(top, c.dtype) + jnp.asarray(damping, c.dtype))
     # Where no probe was finite yet, nothing is known.
-    return arrays | {"spectrum": jnp.where(jnp.any(c != 0), d, arrays["spectrum"])}
+    return arrays | {"spectrum": jnp.where(jnp.max(c, initial=0.0) > 0, d, arrays["spectrum"])}
 
 
-def objective(damping: Number, arrays: Arrays, memory: Arrays, top: Array) -> Float[Array, ""]:
-    """Sum of 1/2 D^2 c (c + lambda) - D c: the objective of a probe without couplings."""
-    d, c = arrays["spectrum"], memory[CURVATURE] / jnp.asarray(top, memory[CURVATURE].dtype)
-    entries = 0.5 * d * d * c * (c + jnp.asarray(damping, c.dtype)) - d * c
-    return jnp.sum(entries).astype(jnp.float32)
+def objectives(
+    damping: Number, before: Arrays, after: Arrays, memory: Arrays, top: Array
+) -> tuple[Float[Array, ""], ...]:
+    """Sum of 1/2 D^2 c (c + lambda) - D c for two P: the objective of a probe without couplings."""
+    c = memory[CURVATURE] / jnp.asarray(top, memory[CURVATURE].dtype)
+    squared = 0.5 * c * (c + jnp.asarray(damping, c.dtype))
+    found = sums(*(squared * d * d - d * c for d in (before["spectrum"], after["spectrum"])))
+    return tuple(x.astype(jnp.float32) for x in found)
 
 
 def moved(
@@ -192,8 +185,7 @@ def squares(options: Streaming, count: Int[Array, ""], q: Array, g: Array) -> Ar
     """Return the running mean of g^2 after step `count`, from 0; without what is not finite."""
     decay = options.basis_decay if options.signal_decay is None else options.signal_decay
     e = jnp.minimum(decay, 1 - 1 / (count + 1).astype(g.dtype))
-    square = g * g
-    return jnp.where(all_finite([square]), e * q + (1 - e) * square, q)
+    return jnp.where(is_usable(g), e * q + (1 - e) * g * g, q)
 
 
 def step(

@@ -51,11 +51,11 @@ def observe(
 
 
 def follow(
-    options: Streaming, number: Array, block: Block, arrays: Arrays, memory: Arrays,
+    options: Streaming, number: Array, block: Block, bases: Arrays, arrays: Arrays, memory: Arrays,
     probes: list[Array], usable: Array,
 ) -> tuple[Arrays, Arrays]:  # fmt: skip
     """Return P and what is remembered as they are: it takes all matrices together to move."""
-    del options, number, block, probes, usable
+    del options, number, block, bases, probes, usable
     return arrays, memory
 
 

@@ -19,7 +19,7 @@ from llqr import _loops
 from llqr.bases import check_plain
 from llqr.errors import check_range
 from llqr.graft import Step
-from llqr.refit import eigen, factors
+from llqr.refit import eigen, factors, turning
 from llqr.refit.learner import Asked, Blocks, Defaults, Held, Setting
 from llqr.refit.momentum import MOMENTUM, is_usable
 from llqr.refit.options import Streaming
@@ -27,8 +27,8 @@ from llqr.refit.record import STATUS, RefitInfo
 from llqr.structures import trees
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays, Structure
-from llqr.structures.plan import Plan, each, merge
-from llqr.tree import accurate_dtype, cosine, normal_like, replicate, widen
+from llqr.structures.plan import Plan, each
+from llqr.tree import accurate_dtype, cosine_of, normal_like, replicate, sums, widen
 from llqr.typing import Array, Bool, Float, Int, Number, Params, PyTree
 
 DAMPING = 1e-4
@@ -228,7 +228,7 @@ class Following(ABC):
     # --- a refit --------------------------------------------------------------------------------
 
     def refit(self, plan: Plan, held: Held, asked: Asked) -> Held:
-        """Return what is held after one refit, in which like matrices are one block."""
+        """Return what is held after one refit."""
         python = _loops.in_python(held, asked)
         run = _loops.compiled if python and not self.setting.route.layerwise else _loops.direct
         return run(_refit, (self, plan), held, asked)
@@ -240,23 +240,25 @@ def columns(rows: list[tuple[Any, ...]], count: int) -> list[list[Any]]:
 
 
 def _refit(static: tuple[Following, Plan], held: Held, asked: Asked) -> Held:
-    """A refit in which like matrices are one block, and the gradient in the bases after it."""
-    (learner, plan), memory = static, held.memory
-    joined = memory._replace(blocks=trees.merged(plan, memory.blocks))
-    found = held._replace(arrays=trees.merged(plan, held.arrays), memory=joined)
-    found = learner.follow(merge(plan), found, asked)
-    arrays = trees.separated(plan, found.arrays)
-    memory = found.memory._replace(blocks=trees.separated(plan, found.memory.blocks))
-    seen = held.seen
+    """A refit, and the gradient in the bases after it."""
+    learner, plan = static
+    found, seen = learner.follow(plan, held, asked), held.seen
     if asked.gradient is not None:
         inside = lambda block, *own: kind_of(block.structure).project(block, *own)  # noqa: E731
-        seen = each(plan, inside, arrays, trees.gather(plan, asked.gradient))
-    return Held(arrays, memory, found.info, seen)
+        seen = each(plan, inside, found.arrays, trees.gather(plan, asked.gradient))
+    return found._replace(seen=seen)
 
 
-def unless(_: Block, flat: Bool[Array, ""], old: Arrays, new: Arrays) -> Arrays:
-    """Old arrays where a matrix is flat, else new ones."""
-    return {slot: jnp.where(flat, old[slot], new[slot]) for slot in new}
+def turned(learner: Following, plan: Plan, held: Held, number: Int[Array, ""]) -> list[Arrays]:
+    """Return the bases of each block after refit `number`: of those that lie between bases."""
+    between = [kind_of(block.structure) is eigen for block in plan]
+    moments = [own if is_ else {} for own, is_ in zip(held.memory.blocks, between, strict=True)]
+    return turning.turned(learner.options, number, plan, held.arrays, moments)
+
+
+def unless(flat: Bool[Array, ""], old: PyTree, new: PyTree) -> PyTree:
+    """What was where a matrix is flat, else what is new."""
+    return jax.tree.map(lambda was, is_: jnp.where(flat, was, is_), old, new)
 
 
 def top_of(setting: Setting, block: Block, own: Arrays) -> Array:
@@ -285,20 +287,23 @@ def record(
     flat: list[Array], values: tuple[Array, ...],
 ) -> RefitInfo:  # fmt: skip
     """What the refit did; cosines are those of P m and m."""
-    inside = lambda block, *own: kind_of(block.structure).product(block, *own)  # noqa: E731
-    ms = [own[MOMENTUM] for own in blocks]
-    pms = each(plan, inside, arrays, ms)
+
+    def products(block: Block, own: Arrays, m: Array) -> tuple[Array, ...]:
+        pm = kind_of(block.structure).product(block, own, m)
+        return sums(pm * m, pm * pm, m * m)
+
+    found = columns(each(plan, products, arrays, [own[MOMENTUM] for own in blocks]), 3)
+    of_each = [trees.in_order(plan, x) for x in found]
     code = {word: i for i, word in enumerate(STATUS)}
     kept, zero = trees.in_order(plan, usable), trees.in_order(plan, flat)
     status = jnp.where(kept, code["updated"], jnp.where(zero, code["flat"], code["nonfinite"]))
-    cosines = trees.in_order(plan, each(plan, lambda _, pm, m: cosine(pm, m), pms, ms))
     return RefitInfo(
         refits=info.refits + 1,
         steps=jnp.ones((), jnp.int32),
         objective_before=values[0],
         objective_after=values[1],
-        cosine=cosine(pms, ms).astype(jnp.float32),
+        cosine=cosine_of(*map(jnp.sum, of_each)).astype(jnp.float32),
         status=status.astype(jnp.int32),
-        cosines=cosines.astype(jnp.float32),
+        cosines=cosine_of(*of_each).astype(jnp.float32),
         dropped=info.dropped,
     )

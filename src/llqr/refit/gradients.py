@@ -27,7 +27,7 @@ from llqr.refit.following import (
     largest,
     record,
     top_of,
-    unless,
+    turned,
 )
 from llqr.refit.learner import Asked, Defaults, Held
 from llqr.refit.momentum import MOMENTUM, is_usable
@@ -80,37 +80,34 @@ class Unprobed(Following):
 
         A block that has seen no gradient yet stays as it is.
         """
-        options, was, info = self.options, held.memory.blocks, held.info
-        arguments: list[Any] = [held.arrays, was]
+        options, info = self.options, held.info
+        bases = turned(self, plan, held, info.refits + 1)
+        arguments: list[Any] = [bases, held.arrays, held.memory.blocks]
         if asked.gradient is not None:
             arguments.append(trees.gather(plan, asked.gradient))
 
         def turn(
-            number: Array, count: Array, block: Block, arrays: Arrays, memory: Arrays, *x: Array
+            count: Array, block: Block, bases: Arrays, arrays: Arrays, memory: Arrays, *x: Array
         ) -> tuple[Arrays, Arrays, Arrays, Array]:
-            arrays, memory = eigen.turn(options, number, block, arrays, memory)
+            arrays, memory = eigen.turn(bases, arrays, memory)
             c, usable = memory[eigen.SQUARES], jnp.array(True)
             for gradient in x:  # this step's, in bases that know of it
                 c = eigen.squares(options, count, c, eigen.project(block, arrays, gradient))
                 usable = is_usable(gradient)
             return arrays, memory, {eigen.CURVATURE: c}, usable
 
-        shared = (info.refits + 1, asked.count)
-        found = each(plan, turn, *arguments, shared=shared)
-        turned, blocks, curved, usable = columns(found, 4)
+        found = each(plan, turn, *arguments, shared=(asked.count,))
+        arrays, blocks, curved, usable = columns(found, 4)
         tops = [top_of(self.setting, block, own) for block, own in zip(plan, curved, strict=True)]
-        flat = each(plan, lambda _, own: jnp.all(own[eigen.CURVATURE] == 0), curved)
+        flat = each(plan, lambda _, own: eigen.top(own) == 0, curved)
 
         def solved(damping: Array, block: Block, *own: Any) -> tuple[Arrays, Array, Array]:
             new = eigen.solved(damping, *own)
-            before, after = (eigen.objective(damping, x, *own[1:]) for x in (own[0], new))
-            return new, before, after
+            return new, *eigen.objectives(damping, own[0], new, *own[1:])
 
-        found = each(plan, solved, turned, curved, tops, shared=(asked.damping,))
+        found = each(plan, solved, arrays, curved, tops, shared=(asked.damping,))
         new, before, after = columns(found, 3)
         values = tuple(jnp.sum(trees.in_order(plan, x)) for x in (before, after))
-        blocks = each(plan, unless, flat, was, blocks)
-        arrays = tuple(each(plan, unless, flat, held.arrays, new))
         kept = [u & ~f for u, f in zip(usable, flat, strict=True)]
-        info = record(plan, arrays, blocks, info, kept, flat, values)
-        return Held(arrays, Memory(tuple(blocks), None, largest(tops)), info, [])
+        info = record(plan, tuple(new), blocks, info, kept, flat, values)
+        return Held(tuple(new), Memory(tuple(blocks), None, largest(tops)), info, [])

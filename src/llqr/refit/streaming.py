@@ -10,6 +10,7 @@ eigenvalue of C); how long its update is, the graft decides.
 Sources: Layerwise LQR (arXiv 2605.04230) for the objective; bases as in SOAP (arXiv 2409.11321).
 """
 
+import functools
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -30,6 +31,7 @@ from llqr.refit.following import (
     largest,
     record,
     top_of,
+    turned,
     unless,
 )
 from llqr.refit.learner import Asked, Held, Setting
@@ -39,8 +41,8 @@ from llqr.structures import trees
 from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays, Structure
 from llqr.structures.plan import Plan, each
-from llqr.tree import all_finite, norm, vdot, widen
-from llqr.typing import Array, Bool, Float, Int, Number, Params
+from llqr.tree import norm, vdot, widen
+from llqr.typing import Array, Float, Int, Number, Params
 
 
 @dataclass(frozen=True)
@@ -86,35 +88,42 @@ class Streamed(Following):
         # Block -> what it sees of each probe.
         seen = [list(hs) for hs in zip(*(trees.gather(plan, h) for h in probes), strict=True)]
         # Labels drawn say nothing of these matrices: to follow would only lengthen their steps.
-        flat = each(plan, lambda _, hs: _all_zero(hs), seen)
-        usable = each(plan, lambda _, hs: all_finite(hs) & ~_all_zero(hs), seen)
+        longest = each(plan, lambda _, hs: _largest(hs), seen)
+        flat = [largest == 0 for largest in longest]
+        usable = [jnp.isfinite(largest) & (largest != 0) for largest in longest]
 
-        def follow(number: Array, block: Block, *own: Any) -> tuple[Arrays, Arrays]:
-            return kind_of(block.structure).follow(options, number, block, *own)
+        def follow(
+            number: Array, block: Block, flat: Array, bases: Arrays, *own: Any
+        ) -> tuple[Arrays, Arrays]:
+            found = kind_of(block.structure).follow(options, number, block, bases, *own)
+            return unless(flat, own[:2], found)
 
-        found = each(plan, follow, held.arrays, was, seen, usable, shared=(info.refits + 1,))
+        number = info.refits + 1
+        bases = turned(self, plan, held, number)
+        found = each(plan, follow, flat, bases, held.arrays, was, seen, usable, shared=(number,))
         arrays, blocks = columns(found, 2)
         tops = [top_of(setting, block, own) for block, own in zip(plan, blocks, strict=True)]
         power, top, values = held.memory.power, largest(tops), None
         if self.moves:
             power, top = _power_step(setting, model, held.memory)
             model = replace(model, top_eigenvalue=top)
-            arrays, blocks, values = _move(options, plan, model, arrays, blocks, probes[0], noise)
-        blocks = each(plan, unless, flat, was, blocks)
+            moved, values = _move(options, plan, model, arrays, blocks, probes[0], noise)
+            kept = list(zip(held.arrays, was, strict=True))
+            arrays, blocks = columns(each(plan, lambda _, *x: unless(*x), flat, kept, moved), 2)
 
-        def solved(damping: Number, block: Block, *own: Any) -> Arrays:
-            return kind_of(block.structure).solved(damping, *own)
+        def solved(damping: Number, block: Block, flat: Array, own: Arrays, *more: Any) -> Arrays:
+            return unless(flat, own, kind_of(block.structure).solved(damping, own, *more))
 
-        def value(damping: Number, block: Block, *own: Any) -> Array:
-            return kind_of(block.structure).objective(damping, *own)
+        def phi(damping: Number, block: Block, *own: Any) -> tuple[Array, ...]:
+            return kind_of(block.structure).objectives(damping, *own)
 
-        new = each(plan, solved, arrays, blocks, tops, shared=(damping,))
+        new = each(plan, solved, flat, arrays, blocks, tops, shared=(damping,))
         if values is None:
-            both = [each(plan, value, x, blocks, tops, shared=(damping,)) for x in (arrays, new)]
+            both = columns(each(plan, phi, arrays, new, blocks, tops, shared=(damping,)), 2)
             values = tuple(jnp.sum(trees.in_order(plan, x)) for x in both)
-        arrays = tuple(each(plan, unless, flat, held.arrays, new))
-        info = record(plan, arrays, blocks, info, usable, flat, values)
-        return Held(arrays, Memory(tuple(blocks), power, jnp.asarray(top, jnp.float32)), info, [])
+        info = record(plan, tuple(new), blocks, info, usable, flat, values)
+        memory = Memory(tuple(blocks), power, jnp.asarray(top, jnp.float32))
+        return Held(tuple(new), memory, info, [])
 
 
 def _draw(
@@ -135,16 +144,21 @@ def _draw(
         objective, params, setting.metric.tree, damping=asked.damping,
         divergence_reduction=metrics.over_rows(setting.reduction), route=setting.route,
     )  # fmt: skip
-    key, noise = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), number))
-    keys, axis_name = jax.random.split(key, options.probes), setting.route.axis_name
+    key, axis_name = (
+        jax.random.fold_in(jax.random.key(options.seed), number),
+        setting.route.axis_name,
+    )
+    *keys, noise = jax.random.split(key, options.probes + 1)
     probe = partial(fisher_probe, setting.metric.tree, setting.reduction, model, objective)
     # One after the other, not a vmap: one probe is the rule, and a batch of pull-backs through
     # convolutions is slower than as many of them.
     return model, [probe(k, axis_name) for k in keys], noise
 
 
-def _all_zero(arrays: list[Array]) -> Bool[Array, ""]:
-    return jnp.all(jnp.stack([jnp.all(x == 0) for x in arrays]))
+def _largest(arrays: list[Array]) -> Float[Array, ""]:
+    """The largest absolute entry: NaN where there is one."""
+    found = [jnp.max(jnp.abs(x), initial=0.0) for x in arrays]
+    return functools.reduce(jnp.maximum, found)
 
 
 def _power_step(setting: Setting, model: QuadraticModel, memory: Memory) -> tuple[Params, Number]:
@@ -161,7 +175,7 @@ def _power_step(setting: Setting, model: QuadraticModel, memory: Memory) -> tupl
 def _move(
     options: Streaming, plan: Plan, model: QuadraticModel, arrays: list[Arrays],
     blocks: list[Arrays], h: Params, noise: Array,
-) -> tuple[list[Arrays], list[Arrays], tuple[Array, ...]]:  # fmt: skip
+) -> tuple[list[tuple[Arrays, Arrays]], tuple[Array, ...]]:  # fmt: skip
     """Move what has two sides by relative steps; and Phi of the probe before and after."""
     h = floored(model, h, noise)
     seen = trees.gather(plan, h)
@@ -175,5 +189,6 @@ def _move(
 
     u, before = phi(arrays)
     residual = trees.gather(plan, jax.tree.map(jnp.subtract, model.product(u), h))
-    new, found = columns(each(plan, move, arrays, blocks, residual, seen), 2)
-    return new, found, tuple(x.astype(jnp.float32) for x in (before, phi(new)[1]))
+    found = each(plan, move, arrays, blocks, residual, seen)
+    after = phi([new for new, _ in found])[1]
+    return found, (before.astype(jnp.float32), after.astype(jnp.float32))

@@ -1,0 +1,94 @@
+"""Bases turn together: all sides of one length at once, whatever matrices they belong to.
+
+A deep network has many sides and few lengths, so that what is compiled, and on accelerators what is
+launched, does not grow with its depth.
+"""
+
+from collections.abc import Hashable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from llqr import _loops
+from llqr._linalg import rotated
+from llqr.refit.options import Streaming
+from llqr.structures.block import AT_ONCE, Block
+from llqr.structures.matrix import Arrays
+from llqr.structures.plan import Plan
+from llqr.tree import replicate
+from llqr.typing import Array, Float, Int
+
+ROTATIONS = 3
+"""Of a basis at a refit: with fewer it follows the moments too slowly."""
+
+
+def turned(
+    options: Streaming, number: Int[Array, ""], plan: Plan, arrays: Sequence[Arrays],
+    moments: Sequence[Arrays],
+) -> list[Arrays]:  # fmt: skip
+    """Return the bases of each block, turned towards its second moments: V_L and V_R.
+
+    Args:
+      options: which sides are wide: they turn at some refits only.
+      number: of the refit, from 1.
+      plan: the blocks.
+      arrays: of each block, with its bases.
+      moments: of each block, S_L and S_R in the slots of the bases that turn; a block without
+        has none of them.
+    """
+    groups: dict[Hashable, list[tuple[int, str]]] = {}
+    for i, block in enumerate(plan):
+        for slot, size in block.bases.items():
+            if slot in moments[i]:
+                alone = i if block.owned else None  # each device turns what it holds
+                groups.setdefault((size, block.dtype, alone), []).append((i, slot))
+    found: list[Arrays] = [{} for _ in plan]
+    for sides in groups.values():
+        blocks = [plan[i] for i, _ in sides]
+        vs, ss = ([x[i][slot] for i, slot in sides] for x in (arrays, moments))
+        for (i, slot), v in zip(sides, _together(options, number, blocks, vs, ss), strict=True):
+            found[i][slot] = v
+    return found
+
+
+def _together(
+    options: Streaming, number: Int[Array, ""], blocks: list[Block], vs: list[Array],
+    ss: list[Array],
+) -> list[Array]:  # fmt: skip
+    """Turn sides of one length."""
+
+    def run(v: Array, s: Array) -> tuple[Array, Array]:
+        if blocks[0].owned:
+            return blocks[0].each(_turned, v, s), s
+        return (_turned(v, s) if v.ndim == 2 else _each(v, s)), s
+
+    size = vs[0].shape[-1]
+    joined = [xs[0] if len(xs) == 1 else _joined(xs) for xs in (vs, ss)]
+    due = True if size <= options.wide else options.turns_wide(number)
+    new, _ = _loops.when(due, run, *joined)
+    if len(vs) == 1:
+        return [new]
+    counts = [block.count for block in blocks]
+    parts = jax.lax.split(new.reshape(-1, size), [count * size for count in counts])
+    return [part.reshape(v.shape) for part, v in zip(parts, vs, strict=True)]
+
+
+def _joined(found: list[Array]) -> Float[Array, "k d d"]:
+    """End to end, which takes no operation for each."""
+    size = found[0].shape[-1]
+    flat = [replicate(x).reshape(-1, size) for x in found]
+    return jnp.concatenate(flat).reshape(-1, size, size)
+
+
+def _each(v: Float[Array, "k d d"], s: Float[Array, "k d d"]) -> Float[Array, "k d d"]:
+    """Turn many, up to `AT_ONCE` entries at a time."""
+    most = max(1, AT_ONCE // v[0].size)
+    if len(v) <= most:
+        return jax.vmap(_turned)(v, s)
+    return jax.lax.map(lambda x: _turned(*x), (v, s), batch_size=most)
+
+
+def _turned(v: Float[Array, "d d"], s: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    for _ in range(ROTATIONS):
+        v = rotated(v, s)
+    return v
