@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from llqr.errors import NonConvexError
 from llqr.tree import all_finite, divide, is_traced, vdot
-from llqr.typing import Array, Float, PyTree
+from llqr.typing import Array, Float, Int, PyTree
 
 NOT_CONVEX = (
     "the curvature is not positive along a search direction, so that the step has no minimum. "
@@ -122,36 +122,45 @@ def solve(
     return jax.tree.map(lambda leaf: jnp.where(solved, leaf, jnp.nan), x), info
 
 
-def rotated(v: Float[Array, "d d"], s: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    """Return an orthonormal basis that has turned towards the eigenvectors of S: V <- V exp(K).
+PANEL = 8
+"""Columns that Gram-Schmidt takes one after the other; what lies before them, at once."""
 
-    To first order in the couplings B_ij of B = V^T S V, and with b its diagonal, that is
 
-        K_ij = B_ij (b_j - b_i) / ((b_j - b_i)^2 + (b_i + b_j)^2 / 100 + 4 B_ij^2)
+def orthonormal(x: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """Return Q of a QR factorisation with a positive diagonal of R: an orthonormal basis.
 
-    near half the angle of Jacobi's rotation of the pair where b_i and b_j are apart, and nothing
-    where they are alike: there any basis will do. K is scaled down where it is long. Five products,
-    which are batched as they are and take no part in LAPACK's threads. What S does not see stays
-    where it is: rounding turns nothing. So does all of it where S is not finite.
+    Gram-Schmidt in panels, twice, which is enough (Giraud et al., Numer. Math. 101, 2005). Matrix
+    products do most of it, many matrices at once as they are, and no routine of LAPACK's: those
+    take turns with XLA's threads on CPUs, and batches of them can wait for ever.
 
     Args:
-      v: a basis, nearly orthonormal: what earlier calls have left undone is mended on the way.
-      s: symmetric, positive semi-definite.
+      x: square; a column that depends on those before it, beyond rounding, is of no use, and a
+        zero column stays zero.
     """
-    product = s @ v
-    b = v.T @ product
-    b = divide(b, jnp.max(jnp.abs(b)))  # squares of small entries would be 0
-    diagonal = jnp.sum(v * product, axis=0)
-    diagonal = jnp.maximum(divide(diagonal, jnp.max(jnp.abs(diagonal))), 0)
-    apart, both = diagonal - diagonal[:, None], diagonal + diagonal[:, None]
-    rounding = 4 * jnp.finfo(v.dtype).eps
-    k = b * apart / (apart**2 + 0.01 * both**2 + 4 * b * b + rounding**2)
-    kk = k @ k
-    fourth = jnp.sum(kk * kk)  # its root bounds |K|_2 from above, and not by much
-    t = jnp.where(fourth > 1, fourth, 1) ** -0.25
-    # exp(t K) to the second order, less what V lacks to be orthonormal.
-    new = 1.5 * v + v @ (t * k + 0.5 * t * t * kk - 0.5 * v.T @ v)
-    return jnp.where(jnp.isfinite(fourth), new, v)
+    size = x.shape[0]
+    panels = -(-size // PANEL)
+    rows = jnp.pad(x.T, ((0, panels * PANEL - size), (0, 0)))  # whose entries lie side by side
+    place = jnp.arange(PANEL)[:, None]
+
+    def one(j: Int[Array, ""], y: Array) -> Array:
+        own = jax.lax.dynamic_index_in_dim(y, j, keepdims=True)
+        own = own / jnp.sqrt(_positive(jnp.sum(own * own)))
+        along = jnp.sum(y * own, axis=1, keepdims=True)
+        return jnp.where(place == j, own, jnp.where(place > j, y - along * own, y))
+
+    def panel(k: Int[Array, ""], q: Array) -> Array:
+        y = jax.lax.dynamic_slice_in_dim(rows, k * PANEL, PANEL)
+        y = jax.lax.fori_loop(0, PANEL, one, y - (y @ q.T) @ q)
+        y = y - (y @ q.T) @ q
+        y = 1.5 * y - 0.5 * (y @ y.T) @ y
+        return jax.lax.dynamic_update_slice_in_dim(q, y, k * PANEL, axis=0)
+
+    return jax.lax.fori_loop(0, panels, panel, jnp.zeros_like(rows))[:size].T
+
+
+def _positive(x: Array) -> Array:
+    """What can be divided by: 1 in place of 0."""
+    return jnp.where(x > 0, x, 1)
 
 
 def exactly(spec: str, *factors: Array, **options: Any) -> Array:

@@ -13,7 +13,7 @@ import llqr
 from llqr import _linalg
 from llqr.refit.options import Streaming
 from tests.oracle import flat
-from tests.unit.test_streaming import LAMBDA, OBJECTIVE, batch, parameters
+from tests.unit.test_streaming import LAMBDA, OBJECTIVE, batch, parameters, turned
 
 OPTIONS = Streaming(probe="gradient", every=2, warmup=3, signal_decay=0.8)
 
@@ -65,7 +65,7 @@ def numpy_loop(options: Streaming, structure: str, steps: int, rate: float) -> A
             if step < options.warmup or step % options.every == 0:
                 if matrix:
                     pairs = zip(s["S"], s["V"], strict=True)
-                    s["V"] = [np.linalg.qr(moment @ v)[0] for moment, v in pairs]
+                    s["V"] = [turned(moment, v) for moment, v in pairs]
                 c = e * s["q"] + (1 - e) * inside(g) ** 2
                 s["d"] = 1 / (c / c.max() + LAMBDA)
             s["m"], s["q"] = inside(m), e * s["q"] + (1 - e) * inside(g) ** 2

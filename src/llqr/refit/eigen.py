@@ -12,7 +12,7 @@ r"""One matrix between bases: what happens to it at a step, and at a refit.
   q, s        mean square of g; signal: 1 for noise                         [r, n]
 
     moments     S_L <- b S_L + (1 - b) G G^T,  S_R likewise,  m <- mu m + g,  g = V_L^T G V_R
-    turn        V_L, V_R towards the eigenvectors of S_L, S_R (`turning`),  m in the new bases
+    turn        V_L <- qr(S_L V_L),  V_R <- qr(S_R V_R)  (`turning`),  m in the new bases
     curvature   c <- a c + (1 - a) (V_L^T h V_R)^2
     spectrum    D = 1 / (c / top + lambda)
     signal      q <- e q + (1 - e) g^2

@@ -1,25 +1,25 @@
 """Bases turn together: all sides of one length at once, whatever matrices they belong to.
 
 A deep network has many sides and few lengths, so that what is compiled, and on accelerators what is
-launched, does not grow with its depth.
+launched, does not grow with its depth:
+
+    V_L <- qr(S_L V_L),  V_R <- qr(S_R V_R)
 """
 
+import math
 from collections.abc import Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from llqr import _loops
-from llqr._linalg import rotated
+from llqr._linalg import orthonormal
 from llqr.refit.options import Streaming
 from llqr.structures.block import AT_ONCE, Block
 from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Plan
-from llqr.tree import replicate
+from llqr.tree import all_finite, divide, replicate
 from llqr.typing import Array, Float, Int
-
-ROTATIONS = 3
-"""Of a basis at a refit: with fewer it follows the moments too slowly."""
 
 
 def turned(
@@ -89,6 +89,12 @@ def _each(v: Float[Array, "k d d"], s: Float[Array, "k d d"]) -> Float[Array, "k
 
 
 def _turned(v: Float[Array, "d d"], s: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    for _ in range(ROTATIONS):
-        v = rotated(v, s)
-    return v
+    """One orthogonal iteration: Q of S V, in units of the largest eigenvalue of S.
+
+    With a little of V: half the digits belong to it where S sees nothing. Rounding would choose
+    there, and machines would differ; so a basis stays where it was.
+    """
+    x = s @ v
+    little = math.sqrt(jnp.finfo(v.dtype).eps)
+    new = orthonormal(divide(x, jnp.max(jnp.sum(v * x, axis=0))) + little * v)
+    return jnp.where(all_finite([new]), new, v)
