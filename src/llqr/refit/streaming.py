@@ -42,7 +42,7 @@ from llqr.structures.block import Block
 from llqr.structures.matrix import Arrays, Structure
 from llqr.structures.plan import Plan, each
 from llqr.tree import norm, vdot, widen
-from llqr.typing import Array, Float, Int, Number, Params
+from llqr.typing import Array, Bool, Float, Int, Number, Params
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,7 @@ class Streamed(Following):
         # Block -> what it sees of each probe.
         seen = [list(hs) for hs in zip(*(trees.gather(plan, h) for h in probes), strict=True)]
         # Labels drawn say nothing of these matrices: to follow would only lengthen their steps.
-        longest = each(plan, lambda _, hs: _largest(hs), seen)
-        flat = [largest == 0 for largest in longest]
-        usable = [jnp.isfinite(largest) & (largest != 0) for largest in longest]
+        flat, usable = columns(each(plan, lambda _, hs: _flat_usable(hs), seen), 2)
 
         def follow(
             number: Array, block: Block, flat: Array, bases: Arrays, *own: Any
@@ -144,21 +142,19 @@ def _draw(
         objective, params, setting.metric.tree, damping=asked.damping,
         divergence_reduction=metrics.over_rows(setting.reduction), route=setting.route,
     )  # fmt: skip
-    key, axis_name = (
-        jax.random.fold_in(jax.random.key(options.seed), number),
-        setting.route.axis_name,
-    )
-    *keys, noise = jax.random.split(key, options.probes + 1)
+    key, noise = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), number))
+    keys, axis_name = jax.random.split(key, options.probes), setting.route.axis_name
     probe = partial(fisher_probe, setting.metric.tree, setting.reduction, model, objective)
     # One after the other, not a vmap: one probe is the rule, and a batch of pull-backs through
     # convolutions is slower than as many of them.
     return model, [probe(k, axis_name) for k in keys], noise
 
 
-def _largest(arrays: list[Array]) -> Float[Array, ""]:
-    """The largest absolute entry: NaN where there is one."""
-    found = [jnp.max(jnp.abs(x), initial=0.0) for x in arrays]
-    return functools.reduce(jnp.maximum, found)
+def _flat_usable(hs: list[Array]) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+    """Whether probes are all zero, and whether they are neither that nor not finite."""
+    # NaN where there is one.
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(h), initial=0.0) for h in hs])
+    return largest == 0, jnp.isfinite(largest) & (largest != 0)
 
 
 def _power_step(setting: Setting, model: QuadraticModel, memory: Memory) -> tuple[Params, Number]:
