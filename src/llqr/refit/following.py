@@ -7,6 +7,7 @@ like ones as one block; the step is P times the momentum. What happens to one ma
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar, NamedTuple
@@ -249,11 +250,13 @@ def _refit(static: tuple[Following, Plan], held: Held, asked: Asked) -> Held:
     return found._replace(seen=seen)
 
 
-def turned(learner: Following, plan: Plan, held: Held, number: Int[Array, ""]) -> list[Arrays]:
+def turned(
+    learner: Following, plan: Plan, held: Held, number: Int[Array, ""], stays: Sequence[Array] = ()
+) -> list[Arrays]:
     """Return the bases of each block after refit `number`: of those that lie between bases."""
     between = [kind_of(block.structure) is eigen for block in plan]
     moments = [own if is_ else {} for own, is_ in zip(held.memory.blocks, between, strict=True)]
-    return turning.turned(learner.options, number, plan, held.arrays, moments)
+    return turning.turned(learner.options, number, plan, held.arrays, moments, stays)
 
 
 def unless(flat: Bool[Array, ""], old: PyTree, new: PyTree) -> PyTree:

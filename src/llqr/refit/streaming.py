@@ -91,13 +91,15 @@ class Streamed(Following):
         flat, usable = columns(each(plan, lambda _, hs: _flat_usable(hs), seen), 2)
 
         def follow(
-            number: Array, block: Block, flat: Array, bases: Arrays, *own: Any
-        ) -> tuple[Arrays, Arrays]:
-            found = kind_of(block.structure).follow(options, number, block, bases, *own)
-            return unless(flat, own[:2], found)
+            number: Array, block: Block, flat: Array, bases: Arrays, arrays: Arrays, memory: Arrays,
+            *more: Any,
+        ) -> tuple[Arrays, Arrays]:  # fmt: skip
+            kind = kind_of(block.structure)
+            arrays, new = kind.follow(options, number, block, bases, arrays, memory, *more)
+            return arrays, unless(flat, memory, new)
 
         number = info.refits + 1
-        bases = turned(self, plan, held, number)
+        bases = turned(self, plan, held, number, flat)
         found = each(plan, follow, flat, bases, held.arrays, was, seen, usable, shared=(number,))
         arrays, blocks = columns(found, 2)
         tops = [top_of(setting, block, own) for block, own in zip(plan, blocks, strict=True)]

@@ -19,12 +19,12 @@ from llqr.structures.block import AT_ONCE, Block
 from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Plan
 from llqr.tree import all_finite, divide, replicate
-from llqr.typing import Array, Float, Int
+from llqr.typing import Array, Bool, Float, Int
 
 
 def turned(
     options: Streaming, number: Int[Array, ""], plan: Plan, arrays: Sequence[Arrays],
-    moments: Sequence[Arrays],
+    moments: Sequence[Arrays], stays: Sequence[Array] = (),
 ) -> list[Arrays]:  # fmt: skip
     """Return the bases of each block, turned towards its second moments: V_L and V_R.
 
@@ -35,6 +35,7 @@ def turned(
       arrays: of each block, with its bases.
       moments: of each block, S_L and S_R in the slots of the bases that turn; a block without
         has none of them.
+      stays: whether the matrices of a block keep their bases, of each; none, if it is not given.
     """
     groups: dict[Hashable, list[tuple[int, str]]] = {}
     for i, block in enumerate(plan):
@@ -46,26 +47,32 @@ def turned(
     for sides in groups.values():
         blocks = [plan[i] for i, _ in sides]
         vs, ss = ([x[i][slot] for i, slot in sides] for x in (arrays, moments))
-        for (i, slot), v in zip(sides, _together(options, number, blocks, vs, ss), strict=True):
+        kept = [
+            stays[i] if stays else jnp.zeros(x.shape[:-2], bool)
+            for (i, _), x in zip(sides, vs, strict=True)
+        ]
+        new = _together(options, number, blocks, vs, ss, kept)
+        for (i, slot), v in zip(sides, new, strict=True):
             found[i][slot] = v
     return found
 
 
 def _together(
     options: Streaming, number: Int[Array, ""], blocks: list[Block], vs: list[Array],
-    ss: list[Array],
+    ss: list[Array], kept: list[Array],
 ) -> list[Array]:  # fmt: skip
     """Turn sides of one length."""
 
-    def run(v: Array, s: Array) -> tuple[Array, Array]:
+    def run(v: Array, s: Array, kept: Array) -> tuple[Array, ...]:
         if blocks[0].owned:
-            return blocks[0].each(_turned, v, s), s
-        return (_turned(v, s) if v.ndim == 2 else _each(v, s)), s
+            return blocks[0].each(_turned, v, s, kept), s, kept
+        return (_turned if v.ndim == 2 else _each)(v, s, kept), s, kept
 
     size = vs[0].shape[-1]
     joined = [xs[0] if len(xs) == 1 else _joined(xs) for xs in (vs, ss)]
     due = True if size <= options.wide else options.turns_wide(number)
-    new, _ = _loops.when(due, run, *joined)
+    stay = kept[0] if len(kept) == 1 else jnp.concatenate([replicate(x).ravel() for x in kept])
+    new, *_ = _loops.when(due, run, *joined, stay)
     if len(vs) == 1:
         return [new]
     counts = [block.count for block in blocks]
@@ -80,15 +87,19 @@ def _joined(found: list[Array]) -> Float[Array, "k d d"]:
     return jnp.concatenate(flat).reshape(-1, size, size)
 
 
-def _each(v: Float[Array, "k d d"], s: Float[Array, "k d d"]) -> Float[Array, "k d d"]:
+def _each(
+    v: Float[Array, "k d d"], s: Float[Array, "k d d"], stays: Bool[Array, " k"]
+) -> Float[Array, "k d d"]:
     """Turn many, up to `AT_ONCE` entries at a time."""
     most = max(1, AT_ONCE // v[0].size)
     if len(v) <= most:
-        return jax.vmap(_turned)(v, s)
-    return jax.lax.map(lambda x: _turned(*x), (v, s), batch_size=most)
+        return jax.vmap(_turned)(v, s, stays)
+    return jax.lax.map(lambda x: _turned(*x), (v, s, stays), batch_size=most)
 
 
-def _turned(v: Float[Array, "d d"], s: Float[Array, "d d"]) -> Float[Array, "d d"]:
+def _turned(
+    v: Float[Array, "d d"], s: Float[Array, "d d"], stays: Bool[Array, ""]
+) -> Float[Array, "d d"]:
     """One orthogonal iteration: Q of S V, in units of the largest eigenvalue of S.
 
     With a little of V: half the digits belong to it where S sees nothing. Rounding would choose
@@ -97,4 +108,4 @@ def _turned(v: Float[Array, "d d"], s: Float[Array, "d d"]) -> Float[Array, "d d
     x = s @ v
     little = math.sqrt(jnp.finfo(v.dtype).eps)
     new = orthonormal(divide(x, jnp.max(jnp.sum(v * x, axis=0))) + little * v)
-    return jnp.where(all_finite([new]), new, v)
+    return jnp.where(all_finite([new]) & ~stays, new, v)
