@@ -39,6 +39,7 @@ which swing stay short.
 Sources: Layerwise LQR (arXiv 2605.04230) for the objective; bases as in SOAP (arXiv 2409.11321).
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -125,7 +126,8 @@ def curvature(
     probes: list[Array], usable: Bool[Array, ""],
 ) -> Arrays:  # fmt: skip
     """Return what is remembered, with the squares of probes in c: a mean, then a running one."""
-    fresh = sum(jnp.square(project(block, arrays, h)) for h in probes) / len(probes)
+    squared = [jnp.square(project(block, arrays, h)) for h in probes]
+    fresh = functools.reduce(jnp.add, squared) / len(probes)
     a = jnp.minimum(options.spectrum_decay, 1 - 1 / number.astype(fresh.dtype))
     c = jnp.where(usable, a * memory[CURVATURE] + (1 - a) * fresh, memory[CURVATURE])
     return memory | {CURVATURE: c}
@@ -146,12 +148,12 @@ def solved(damping: Number, arrays: Arrays, memory: Arrays, top: Array) -> Array
 
 def objectives(
     damping: Number, before: Arrays, after: Arrays, memory: Arrays, top: Array
-) -> tuple[Float[Array, ""], ...]:
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of 1/2 D^2 c (c + lambda) - D c for two P: the objective of a probe without couplings."""
     c = memory[CURVATURE] / jnp.asarray(top, memory[CURVATURE].dtype)
     squared = 0.5 * c * (c + jnp.asarray(damping, c.dtype))
-    found = sums(*(squared * d * d - d * c for d in (before["spectrum"], after["spectrum"])))
-    return tuple(x.astype(jnp.float32) for x in found)
+    was, is_ = sums(*(squared * d * d - d * c for d in (before["spectrum"], after["spectrum"])))
+    return was.astype(jnp.float32), is_.astype(jnp.float32)
 
 
 def moved(

@@ -103,7 +103,8 @@ class Unprobed(Following):
 
         def solved(damping: Array, block: Block, *own: Any) -> tuple[Arrays, Array, Array]:
             new = eigen.solved(damping, *own)
-            return new, *eigen.objectives(damping, own[0], new, *own[1:])
+            before, after = eigen.objectives(damping, own[0], new, *own[1:])
+            return new, before, after
 
         found = each(plan, solved, arrays, curved, tops, shared=(asked.damping,))
         new, before, after = columns(found, 3)
