@@ -55,14 +55,14 @@ def ema_nesterov(build: Build) -> Build:
       z <- z + u(y),   e <- decay e + (1 - decay) z,   y <- z + ahead (z - e),
 
     and z is evaluated; decay = 0 is the method itself. At a constant speed v the look-ahead is
-    `ahead` decay / (1 - decay) steps: two with the usual options.
+    `ahead` decay / (1 - decay) steps: nine with the usual options.
 
     Named after EMA-Nesterov, arXiv 2605.25395, of which we have no text: this form, that the method
     steps from y and that z is evaluated are assumptions.
     """
 
     def made(
-        workload: Workload, *, decay: float = 0.8, ahead: float = 0.5, **options: Any
+        workload: Workload, *, decay: float = 0.9, ahead: float = 1.0, **options: Any
     ) -> Engine:
         inner = build(workload, **options)
 
