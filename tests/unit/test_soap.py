@@ -50,7 +50,7 @@ def reference_by_kl(grads, sides, kronecker):
     """
     m, n = grads[0].shape
     mean, square, steps = np.zeros((m, n)), np.zeros((m, n)), []
-    scale = np.sqrt(np.mean(grads[0] ** 2))
+    scale = np.mean(grads[0] ** 2) ** (1 / max(1, sum(sides)))
     stats = [scale * np.eye(m), scale * np.eye(n)]
     bases = [np.eye(m), np.eye(n)]
     # Of a side that has no basis: ones.

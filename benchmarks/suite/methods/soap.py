@@ -21,7 +21,8 @@ statistics are whitened by the other side (`whiten`): means of G W diag(1 / r) W
 G^T U diag(1 / l) U^T G / m. l and r are means of their diagonals in the bases of the step.
 KL-SOAP has V in these bases, KL-Shampoo l r^T in the place of V (`kronecker`). Assumed, where we do
 not know the paper's choice: at the first call both sides are the multiple of the identity that is
-nearest to G, sqrt(mean(G^2)), and each is whitened by the other one of the step before.
+nearest to G, sqrt(mean(G^2)), and each is whitened by the other one of the step before; an only
+side starts at mean(G^2).
 """
 
 from typing import Any, NamedTuple
@@ -93,7 +94,7 @@ def scale_by_soap(
         def leaf(grad: Any, old: Leaf) -> tuple[Any, Leaf]:
             g, keep = as_matrix(grad), shampoo_decay
             if whiten:
-                old = _isotropic(old, jnp.maximum(jnp.sqrt(jnp.mean(g**2)), eps), first)
+                old = _isotropic(old, g, eps, first)
             t = jnp.maximum(count, 1)
             mean = b1 * old.mean + (1 - b1) * jnp.where(first, 0, g)
             rotated = rotate(old.bases, g)
@@ -136,8 +137,12 @@ def rotate(bases: Sides, x: Any, *, back: bool = False) -> Any:
     return x if right is None else x @ (right.T if back else right)
 
 
-def _isotropic(old: Leaf, scale: Any, first: Any) -> Leaf:
-    """At the first call, both sides at a multiple of the identity."""
+def _isotropic(old: Leaf, g: Any, eps: float, first: Any) -> Leaf:
+    """At the first call, both sides at a multiple of the identity, or the only one."""
+    scale = jnp.mean(g**2)
+    if all(v is not None for v in old.eigenvalues):
+        scale = jnp.sqrt(scale)
+    scale = jnp.maximum(scale, eps)
     return old._replace(
         statistics=both(lambda s, b: jnp.where(first, scale * b, s), old.statistics, old.bases),
         eigenvalues=both(lambda v: jnp.where(first, scale, v), old.eigenvalues),
