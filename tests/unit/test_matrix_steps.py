@@ -101,7 +101,7 @@ def test_soap_muon(shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_normuon(shape):
-    """Algorithm 1, with Nesterov's momentum and the length as in the authors' code."""
+    """Algorithm 1, with Muon's momentum and Muon's length."""
     grads, beta, b2, wanted = drawn(shape), 0.9, 0.8, []
     mean, second = np.zeros_like(as_matrix(grads[0])), np.zeros(shape[-1])
     for t, g in enumerate(map(as_matrix, grads)):

@@ -2,8 +2,9 @@
 
 The iteration is optax's: `optax.contrib.scale_by_muon` without a memory is Newton-Schulz alone.
 
-References: Muon, Jordan et al., kellerjordan.github.io/posts/muon, 2024; the length of AdamW's
-steps, Liu et al., arXiv 2502.16982, equation 4; NorMuon, Li et al., arXiv 2510.05491, algorithm 1.
+References: Muon, Jordan et al., kellerjordan.github.io/posts/muon, 2024; NorMuon, Li et al., arXiv
+2510.05491, algorithm 1. SOAP-Muon is known from the optimizer track of modded-nanogpt, without a
+text: that its steps have Muon's length is an assumption.
 """
 
 import math
@@ -50,8 +51,8 @@ class NeuronState(NamedTuple):
 def scale_by_neuron(b2: float, eps: float = 1e-10) -> optax.GradientTransformation:
     """Divide each neuron's updates by the root of a running mean of their mean square.
 
-    The matrix keeps its Frobenius norm, as in the authors' code; algorithm 1 sets the length
-    0.2 sqrt(m n) in its place. With o a column of O and v its second moment,
+    The matrix keeps its Frobenius norm, so that it is as long as Muon's; algorithm 1 sets the length
+    0.2 sqrt(m n) in its place, which is a matter of the rate for each shape. With o a column of O and v its second moment,
 
       v <- b2 v + (1 - b2) mean(o^2),   o <- o / (sqrt(v) + eps),   then O <- O |before| / |O|.
     """
