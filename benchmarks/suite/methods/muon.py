@@ -51,8 +51,8 @@ class NeuronState(NamedTuple):
 def scale_by_neuron(b2: float, eps: float = 1e-10) -> optax.GradientTransformation:
     """Divide each neuron's updates by the root of a running mean of their mean square.
 
-    The matrix keeps its Frobenius norm, so that it is as long as Muon's; algorithm 1 sets the length
-    0.2 sqrt(m n) in its place, which is a matter of the rate for each shape. With o a column of O and v its second moment,
+    The matrix keeps its Frobenius norm, so that it is as long as Muon's; algorithm 1 sets the
+    length 0.2 sqrt(m n) in its place. With o a column of O and v its second moment,
 
       v <- b2 v + (1 - b2) mean(o^2),   o <- o / (sqrt(v) + eps),   then O <- O |before| / |O|.
     """

@@ -22,8 +22,8 @@ def averaged(build: Build) -> Build:
     """Average the end: from the last `share` of the steps on, their plain mean is evaluated.
 
     Tail averaging of stochastic gradient descent, Jain et al., arXiv 1610.03774, with the decaying
-    rate kept. The mean is of the parameters that the method itself would have evaluated, which makes
-    as many steps as the workload has (`Method.share` is 1).
+    rate kept. The mean is of the parameters that the method itself would have evaluated. The method
+    makes as many steps as the workload has (`Method.share` is 1).
     """
 
     def made(workload: Workload, *, share: float = 0.2, **options: Any) -> Engine:
