@@ -103,29 +103,37 @@ def engine(
     )
 
 
-def adaptive_engine(workload: Workload, *, every: int, decay: float) -> Engine:
+def adaptive_optimizer(
+    workload: Workload, *, every: int, decay: float, damping: float = 1.0
+) -> Any:
     """Return kfac-jax's own optimizer: rate, momentum and damping are by its own rules.
 
     Rate and momentum minimise a quadratic model with the exact Fisher matrix. The damping follows
     Levenberg and Marquardt in every fifth step, by a factor of decay^5 (Martens and Grosse, arXiv
-    1503.05671, sections 6.4, 6.5 and 7); what the suite tunes as a rate is the first damping.
-
-    Gradients: one of the loss, one for the factors, and a product with the Fisher matrix for each
-    of two directions; the loss at the new parameters, in every fifth step, is counted as one more.
+    1503.05671, sections 6.4, 6.5 and 7).
     """
-    optimizer = kfac_jax.Optimizer(
+    return kfac_jax.Optimizer(
         jax.value_and_grad(registered(workload)),
         l2_reg=0.0,
         use_adaptive_learning_rate=True,
         use_adaptive_momentum=True,
         use_adaptive_damping=True,
-        initial_damping=1.0,
+        initial_damping=damping,
         damping_adaptation_interval=DAMPING_EVERY,
         damping_adaptation_decay=decay,
         inverse_update_period=every,
         num_burnin_steps=0,
         batch_size_extractor=rows,
     )
+
+
+def adaptive_engine(workload: Workload, **options: Any) -> Engine:
+    """Return K-FAC by its own optimizer; what the suite tunes as a rate is the first damping.
+
+    Gradients: one of the loss, one for the factors, and a product with the Fisher matrix for each
+    of two directions; the loss at the new parameters, in every fifth step, is counted as one more.
+    """
+    optimizer = adaptive_optimizer(workload, **options)
 
     def start(params: Any, batch: Batch, key: Any) -> Any:
         return params, optimizer.init(params, key, batch), key
