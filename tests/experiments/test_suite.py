@@ -219,8 +219,8 @@ def test_a_wrapper_takes_no_refits_from_outside():
 
 @pytest.mark.parametrize("name", ["MuonH", "AdamH"])
 def test_kernels_keep_their_norms_on_a_sphere(name):
-    workload = tiny(steps=40)
-    engine = methods.METHODS[name].engine(workload)
+    workload, method = tiny(steps=40), methods.METHODS[name]
+    engine = method.build(workload, **{**method.options, "head": True})
     step, stream = jax.jit(engine.step("plain")), workload.batches(0)
     carry = engine.start(workload.initial(0), next(stream), jax.random.key(0))
     before = carry[0]

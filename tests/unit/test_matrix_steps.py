@@ -131,28 +131,32 @@ def test_vectors_and_embeddings_get_adam():
     np.testing.assert_array_equal(passed["embedding"], grads["embedding"])
 
 
-def test_matrices_keep_their_norms_on_a_sphere():
+@pytest.mark.parametrize("head", [False, True])
+def test_matrices_keep_their_norms_on_a_sphere(head):
     rng, rate = np.random.default_rng(0), 0.1
     params = {
         "kernel": jnp.asarray(rng.normal(size=(2, 2, 3))),
+        "head": jnp.asarray(rng.normal(size=(4, 3))),
         "zero": jnp.zeros((4, 3)),
         "bias": jnp.asarray(rng.normal(size=3)),
         "embedding": jnp.asarray(rng.normal(size=(5, 4))),
     }
     direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), params)
-    tx, w = hyperball(rate), np.asarray(params["kernel"])
-    state, radius, u = tx.init(params), np.linalg.norm(w), np.asarray(direction["kernel"])
-    now = params
-    for step in range(20):
+    tx = hyperball(rate, head=head)
+    on_sphere = ("kernel", "head") if head else ("kernel",)
+    state, now, wanted = tx.init(params), params, {k: np.asarray(x) for k, x in params.items()}
+    for _ in range(20):
         updates, state = tx.update(direction, state, now)
         now = optax.apply_updates(now, updates)
-        moved = w - rate * radius * u / np.linalg.norm(u)
-        w = radius * moved / np.linalg.norm(moved)
-        np.testing.assert_allclose(now["kernel"], w, rtol=1e-12)
-        assert np.linalg.norm(now["kernel"]) == pytest.approx(radius, rel=1e-12)
-        for name in ("zero", "bias", "embedding"):
-            plain = params[name] - (step + 1) * rate * direction[name]
-            np.testing.assert_allclose(now[name], plain, rtol=1e-12)
+        for name, w in wanted.items():
+            u, radius = np.asarray(direction[name]), np.linalg.norm(params[name])
+            if name in on_sphere:
+                moved = w - rate * radius * u / np.linalg.norm(u)
+                wanted[name] = radius * moved / np.linalg.norm(moved)
+                assert np.linalg.norm(now[name]) == pytest.approx(radius, rel=1e-12)
+            else:
+                wanted[name] = w - rate * u
+            np.testing.assert_allclose(now[name], wanted[name], rtol=1e-11)
     with pytest.raises(ValueError, match="parameters"):
         tx.update(direction, state)
 

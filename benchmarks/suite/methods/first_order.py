@@ -35,9 +35,9 @@ def _normuon(workload: Workload, weight_decay: float = 0.0, **options: Any) -> E
     return optax_engine(workload, make)
 
 
-def _on_sphere(workload: Workload, direction: Any, **options: Any) -> Engine:
+def _on_sphere(workload: Workload, direction: Any, head: bool, **options: Any) -> Engine:
     def make(rate: Any) -> optax.GradientTransformation:
-        return optax.chain(direction(**options), hyperball(rate))
+        return optax.chain(direction(**options), hyperball(rate, head=head))
 
     return optax_engine(workload, make)
 
@@ -102,10 +102,11 @@ METHODS = (
            ({"beta": 0.9}, {"consistent_rms": 0.2}, {"weight_decay": 0.01})),
     Method("NorMuon", _normuon, 1e-2, {"beta": 0.95, "b2": 0.95},
            ({"beta": 0.9}, {"b2": 0.99}, {"weight_decay": 0.01})),
-    Method("MuonH", _on_sphere, 1e-2, {"direction": muon.scale_by_muon, "beta": 0.95},
-           ({"beta": 0.9}, {"beta": 0.98}, {"b2": 0.95})),
-    Method("AdamH", _on_sphere, 1e-2, {"direction": optax.scale_by_adam},
-           ({"b2": 0.95}, {"b1": 0.95}, {"nesterov": True})),
+    Method("MuonH", _on_sphere, 1e-2,
+           {"direction": muon.scale_by_muon, "beta": 0.95, "head": False},
+           ({"beta": 0.9}, {"b2": 0.95}, {"head": True})),
+    Method("AdamH", _on_sphere, 1e-2, {"direction": optax.scale_by_adam, "head": False},
+           ({"b2": 0.95}, {"b1": 0.95}, {"head": True})),
     Method("SAM", _sam, 0.1, {"rho": 0.05, "momentum": 0.9},
            ({"rho": 0.02}, {"rho": 0.1}, {"rho": 0.2})),
     Method("L-BFGS", _lbfgs, None, {"memory_size": 10},

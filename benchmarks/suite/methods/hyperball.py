@@ -6,9 +6,9 @@ for the direction u of any optimizer, so that the rate is the length of a step b
 matrix. MuonH and AdamH are this behind Muon's and Adam's directions.
 
 Written from the description of the method on the optimizer track of modded-nanogpt and in Wen et
-al., "Fantastic pretraining optimizers II", 2025. Assumed, where we know no text: all matrices are
-on a sphere, the head too; vectors and embeddings take plain steps of the same rate; so does a
-matrix that starts at zero, which has no sphere.
+al., "Fantastic pretraining optimizers II", 2025. Assumed, where we know no text: vectors and
+embeddings take plain steps of the same rate, and so do the head, unless asked for, whose norm is
+the scale of the logits, and a matrix that starts at zero, which has no sphere.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .matrices import mask
+from .matrices import heads, mask
 
 
 class HyperballState(NamedTuple):
@@ -26,15 +26,20 @@ class HyperballState(NamedTuple):
     radius: list[Any]  # () for each leaf
 
 
-def hyperball(rate: Any) -> optax.GradientTransformation:
-    """Return the last link of a chain, in place of `optax.scale_by_learning_rate`."""
+def hyperball(rate: Any, *, head: bool = False) -> optax.GradientTransformation:
+    """Return the last link of a chain, in place of `optax.scale_by_learning_rate`.
+
+    Args:
+      rate: length of a step by that of the matrix.
+      head: whether the last layer is on a sphere too.
+    """
 
     def init(params: Any) -> HyperballState:
         return HyperballState([_norm(w) for w in jax.tree.leaves(params)])
 
-    def one(u: Any, w: Any, radius: Any, matrix: bool) -> Any:
+    def one(u: Any, w: Any, radius: Any, matrix: bool, last: bool) -> Any:
         plain = -rate * u
-        if not matrix:
+        if not matrix or (last and not head):
             return plain
         moved = w - rate * radius * _normalized(u)
         return jnp.where(radius > 0, radius * _normalized(moved) - w, plain)
@@ -43,7 +48,8 @@ def hyperball(rate: Any) -> optax.GradientTransformation:
         if params is None:
             raise ValueError("hyperball: `update` needs the parameters.")
         leaves, treedef = jax.tree.flatten(updates)
-        rest = jax.tree.leaves(params), state.radius, jax.tree.leaves(mask(params))
+        kinds = jax.tree.leaves(mask(params)), jax.tree.leaves(heads(params))
+        rest = jax.tree.leaves(params), state.radius, *kinds
         done = [one(*each) for each in zip(leaves, *rest, strict=True)]
         return treedef.unflatten(done), state
 

@@ -31,6 +31,18 @@ def mask(params: Any) -> Any:
     return jax.tree.map_with_path(is_matrix, params)
 
 
+def heads(params: Any) -> Any:
+    """Return which leaves are of the last layer: named head, or the last of a list of layers."""
+
+    def one(path: Any, x: Any) -> bool:
+        del x
+        if isinstance(params, list):
+            return path[0].idx == len(params) - 1
+        return "head" in jax.tree_util.keystr(path)
+
+    return jax.tree.map_with_path(one, params)
+
+
 def dimensions(params: Any) -> Any:
     """Return the axes of each matrix in optax's form, None for other leaves."""
 
