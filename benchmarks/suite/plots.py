@@ -31,10 +31,14 @@ WORSE = 1.2
 
 
 def style(name: str) -> dict[str, Any]:
-    """Return how a method is drawn: one colour everywhere, LLQR in thick lines."""
+    """Return how a method is drawn: one colour everywhere, LLQR in thick lines.
+
+    Colours come round again after twenty methods, with dots in place of dashes.
+    """
     number = list(METHODS).index(name) if name in METHODS else len(METHODS)
     ours = name.startswith("LLQR")
-    return {"color": COLORS[number % 20], "lw": 2.2 if ours else 1.2, "ls": "-" if ours else "--"}
+    line = "-" if ours else "--" if number < len(COLORS) else ":"
+    return {"color": COLORS[number % len(COLORS)], "lw": 2.2 if ours else 1.2, "ls": line}
 
 
 def profiles(results: list[Result], path: Path) -> None:

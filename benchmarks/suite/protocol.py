@@ -107,13 +107,13 @@ TIERS = {
 }
 
 
-def multiplier(step: int, steps: int, *, decays: bool = True) -> float:
+def multiplier(step: int, steps: int, *, decays: bool = True, warms: bool = True) -> float:
     """Return what the rate is multiplied by: a linear warm-up, then a linear decay to 0.
 
     >>> [round(multiplier(step, 40), 2) for step in (0, 1, 2, 21, 39)]
     [0.5, 1.0, 1.0, 0.5, 0.03]
     """
     warmup = max(1, round(WARMUP_SHARE * steps))
-    rise = (step + 1) / warmup
+    rise = (step + 1) / warmup if warms else 1.0
     fall = (steps - step) / max(1, steps - warmup) if decays else 1.0
     return min(rise, fall, 1.0)

@@ -134,7 +134,7 @@ def trial(program: Program, rate: float, seed: int, points: int) -> dict[str, An
             carry = program.refit(carry, next(refits))
             work += outside.work * outside.batch / workload.batch
         kind = engine.kind(step)
-        now = multiplier(step, total, decays=program.method.decays)
+        now = multiplier(step, total, decays=program.method.decays, warms=program.method.warms)
         carry = program.steps[kind](carry, next(stream), np.asarray(rate * now, dtype))
         work += float(engine.counted(carry)) if engine.counted else engine.work(kind)
         spent = engine.counted is not None and work >= workload.steps

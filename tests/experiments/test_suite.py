@@ -32,6 +32,7 @@ from benchmarks.suite import (
     targets,
 )
 from benchmarks.suite import report as reports
+from benchmarks.suite.methods import wrappers
 from benchmarks.suite.methods.method import Method
 from benchmarks.suite.store import Setting
 from benchmarks.suite.training import compiled, trial
@@ -118,6 +119,12 @@ def test_what_is_compared_never_saw_the_tuning_seed():
     assert protocol.TUNING_SEED not in seeds
 
 
+def test_a_rate_that_is_something_else_has_no_schedule():
+    shape = {"decays": False, "warms": False}
+    assert {protocol.multiplier(step, 40, **shape) for step in range(40)} == {1.0}
+    assert protocol.multiplier(0, 40) == 0.5
+
+
 def test_cost_of_a_target():
     run = {"gradients": [0, 10, 20, 30], "train": [1.0, 0.5, 0.6, None]}
     assert statistics.cost(run, 0.5, "gradients", "train") == 10
@@ -187,6 +194,42 @@ def test_refits_are_counted():
     assert columns["step"] == [0, 10, 20, 30, 40]
     assert columns["gradients"] == [0, 12.5, 22.75, 33, 43.25]
     assert columns["train"][-1] < 0.7 * columns["train"][0]
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Muon", "SOAP", "LLQR streaming"])
+def test_wrappers_go_around_any_method(name):
+    method = methods.METHODS[name]
+    build = wrappers.averaged(wrappers.ema_nesterov(method.build))
+    workload = tiny(steps=40)
+    plain = trial(compiled(workload, method), 0.05, 0, 4)
+    found = trial(compiled(workload, replace(method, build=build)), 0.05, 0, 4)
+    assert found["gradients"] == plain["gradients"]
+    assert found["train"][-1] < 0.7 * found["train"][0]
+    # A share of 0.01 is the last step alone, and without a decay there is nothing to look from.
+    same = replace(method, build=build, options={**method.options, "share": 0.01, "decay": 0.0})
+    again = trial(compiled(workload, same), 0.05, 0, 4)
+    np.testing.assert_allclose(again["train"], plain["train"], rtol=1e-2)
+
+
+def test_a_wrapper_takes_no_refits_from_outside():
+    build = wrappers.averaged(methods.METHODS["LLQR probe"].build)
+    with pytest.raises(ValueError, match="outside"):
+        build(tiny(), **methods.METHODS["LLQR probe"].options)
+
+
+@pytest.mark.parametrize("name", ["MuonH", "AdamH"])
+def test_kernels_keep_their_norms_on_a_sphere(name):
+    workload, method = tiny(steps=40), methods.METHODS[name]
+    engine = method.build(workload, **{**method.options, "head": True})
+    step, stream = jax.jit(engine.step("plain")), workload.batches(0)
+    carry = engine.start(workload.initial(0), next(stream), jax.random.key(0))
+    before = carry[0]
+    for _ in range(workload.steps):
+        carry = step(carry, next(stream), 0.05)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(carry[0]), strict=True):
+        assert float(jnp.abs(new - old).max()) > 0.01
+        if old.ndim > 1:
+            np.testing.assert_allclose(jnp.linalg.norm(new), jnp.linalg.norm(old), rtol=1e-5)
 
 
 def test_a_run_that_diverges_ends():

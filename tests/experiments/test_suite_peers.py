@@ -109,6 +109,26 @@ def test_kfac_against_its_own_optimizer():
     assert np.mean(losses) == pytest.approx(np.mean(found), rel=0.5)
 
 
+def test_kfac_by_its_own_rules_makes_the_steps_of_its_own_loop():
+    pytest.importorskip("kfac_jax")
+    kfac = importlib.import_module("benchmarks.suite.methods.kfac")
+    workload, method, damping = workloads.load("digits"), methods.METHODS["K-FAC adaptive"], 0.3
+    engine, stream = method.engine(workload), workload.batches(0)
+    optimizer = kfac.adaptive_optimizer(workload, damping=damping, **method.options)
+    params, key = workload.initial(0), jax.random.key(0)
+    state = optimizer.init(params, key, next(stream))
+    carry = engine.start(workload.initial(0), next(stream), key)
+    steps = {kind: jax.jit(engine.step(kind)) for kind in {engine.kind(t) for t in range(12)}}
+    for t in range(12):
+        batch, (key, probe) = next(stream), jax.random.split(key)
+        params, state, _ = optimizer.step(params, state, probe, batch=batch, global_step_int=t)
+        carry = steps[engine.kind(t)](carry, batch, damping)
+        for wanted, found in zip(jax.tree.leaves(params), jax.tree.leaves(carry[0]), strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+    assert float(carry[1].damping) == pytest.approx(float(state.damping))
+    assert float(state.damping) != damping
+
+
 @pytest.mark.parametrize("method", methods.METHODS.values(), ids=lambda m: m.name)
 def test_every_method_trains(method):
     if not methods.is_installed(method):

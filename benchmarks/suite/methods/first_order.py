@@ -1,4 +1,4 @@
-"""Methods without curvature, as they are in optax."""
+"""Methods without curvature: those of optax, NorMuon, and steps on a sphere."""
 
 from typing import Any
 
@@ -8,6 +8,8 @@ import optax
 from benchmarks.suite.engine import Engine, optax_engine
 from benchmarks.suite.workloads.problem import Batch, Workload
 
+from . import matrices, muon
+from .hyperball import hyperball
 from .method import Method
 
 
@@ -16,22 +18,28 @@ def _from_optax(workload: Workload, make: Any, **options: Any) -> Engine:
 
 
 def _muon(workload: Workload, **options: Any) -> Engine:
-    """Muon on kernels, Adam on embeddings and vectors, as its authors advise.
-
-    The rows of a convolution's matrix are all of its axes but the last.
-    """
-
-    def dimensions(params: Any) -> Any:
-        def one(path: Any, x: Any) -> Any:
-            if x.ndim < 2 or "embedding" in jax.tree_util.keystr(path):
-                return None
-            return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
-
-        return jax.tree.map_with_path(one, params)
-
+    """Muon on kernels, Adam on embeddings and vectors, as its authors advise."""
     return _from_optax(
-        workload, optax.contrib.muon, muon_weight_dimension_numbers=dimensions, **options
+        workload, optax.contrib.muon, muon_weight_dimension_numbers=matrices.dimensions, **options
     )
+
+
+def _normuon(workload: Workload, weight_decay: float = 0.0, **options: Any) -> Engine:
+    def make(rate: Any) -> optax.GradientTransformation:
+        return optax.chain(
+            muon.scale_by_muon(**options),
+            matrices.on_matrices(optax.add_decayed_weights(weight_decay)),
+            optax.scale_by_learning_rate(rate),
+        )
+
+    return optax_engine(workload, make)
+
+
+def _on_sphere(workload: Workload, direction: Any, head: bool, **options: Any) -> Engine:
+    def make(rate: Any) -> optax.GradientTransformation:
+        return optax.chain(direction(**options), hyperball(rate, head=head))
+
+    return optax_engine(workload, make)
 
 
 def _schedule_free(workload: Workload, **options: Any) -> Engine:
@@ -92,6 +100,13 @@ METHODS = (
            ({"b1": 0.95}, {"b1": 0.98}, {"weight_decay": 0.01}), decays=False),
     Method("Muon", _muon, 1e-2, {"beta": 0.95},
            ({"beta": 0.9}, {"consistent_rms": 0.2}, {"weight_decay": 0.01})),
+    Method("NorMuon", _normuon, 1e-2, {"beta": 0.95, "b2": 0.95},
+           ({"beta": 0.9}, {"b2": 0.99}, {"weight_decay": 0.01})),
+    Method("MuonH", _on_sphere, 1e-2,
+           {"direction": muon.scale_by_muon, "beta": 0.95, "head": False},
+           ({"beta": 0.9}, {"b2": 0.95}, {"head": True})),
+    Method("AdamH", _on_sphere, 1e-2, {"direction": optax.scale_by_adam, "head": False},
+           ({"b2": 0.95}, {"b1": 0.95}, {"head": True})),
     Method("SAM", _sam, 0.1, {"rho": 0.05, "momentum": 0.9},
            ({"rho": 0.02}, {"rho": 0.1}, {"rho": 0.2})),
     Method("L-BFGS", _lbfgs, None, {"memory_size": 10},

@@ -1,10 +1,11 @@
-"""K-FAC as it is in kfac-jax, through its preconditioner for optax.
+"""K-FAC as it is in kfac-jax: through its preconditioner for optax, and by its own optimizer.
 
 Version 0.0.8 asks JAX for the parameters of a primitive in a form that JAX 0.10 has dropped:
 `_evaluate` takes the place of that one function.
 """
 
 import importlib
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,8 +32,14 @@ def _evaluate(equation: Any, values: Any) -> list[Any]:
 _matcher.eval_jaxpr_eqn = _evaluate  # type: ignore[attr-defined]
 
 
-def preconditioner(workload: Workload, *, damping: float, every: int) -> Any:
-    """Return kfac-jax's preconditioner; `every` so many steps it inverts anew."""
+DAMPING = "damping"
+"""The kind of step in which the optimizer adapts its damping."""
+
+DAMPING_EVERY = 5
+
+
+def registered(workload: Workload) -> Any:
+    """Return (parameters, batch) -> loss, with what kfac-jax must know of it."""
 
     def value(params: Any, batch: Batch) -> Any:
         outputs = workload.forward(params, batch)
@@ -46,8 +53,13 @@ def preconditioner(workload: Workload, *, damping: float, every: int) -> Any:
             kfac_jax.register_squared_error_loss(outputs, batch["label"], weight=0.5)
         return workload.loss(outputs, batch)
 
+    return value
+
+
+def preconditioner(workload: Workload, *, damping: float, every: int) -> Any:
+    """Return kfac-jax's preconditioner; `every` so many steps it inverts anew."""
     return kfac_jax.OptaxPreconditioner(
-        value,
+        registered(workload),
         damping=damping,
         inverse_update_period=every,
         pmap_axis_name=None,
@@ -88,4 +100,62 @@ def engine(
         parameters=lambda carry: carry[0],
         kind=lambda step: PLAIN,
         work=lambda kind: 2.0,
+    )
+
+
+def adaptive_optimizer(
+    workload: Workload, *, every: int, decay: float, damping: float = 1.0
+) -> Any:
+    """Return kfac-jax's own optimizer: rate, momentum and damping are by its own rules.
+
+    Rate and momentum minimise a quadratic model with the exact Fisher matrix. The damping follows
+    Levenberg and Marquardt in every fifth step, by a factor of decay^5 (Martens and Grosse, arXiv
+    1503.05671, sections 6.4, 6.5 and 7).
+    """
+    return kfac_jax.Optimizer(
+        jax.value_and_grad(registered(workload)),
+        l2_reg=0.0,
+        use_adaptive_learning_rate=True,
+        use_adaptive_momentum=True,
+        use_adaptive_damping=True,
+        initial_damping=damping,
+        damping_adaptation_interval=DAMPING_EVERY,
+        damping_adaptation_decay=decay,
+        inverse_update_period=every,
+        num_burnin_steps=0,
+        batch_size_extractor=rows,
+    )
+
+
+def adaptive_engine(workload: Workload, **options: Any) -> Engine:
+    """Return K-FAC by its own optimizer; what the suite tunes as a rate is the first damping.
+
+    Gradients: one of the loss, one for the factors, and a product with the Fisher matrix for each
+    of two directions; the loss at the new parameters, in every fifth step, is counted as one more.
+    """
+    optimizer = adaptive_optimizer(workload, **options)
+
+    def start(params: Any, batch: Batch, key: Any) -> Any:
+        return params, optimizer.init(params, key, batch), key
+
+    def step(kind: str, carry: Any, batch: Batch, rate: Any) -> Any:
+        params, state, key = carry
+        key, probe = jax.random.split(key)
+        state = state.copy()
+        first = jnp.asarray(rate, state.damping.dtype)
+        state.damping = jnp.where(state.step_counter == 0, first, state.damping)
+        # Only what is decided outside of compiled code depends on the number.
+        number = DAMPING_EVERY - 1 if kind == DAMPING else 1
+        with optimizer.staging_context():
+            params, state, _ = optimizer.step(
+                params, state, probe, batch=batch, global_step_int=number
+            )
+        return params, state, key
+
+    return Engine(
+        start=start,
+        step=lambda kind: partial(step, kind),
+        parameters=lambda carry: carry[0],
+        kind=lambda step: PLAIN if (step + 1) % DAMPING_EVERY else DAMPING,
+        work=lambda kind: 5.0 if kind == DAMPING else 4.0,
     )

@@ -15,12 +15,14 @@ class Method:
     Attributes:
       name: how it is called in tables and asked for.
       build: (workload, **options) -> its engine.
-      rate: the customary learning rate, in the middle of the grid; None: it has none.
+      rate: the customary learning rate, in the middle of the grid; None: it has none. A method
+        that finds its rate by itself has another number here.
       options: of `build`, where nothing else is tuned.
       alternatives: other values of one of them, tried in the tier "full".
       second_order: whether it uses curvature.
       ours: whether it is LLQR; targets are fixed without it.
       decays: whether the rate falls to 0 after the warm-up.
+      warms: whether there is a warm-up.
       share: of the workload's steps that it makes, where a step costs many gradients.
       applies: whether a workload suits it.
       package: what must be installed.
@@ -34,6 +36,7 @@ class Method:
     second_order: bool = False
     ours: bool = False
     decays: bool = True
+    warms: bool = True
     share: float = 1.0
     applies: Callable[[Workload], bool] = lambda workload: True
     package: str = ""

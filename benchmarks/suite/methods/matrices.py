@@ -1,0 +1,66 @@
+"""Leaves as matrices: all axes but the last are rows, of inputs; columns are of neurons.
+
+Muon and what descends from it step by matrices, and leave vectors and embeddings to another rule.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+
+def as_matrix(x: Any) -> Any:
+    """Return a leaf as a matrix, a vector as one row."""
+    return x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x.reshape(1, -1)
+
+
+def both(function: Callable[..., Any], first: Any, *rest: Any) -> tuple[Any, Any]:
+    """Apply a function to the left and the right side's arguments, None where there is none."""
+    left, right = (None if s[0] is None else function(*s) for s in zip(first, *rest, strict=True))
+    return left, right
+
+
+def is_matrix(path: Any, x: Any) -> bool:
+    """Whether a leaf is a matrix that maps inputs to outputs: not a vector, not an embedding."""
+    return x.ndim > 1 and "embedding" not in jax.tree_util.keystr(path)
+
+
+def mask(params: Any) -> Any:
+    """Return which leaves are such matrices."""
+    return jax.tree.map_with_path(is_matrix, params)
+
+
+def heads(params: Any) -> Any:
+    """Return which leaves are of the last layer: named head, or the last of a list of layers."""
+
+    def one(path: Any, x: Any) -> bool:
+        del x
+        if isinstance(params, list):
+            return path[0].idx == len(params) - 1
+        return "head" in jax.tree_util.keystr(path)
+
+    return jax.tree.map_with_path(one, params)
+
+
+def dimensions(params: Any) -> Any:
+    """Return the axes of each matrix in optax's form, None for other leaves."""
+
+    def one(path: Any, x: Any) -> Any:
+        if not is_matrix(path, x):
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
+
+    return jax.tree.map_with_path(one, params)
+
+
+def by_kind(
+    matrices: optax.GradientTransformation, others: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Return one transformation for matrices and another one for vectors and embeddings."""
+    return optax.partition({True: matrices, False: others}, lambda params: mask(params))
+
+
+def on_matrices(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Return a transformation of matrices alone."""
+    return optax.masked(inner, mask)
