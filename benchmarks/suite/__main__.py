@@ -11,7 +11,8 @@ def _arguments() -> argparse.Namespace:
         prog="python -m benchmarks.suite", description="Optimizers side by side."
     )
     parser.add_argument("action", choices=("run", "report", "draw", "pace", "diagnose"))
-    parser.add_argument("workloads", nargs="*", help="all of them, if none is named")
+    parser.add_argument("workloads", nargs="*", help="all of a set, if none is named")
+    parser.add_argument("--set", default="development", help="of workloads: development or test")
     parser.add_argument("--tier", default="quick", help="smoke, quick or full")
     parser.add_argument("--methods", default="", help="names between commas; all, if none is named")
     parser.add_argument("--out", type=Path, help="folder of the results")
@@ -34,10 +35,8 @@ def main() -> None:
     if given.tier not in protocol.TIERS:
         sys.exit(f"unknown tier {given.tier!r}: choose from {', '.join(protocol.TIERS)}.")
     tier = protocol.TIERS[given.tier]
-    names = given.workloads or list(workloads.MAKERS)
-    if unknown := [name for name in names if name not in workloads.MAKERS]:
-        sys.exit(f"unknown workloads {unknown}: choose from {', '.join(workloads.MAKERS)}.")
     try:
+        names = workloads.choose(given.set, given.workloads)
         chosen = methods.choose(given.methods)
     except ValueError as error:
         sys.exit(str(error))

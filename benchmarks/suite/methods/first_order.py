@@ -18,12 +18,16 @@ def _from_optax(workload: Workload, make: Any, **options: Any) -> Engine:
 def _muon(workload: Workload, **options: Any) -> Engine:
     """Muon on kernels, Adam on embeddings and vectors, as its authors advise.
 
-    The rows of a convolution's matrix are all of its axes but the last.
+    The rows of a convolution's matrix are all of its axes but the last. Layers in a scan are
+    matrices each.
     """
 
     def dimensions(params: Any) -> Any:
         def one(path: Any, x: Any) -> Any:
-            if x.ndim < 2 or "embedding" in jax.tree_util.keystr(path):
+            name = jax.tree_util.keystr(path)
+            if "layers" in name:
+                return optax.contrib.MuonDimensionNumbers(1, 2) if x.ndim == 3 else None
+            if x.ndim < 2 or "embedding" in name:
                 return None
             return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
 
