@@ -30,16 +30,21 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Do what the command line asks for."""
     given = _arguments()
-    from . import methods, protocol, runner, store, workloads
+    from . import methods, pace, protocol, release, runner, store, workloads
 
     if given.tier not in protocol.TIERS:
         sys.exit(f"unknown tier {given.tier!r}: choose from {', '.join(protocol.TIERS)}.")
     tier = protocol.TIERS[given.tier]
     try:
         names = workloads.choose(given.set, given.workloads)
-        chosen = methods.choose(given.methods)
+        chosen = methods.choose(given.methods or (pace.METHODS if given.action == "pace" else ""))
     except ValueError as error:
         sys.exit(str(error))
+    of = workloads.set_of(names[0])
+    if of == "test" and given.action in ("run", "pace") and not given.methods:
+        refused = {method: why for method in chosen if (why := release.refusal(method))}
+        chosen = [method for method in chosen if method not in refused]
+        print("left out on the test set:", *refused.values(), sep="\n- ")
     folder = given.out or (store.RESULTS if tier.shorter == 1 else Path("outputs") / tier.name)
     if missing := [m for m in chosen if not methods.is_installed(m)]:
         print(
@@ -54,15 +59,13 @@ def main() -> None:
     elif given.action == "report":
         from . import report
 
-        report.write(names, chosen, tier, folder)
+        report.write(names, chosen, tier, folder, of)
     elif given.action == "draw":
         from . import report
 
         report.draw(names, chosen, tier, folder, given.into or folder / "images")
     elif given.action == "pace":
-        from . import pace
-
-        pace.write(names, methods.choose(given.methods or pace.METHODS), folder, runner.typed())
+        pace.write(names, chosen, folder, runner.typed())
     else:
         from . import diagnosis
 

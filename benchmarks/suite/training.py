@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from . import release
 from .engine import Engine
 from .methods.method import Method
 from .protocol import multiplier
@@ -51,7 +52,12 @@ class Program:
 
 
 def compiled(workload: Workload, method: Method, alternative: int | None = None) -> Program:
-    """Compile a method for a workload."""
+    """Compile a method for a workload.
+
+    Raises:
+      RefusedError: a method of ours that does not run on the test set.
+    """
+    release.check(workload, method, alternative)
     engine = method.engine(workload, alternative)
     batch = next(workload.batches(0))
     carry = engine.start(workload.initial(0), batch, jax.random.key(0))

@@ -27,7 +27,7 @@ def load(name: str) -> tuple[Batch, Batch]:
     return train, test
 
 
-def measured(train: Batch, test: Batch, count: int = FIXED) -> dict[str, Batch]:
+def measured(train: Batch, test: Batch, count: int = FIXED) -> dict[str, Any]:
     """Return what is trained on and what losses are measured on, so many examples at most."""
     return {"train": train, "fixed": take(train, slice(count)), "test": take(test, slice(count))}
 

@@ -22,7 +22,7 @@ def _float32(**arrays: np.ndarray) -> Batch:
     return {name: np.asarray(values, np.float32) for name, values in arrays.items()}
 
 
-def _split(arrays: Batch, cut: int) -> dict[str, Batch]:
+def _split(arrays: Batch, cut: int) -> dict[str, Any]:
     """The first rows to train, the others to test."""
     return measured(take(arrays, slice(cut)), take(arrays, slice(cut, None)))
 

@@ -21,13 +21,16 @@ UNKNOWN = 0
 """The token of all words that are none of the vocabulary."""
 
 
-def _words(vocabulary: int) -> dict[str, Batch]:
-    """Windows of Python's documentation, by words and marks; the first so many have a token."""
+def _words(vocabulary: int) -> dict[str, Any]:
+    """Windows of Python's documentation, by words and marks; the most usual have a token.
+
+    A row of the same mark is one: headings are underlined.
+    """
     text = corpus.python_topics()
-    lists = {
-        split: re.findall(r"\w+|[^\w\s]", "".join(getattr(text, split).read()))
-        for split in ("train", "test")
-    }
+    lists = {}
+    for split in ("train", "test"):
+        found = re.finditer(r"\w+|([^\w\s])\1*", "".join(getattr(text, split).read()))
+        lists[split] = [word[1] or word[0] for word in found]
     usual = Counter(lists["train"]).most_common(vocabulary - 1)
     number = {word: i + 1 for i, (word, _) in enumerate(usual)}
 
