@@ -178,7 +178,7 @@ def test_muon_takes_layers_in_a_scan_one_by_one():
             jnp.vdot(a, g) for a, g in zip(jax.tree.leaves(p), jax.tree.leaves(tree), strict=True)
         ), loss=lambda outputs, batch: outputs)  # fmt: skip
         engine = methods.METHODS["Muon"].engine(flat)
-        carry = engine.start(tree, None, None)
+        carry = engine.start(tree, {}, None)
         steps.append(engine.parameters(engine.step("plain")(carry, {}, 0.1)))
     for i in range(3):
         np.testing.assert_allclose(

@@ -18,6 +18,9 @@ COPIES = 8
 SPREAD = 0.2
 """Standard deviation of a pixel around its decoded value."""
 
+SIDE = 14
+"""Of an image that is encoded. Outputs are divided by it, so that losses are for one pixel."""
+
 
 def _copies(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return the images several times, in another order."""
@@ -124,17 +127,18 @@ def resnet() -> Workload:
 
 def _autoencode(params: Any, batch: Batch) -> Any:
     outputs = networks.vae(params, batch["image"], batch["noise"])
-    return outputs | {"pixels": outputs["pixels"] / SPREAD}
+    outputs["pixels"] = outputs["pixels"] / SPREAD
+    return {name: values / SIDE for name, values in outputs.items()}
 
 
 def _evidence(outputs: Any, batch: Batch) -> Any:
-    """The negative evidence bound of a row, without constants, as a mean over rows.
+    """The negative evidence bound of a pixel, without constants, as a mean over rows.
 
     The code's divergence from a normal of unit spread is 1/2 (m^2 + e^(2 s) - 1) - s.
     """
     apart = ((outputs["pixels"] - batch["label"]) ** 2).sum(-1)
-    mean, spread = outputs["mean"], outputs["spread"]
-    divergence = (mean**2 + jnp.exp(2 * spread) - 1 - 2 * spread).sum(-1)
+    wide = 2 * SIDE * outputs["spread"]
+    divergence = (outputs["mean"] ** 2 + (jnp.exp(wide) - 1 - wide) / SIDE**2).sum(-1)
     return 0.5 * jnp.mean(apart + divergence)
 
 
@@ -146,7 +150,7 @@ def vae(latent: int = 8) -> Workload:
         x = pooled(arrays)["image"]
         x = x.reshape(len(x), -1)
         noise = rng.standard_normal((len(x), latent)).astype(np.float32)
-        return {"image": x, "noise": noise, "label": x / np.float32(SPREAD)}
+        return {"image": x, "noise": noise, "label": x / np.float32(SPREAD * SIDE)}
 
     train, test = (of(part) for part in load("fashion_mnist"))
     return Workload(
