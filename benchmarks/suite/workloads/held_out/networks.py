@@ -122,8 +122,12 @@ def vae_parameters(key: Any, *, pixels: int, width: int, latent: int) -> Params:
 
 
 def vae(params: Params, x: Any, noise: Any) -> Params:
-    """Return the decoded images and the codes that they are from, drawn by the noise given."""
+    """Return the decoded images, and means and logarithms of spreads of codes.
+
+    The codes are drawn by the noise given. Their spreads lie between e^-3 and e^3.
+    """
     mean, spread = jnp.split(perceptron(params["encoder"], x, activation=jax.nn.silu), 2, -1)
+    spread = 3 * jnp.tanh(spread / 3)
     code = mean + jnp.exp(spread) * noise
     pixels = perceptron(params["decoder"], code, activation=jax.nn.silu)
     return {"pixels": pixels, "mean": mean, "spread": spread}
