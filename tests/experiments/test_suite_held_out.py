@@ -200,11 +200,10 @@ def tiny(**changes):
 
 
 def test_accuracy_is_of_the_rows_that_count():
-    workload = tiny(forward=lambda params, batch: batch["logits"])
-    batch = {"logits": jnp.eye(3)[jnp.array([0, 1, 2, 0])], "label": jnp.array([0, 1, 1, 1])}
-    assert workload.accuracy(None, batch) == 0.5
-    masked = replace(workload, mask=lambda batch: jnp.array([True, True, True, False]))
-    assert masked.accuracy(None, batch) == pytest.approx(2 / 3)
+    logits, batch = jnp.eye(3)[jnp.array([0, 1, 2, 0])], {"label": jnp.array([0, 1, 1, 1])}
+    assert tiny().accuracy(logits, batch) == 0.5
+    masked = tiny(mask=lambda batch: jnp.array([True, True, True, False]))
+    assert masked.accuracy(logits, batch) == pytest.approx(2 / 3)
 
 
 # --- what is refused ----------------------------------------------------------------------------

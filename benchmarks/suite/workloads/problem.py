@@ -96,13 +96,17 @@ class Workload:
 
     def measured(self, params: Any, train: Batch, test: Batch) -> dict[str, Any]:
         """Return the losses on the fixed and on the test examples, and the accuracy on these."""
-        other = self.test_loss or self.objective
-        found = {"train": self.objective(params, train), "test": other(params, test)}
-        return found | ({"accuracy": self.accuracy(params, test)} if self.classes else {})
+        outputs = self.forward(params, test)
+        own = self.test_loss
+        found = {
+            "train": self.objective(params, train),
+            "test": self.loss(outputs, test) if own is None else own(params, test),
+        }
+        return found | ({"accuracy": self.accuracy(outputs, test)} if self.classes else {})
 
-    def accuracy(self, params: Any, batch: Batch) -> Any:
+    def accuracy(self, outputs: Any, batch: Batch) -> Any:
         """Return the share of rows, of those that count, whose likeliest class is their label."""
-        right = self.forward(params, batch).argmax(-1) == batch["label"]
+        right = outputs.argmax(-1) == batch["label"]
         return jnp.mean(right, where=None if self.mask is None else self.mask(batch))
 
     def shortened(self, factor: int) -> "Workload":
