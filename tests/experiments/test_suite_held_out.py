@@ -324,6 +324,8 @@ def test_commands_know_the_sets(monkeypatch, capsys):
                         (("nothing",), "unknown workload")):  # fmt: skip
         with pytest.raises(SystemExit, match=told):
             call("run", *words)
+    with pytest.raises(SystemExit, match="wave is of the test set"):
+        call("diagnose", "wave")
 
 
 # --- the report ---------------------------------------------------------------------------------
