@@ -104,7 +104,7 @@ def page(results: list[Result], tier: Tier, folder: Path, images: str, of: str) 
         "## Training and test at the end",
         f"Geometric means of losses at the end of all runs by those of {tables.REFERENCE}, which "
         "makes as many steps; means of accuracies on test examples. Each method is tuned by what "
-        "a workload measures; a run that has diverged counts as its start.",
+        "a workload measures; a run that ends above its start counts as it.",
         tables.at_the_end(results),
         *_wins(results, tier),
         "## Loss against gradient evaluations",

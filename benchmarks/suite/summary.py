@@ -55,12 +55,21 @@ class Entry:
         """Return what a column of the runs ends with."""
         return [trial["columns"][column][-1] for trial in self.runs.values()]
 
-    def reached(self, column: str) -> list[float]:
-        """Return the same of a measured column, of a run that has diverged what it began with.
+    def ended(self, column: str) -> list[float]:
+        """Return what a loss of the runs ends with, at most what it began with.
 
-        Of trials from before a column was measured nothing is returned.
+        So a run that has diverged counts as none, whether or not its numbers are finite.
         """
-        found = [t["columns"][column] for t in self.runs.values() if column in t["columns"]]
+        runs = [trial["columns"][column] for trial in self.runs.values()]
+        return [values[0] if values[-1] is None else min(values[0], values[-1]) for values in runs]
+
+    def accuracies(self) -> list[float]:
+        """Return the accuracies at the end, of a run that has diverged that of its start.
+
+        Of trials from before they were measured nothing is returned.
+        """
+        columns = [trial["columns"] for trial in self.runs.values()]
+        found = [c["accuracy"] for c in columns if "accuracy" in c]
         return [values[0] if values[-1] is None else values[-1] for values in found]
 
 
@@ -235,10 +244,10 @@ def generalisation(results: list[Result], reference: str) -> dict[str, dict[str,
         for name, entry in result.entries.items():
             row = found.setdefault(name, {n: [] for n in ("train", "test", "accuracy", "gained")})
             for column in ("train", "test"):
-                mine, theirs = (geometric_mean(e.reached(column)) for e in (entry, usual))
+                mine, theirs = (geometric_mean(e.ended(column)) for e in (entry, usual))
                 row[column].append(mine / theirs)
-            if entry.reached("accuracy") and usual.reached("accuracy"):
-                mine, theirs = (statistics.mean(e.reached("accuracy")) for e in (entry, usual))
+            if entry.accuracies() and usual.accuracies():
+                mine, theirs = (statistics.mean(e.accuracies()) for e in (entry, usual))
                 row["accuracy"].append(mine)
                 row["gained"].append(mine - theirs)
     return found

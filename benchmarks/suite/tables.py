@@ -72,7 +72,7 @@ def costs(result: Result, axis: str) -> str:
 def ends(result: Result) -> str:
     """Return the losses at the end, tuned and not, sorted."""
     rows = []
-    classes = any(entry.reached("accuracy") for entry in result.entries.values())
+    classes = any(entry.accuracies() for entry in result.entries.values())
     order = sorted(result.entries, key=lambda name: _middle(result.ends(name).values()))
     for name in order:
         entry = result.entries[name]
@@ -85,7 +85,7 @@ def ends(result: Result) -> str:
                 _spread(list(result.ends(name).values())),
                 _spread([_last(t, "train") for t in trials]),
                 _spread([_last(t, "test") for t in trials]),
-                *([_percent(entry.reached("accuracy"))] if classes else []),
+                *([_percent(entry.accuracies())] if classes else []),
                 _spread(usual) if usual else "",
                 f"{_median(entry.last('gradients')):,.0f}",
                 f"{entry.pace * _median(entry.last('gradients')):.2g}",

@@ -361,7 +361,9 @@ def test_losses_and_accuracies_at_the_end(ran):
     assert found["AdamW"]["test"] == [1.0]
     ends["AdamW"][0]["test"][-1] = None  # diverged
     began = ends["AdamW"][0]["test"][0]
-    assert result.entries["AdamW"].reached("test")[0] == began
+    assert result.entries["AdamW"].ended("test")[0] == began
+    ends["AdamW"][1]["test"][-1] = 1e30
+    assert result.entries["AdamW"].ended("test")[1] == ends["AdamW"][1]["test"][0]
 
 
 def test_the_page_of_the_test_set(ran):
