@@ -53,15 +53,15 @@ def gru_words() -> Workload:
     """A gated recurrence over words."""
     return Workload(
         "gru-words",
-        partial(networks.gru_parameters, vocabulary=1000, embedded=48, width=64),
+        partial(networks.gru_parameters, vocabulary=500, embedded=48, width=64),
         _gru,
         cross_entropy,
-        **_words(1000),
+        **_words(500),
         batch=32,
         steps=400,
         layered=False,
         held_out=True,
-        told="1,000 words of a text, GRU of 64 units, windows of 16",
+        told="500 words of a text, GRU of 64 units, windows of 16",
     )
 
 
