@@ -64,6 +64,11 @@ DRAWINGS = (
         SUITE,
     ),
     Drawing(
+        "images/suite/test",
+        ("-m", "benchmarks.suite", "draw", "--set", "test", "--tier", "quick", "--into", "{}"),
+        SUITE,
+    ),
+    Drawing(
         "images/equations",
         ("-m", "benchmarks.equations", "draw", "--into", "{}"),
         ("benchmarks/equations/*.py", "benchmarks/results/equations/*.json"),

@@ -80,7 +80,7 @@ def course(program: Program, plan: Plan, seed: int, unit: float | None) -> dict[
     carry = engine.start(workload.initial(seed), next(workload.batches(seed)), jax.random.key(seed))
     carry = jax.tree.map(lambda x: jax.numpy.copy(x) if isinstance(x, jax.Array) else x, carry)
     table, seconds, work, step = _Table(unit), 0.0, 0.0, 0
-    table.add(0, 0.0, 0.0, program.evaluate(carry))
+    table.add(0, 0.0, 0.0, _measured(program, carry))
     clock = time.perf_counter()
     while step != plan.steps:
         kind = engine.kind(step)
@@ -95,10 +95,16 @@ def course(program: Program, plan: Plan, seed: int, unit: float | None) -> dict[
         if step in MARKS or step == plan.steps or over:
             jax.block_until_ready(carry)
             seconds += time.perf_counter() - clock
-            if not table.add(step, work, seconds, program.evaluate(carry)) or over:
+            if not table.add(step, work, seconds, _measured(program, carry)) or over:
                 break
             clock = time.perf_counter()
     return table.columns
+
+
+def _measured(program: Program, carry: Any) -> tuple[Any, Any]:
+    """Return the loss and the error."""
+    found = program.evaluate(carry)
+    return found["train"], found["test"]
 
 
 class _Table:

@@ -2,13 +2,15 @@
 
     uv run python -m benchmarks.suite run --tier quick
     uv run python -m benchmarks.suite report --tier quick
+    uv run python -m benchmarks.suite run --set test
 
   module       what it does
   protocol     what is fixed before anything runs: tiers, grids, schedule, targets, threshold
-  workloads/   what is trained: data, networks, losses
+  workloads/   what is trained: data, networks, losses; in held_out/ the test set
   methods/     what trains it
   engine       an optimizer as the loop sees it: start, steps of some kinds, what each costs
   training     compiles an engine, runs one trial
+  release      what of LLQR may run on the test set
   agenda       which trials are due
   store        results on disk, a file for each workload
   targets      the losses to reach, fixed from the baselines

@@ -4,6 +4,11 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a child is put on its core before jax is imported
+    from .methods.method import Method
+    from .protocol import Tier
 
 
 def _arguments() -> argparse.Namespace:
@@ -11,7 +16,8 @@ def _arguments() -> argparse.Namespace:
         prog="python -m benchmarks.suite", description="Optimizers side by side."
     )
     parser.add_argument("action", choices=("run", "report", "draw", "pace", "diagnose"))
-    parser.add_argument("workloads", nargs="*", help="all of them, if none is named")
+    parser.add_argument("workloads", nargs="*", help="all of a set, if none is named")
+    parser.add_argument("--set", default="development", help="of workloads: development or test")
     parser.add_argument("--tier", default="quick", help="smoke, quick or full")
     parser.add_argument("--methods", default="", help="names between commas; all, if none is named")
     parser.add_argument("--out", type=Path, help="folder of the results")
@@ -29,23 +35,47 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Do what the command line asks for."""
     given = _arguments()
-    from . import methods, protocol, runner, store, workloads
+    from . import protocol, release, store
 
     if given.tier not in protocol.TIERS:
         sys.exit(f"unknown tier {given.tier!r}: choose from {', '.join(protocol.TIERS)}.")
     tier = protocol.TIERS[given.tier]
-    names = given.workloads or list(workloads.MAKERS)
-    if unknown := [name for name in names if name not in workloads.MAKERS]:
-        sys.exit(f"unknown workloads {unknown}: choose from {', '.join(workloads.MAKERS)}.")
+    folder = given.out or (store.RESULTS if tier.shorter == 1 else Path("outputs") / tier.name)
     try:
-        chosen = methods.choose(given.methods)
+        names, chosen = _named(given)
     except ValueError as error:
         sys.exit(str(error))
-    folder = given.out or (store.RESULTS if tier.shorter == 1 else Path("outputs") / tier.name)
-    if missing := [m for m in chosen if not methods.is_installed(m)]:
-        print(
-            f"left out, not installed: {', '.join(m.name for m in missing)} (uv sync --extra peers)"
-        )
+    try:
+        _act(given, names, chosen, tier, folder)
+    except release.RefusedError as error:
+        sys.exit(str(error))
+
+
+def _named(given: argparse.Namespace) -> "tuple[list[str], list[Method]]":
+    """Return workloads and methods, on the test set those that may run there if none is named."""
+    from . import methods, pace, release, workloads
+
+    names = workloads.choose(given.set, given.workloads)
+    chosen = methods.choose(given.methods or (pace.METHODS if given.action == "pace" else ""))
+    runs = given.action in ("run", "pace")
+    if runs and workloads.set_of(names[0]) == "test" and not given.methods:
+        refused = {method: why for method in chosen if (why := release.refusal(method))}
+        chosen = [method for method in chosen if method not in refused]
+        print("left out on the test set:", *refused.values(), sep="\n- ")
+    if missing := [m.name for m in chosen if not methods.is_installed(m)]:
+        print(f"left out, not installed: {', '.join(missing)} (uv sync --extra peers)")
+    return names, chosen
+
+
+def _act(
+    given: argparse.Namespace,
+    names: list[str],
+    chosen: "list[Method]",
+    tier: "Tier",
+    folder: Path,
+) -> None:
+    from . import runner, workloads
+
     if given.action == "run" and given.core is not None:
         runner.run_here(names[0], chosen, tier, folder, given.told)
     elif given.action == "run":
@@ -55,7 +85,7 @@ def main() -> None:
     elif given.action == "report":
         from . import report
 
-        report.write(names, chosen, tier, folder)
+        report.write(names, chosen, tier, folder, workloads.set_of(names[0]))
     elif given.action == "draw":
         from . import report
 
@@ -63,7 +93,7 @@ def main() -> None:
     elif given.action == "pace":
         from . import pace
 
-        pace.write(names, methods.choose(given.methods or pace.METHODS), folder, runner.typed())
+        pace.write(names, chosen, folder, runner.typed())
     else:
         from . import diagnosis
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-PACKAGES = ("jax", "jaxlib", "optax", "numpy", "psgdax", "kfac-jax")
+PACKAGES = ("llqr", "jax", "jaxlib", "optax", "numpy", "psgdax", "kfac-jax")
 
 
 def environment(**more: Any) -> dict[str, Any]:

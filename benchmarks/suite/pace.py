@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from . import store, workloads
+from . import release, store, workloads
 from .environment import environment
 from .methods import suited
 from .methods.method import Method
@@ -82,7 +82,9 @@ def write(names: list[str], methods: list[Method], folder: Path, command: str) -
     for name in names:
         jax.config.update("jax_enable_x64", name in workloads.FLOAT64)
         workload = workloads.load(name)
-        chosen = [m for m in suited(methods, workload) if m.rate is not None]
+        chosen = [
+            release.as_run(m, workload) for m in suited(methods, workload) if m.rate is not None
+        ]
         taken = timed(workload, chosen)
         steps = {who: found.mean(median) for who, found in taken.items()}
         first = {who: found.program.compilation for who, found in taken.items()}

@@ -18,7 +18,8 @@ FACTORS = np.geomspace(1, 16, 65).tolist()
 COLUMNS = 2  # more are too small on a phone
 COLORS = colormaps["tab20"].colors  # type: ignore[attr-defined]
 FIRST = ("characters", "fashion-resnet", "mnist1d", "poisson", *MAKERS)
-"""Workloads of the picture on the first page, in order of preference: one of each kind."""
+"""Workloads of the picture on the first page, in order of preference: one of each kind. Those of
+another set follow as they come."""
 
 BESIDE = {"AdamW": "C0", "Muon": "C1", "SOAP": "C2", "LLQR streaming": "C3"}
 """Methods of that picture, and their colours."""
@@ -72,7 +73,7 @@ def first_page(results: list[Result], path: Path) -> list[str]:
       The names of the workloads; none, and no picture, if no workload has all four methods.
     """
     there = {result.name: result for result in results if set(BESIDE) <= set(result.entries)}
-    chosen = [there[name] for name in dict.fromkeys(FIRST) if name in there][:4]
+    chosen = [there[name] for name in dict.fromkeys((*FIRST, *there)) if name in there][:4]
     if not chosen:
         return []
     figure = Figure(figsize=(6, 2.5 * math.ceil(len(chosen) / 2) + 0.4), layout="constrained")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from . import agenda, store, targets, workloads
+from . import agenda, release, store, targets, workloads
 from .environment import environment
 from .methods import suited
 from .methods.method import Method
@@ -45,9 +45,10 @@ def run(
       command: as typed, for the results.
 
     Raises:
-      RuntimeError: another process runs it in the folder; or targets cannot be fixed.
+      RuntimeError: another process runs it in the folder; or targets cannot be fixed; or a method
+        of ours does not run on the test set (`release.RefusedError`).
     """
-    chosen = suited(methods, workload)
+    chosen = [release.as_run(method, workload) for method in suited(methods, workload)]
     with store.alone(folder, workload.name):
         trials = {method: Trials(folder, workload, method) for method in chosen}
         for method, of in trials.items():

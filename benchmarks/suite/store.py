@@ -3,6 +3,7 @@
   section     what is in it
   targets     the losses to reach, see `targets`
   methods     name -> settings, environments, trials, one a line, see `Trials`
+  release V   the same of LLQR's version V, on the test set, see `release`
   pace        milliseconds of a step, see `pace`
   diagnosis   see `diagnosis`
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import release
 from .methods.method import Method
 from .workloads.problem import Workload
 
@@ -137,8 +139,18 @@ def described(workload: Workload, method: Method) -> dict[str, Any]:
     )
 
 
+def trials_of(folder: Path, workload: str) -> dict[str, Any]:
+    """Return method -> what is kept of its trials: of ours on the test set, the last release's."""
+    record = read(folder, workload)
+    last = release.newest(list(record))
+    return record.get(METHODS, {}) | (record[last] if last else {})
+
+
 class Trials:
     """The trials of one method on one workload.
+
+    Raises:
+      RefusedError: they are those of a release whose code or settings have changed.
 
     Attributes:
       record: settings, environments, trials.
@@ -147,12 +159,19 @@ class Trials:
     """
 
     def __init__(self, folder: Path, workload: Workload, method: Method):
-        self._place = folder, workload.name, METHODS, method.name
-        self.dropped, settings = 0, described(workload, method)
+        section = release.section(workload, method, METHODS)
+        self._place = folder, workload.name, section, method.name
+        settings = described(workload, method) | release.stamp(workload, method)
+        self.dropped = 0
         self.record: dict[str, Any] = {"settings": settings, "environments": [], "trials": []}
-        found = read(folder, workload.name).get(METHODS, {}).get(method.name, self.record)
+        found = read(folder, workload.name).get(section, {}).get(method.name, self.record)
         if found["settings"] == settings:
             self.record = found
+        elif section != METHODS:
+            raise release.RefusedError(
+                f"{workload.name}: {method.name} has trials of {section}, with other code or "
+                "settings. A release runs once on the test set: the next version is another."
+            )
         else:
             self.dropped = len(found["trials"])
 

@@ -55,6 +55,23 @@ class Entry:
         """Return what a column of the runs ends with."""
         return [trial["columns"][column][-1] for trial in self.runs.values()]
 
+    def ended(self, column: str) -> list[float]:
+        """Return what a loss of the runs ends with, at most what it began with.
+
+        So a run that has diverged counts as none, whether or not its numbers are finite.
+        """
+        runs = [trial["columns"][column] for trial in self.runs.values()]
+        return [values[0] if values[-1] is None else min(values[0], values[-1]) for values in runs]
+
+    def accuracies(self) -> list[float]:
+        """Return the accuracies at the end, of a run that has diverged that of its start.
+
+        Of trials from before they were measured nothing is returned.
+        """
+        columns = [trial["columns"] for trial in self.runs.values()]
+        found = [c["accuracy"] for c in columns if "accuracy" in c]
+        return [values[0] if values[-1] is None else values[-1] for values in found]
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
@@ -120,7 +137,7 @@ def read(folder: Path, name: str, methods: list[Method], tier: Tier) -> Result |
     fixed = targets.read(folder, name)
     if fixed is None:
         return None
-    kept, entries = store.read(folder, name).get(store.METHODS, {}), {}
+    kept, entries = store.trials_of(folder, name), {}
     for method in methods:
         if method.name in kept:
             entry = _entry(kept[method.name], method, tier, fixed["measure"])
@@ -211,3 +228,26 @@ def ratios(results: list[Result], axis: str, reference: str) -> Mapping[str, tup
                 value = result.counted(name, target, axis, reference)
                 found.setdefault(name, []).append(value / base)
     return {name: (geometric_mean(values), len(values)) for name, values in found.items()}
+
+
+def generalisation(results: list[Result], reference: str) -> dict[str, dict[str, list[float]]]:
+    """Return method -> figures at the end by those of a reference, a number for each workload.
+
+    "train" and "test" are ratios of losses, geometric means over seeds. "accuracy" is a share on
+    the test examples, a mean over seeds, and "gained" what it is above the reference's.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        if reference not in result.entries:
+            continue
+        usual = result.entries[reference]
+        for name, entry in result.entries.items():
+            row = found.setdefault(name, {n: [] for n in ("train", "test", "accuracy", "gained")})
+            for column in ("train", "test"):
+                mine, theirs = (geometric_mean(e.ended(column)) for e in (entry, usual))
+                row[column].append(mine / theirs)
+            if entry.accuracies() and usual.accuracies():
+                mine, theirs = (statistics.mean(e.accuracies()) for e in (entry, usual))
+                row["accuracy"].append(mine)
+                row["gained"].append(mine - theirs)
+    return found

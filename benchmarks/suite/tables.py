@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from . import agenda
 from .protocol import THRESHOLD, Tier
-from .statistics import interval, margin, verdict
-from .summary import REFERENCE, Entry, Result, ratios
+from .statistics import geometric_mean, interval, margin, verdict
+from .summary import REFERENCE, Entry, Result, generalisation, ratios
 
 AXES = {
     "gradients": "gradient evaluations",
@@ -41,6 +41,23 @@ def means(results: list[Result]) -> str:
     return markdown(["method", *AXES.values(), "workloads x targets"], rows)
 
 
+def at_the_end(results: list[Result]) -> str:
+    """Return losses at the end by those of the reference, and accuracies; sorted by test loss."""
+    found = generalisation(results, REFERENCE)
+    rows = []
+    for name in sorted(found, key=lambda name: geometric_mean(found[name]["test"])):
+        row = found[name]
+        train, test = (geometric_mean(row[column]) for column in ("train", "test"))
+        cells = [name, f"{train:.3f}", f"{test:.3f}", str(len(row["test"])), "", "", ""]
+        if row["accuracy"]:
+            accuracy, gained = (100 * statistics.mean(row[c]) for c in ("accuracy", "gained"))
+            cells[-3:] = f"{accuracy:.1f}", f"{gained:+.1f}", str(len(row["accuracy"]))
+        rows.append(cells)
+    head = ["method", "training loss", "test loss", "workloads", "test accuracy, %",
+            f"above {REFERENCE}'s", "workloads with classes"]  # fmt: skip
+    return markdown(head, rows)
+
+
 def costs(result: Result, axis: str) -> str:
     """Return what each target costs: the median over seeds, and its interval."""
     names = list(result.fixed["targets"])
@@ -55,6 +72,7 @@ def costs(result: Result, axis: str) -> str:
 def ends(result: Result) -> str:
     """Return the losses at the end, tuned and not, sorted."""
     rows = []
+    classes = any(entry.accuracies() for entry in result.entries.values())
     order = sorted(result.entries, key=lambda name: _middle(result.ends(name).values()))
     for name in order:
         entry = result.entries[name]
@@ -67,6 +85,7 @@ def ends(result: Result) -> str:
                 _spread(list(result.ends(name).values())),
                 _spread([_last(t, "train") for t in trials]),
                 _spread([_last(t, "test") for t in trials]),
+                *([_percent(entry.accuracies())] if classes else []),
                 _spread(usual) if usual else "",
                 f"{_median(entry.last('gradients')):,.0f}",
                 f"{entry.pace * _median(entry.last('gradients')):.2g}",
@@ -74,8 +93,9 @@ def ends(result: Result) -> str:
                 f"{_median(t['memory'] for t in trials) / 2**20:.1f}",
             ]
         )
-    head = ["method", "rate", f"{result.measure} loss", "train", "test", "untuned", "gradients",
-            "seconds", "compilation, s", "memory, MiB"]  # fmt: skip
+    head = ["method", "rate", f"{result.measure} loss", "train", "test",
+            *(["test accuracy, %"] if classes else []), "untuned", "gradients", "seconds",
+            "compilation, s", "memory, MiB"]  # fmt: skip
     return markdown(head, rows)
 
 
@@ -141,6 +161,16 @@ def _spread(values: list[float]) -> str:
     spread = statistics.stdev(kept) if len(kept) > 1 else 0.0
     note = f", {failed} diverged" if failed else ""
     return f"{statistics.mean(kept):.4g} ± {spread:.2g}{note}"
+
+
+def _percent(shares: list[float]) -> str:
+    """Return shares in percent, nothing where none was measured."""
+    values = [100 * share for share in shares]
+    if not values:
+        return ""
+    return (
+        f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+    )
 
 
 def _cell(values: list[float]) -> str:

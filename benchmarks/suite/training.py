@@ -13,10 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from . import release
 from .engine import Engine
 from .methods.method import Method
 from .protocol import multiplier
 from .workloads.problem import Workload
+
+MEASURED = ("train", "test", "accuracy")
+"""Columns of what is evaluated, in order; see `Workload.measured`."""
 
 REFIT_SEEDS = 10_000
 """Added to a trial's seed for the batches of refits from outside."""
@@ -32,7 +36,7 @@ class Program:
       engine: the engine.
       steps: kind -> compiled step.
       refit: a refit from outside, if there are any.
-      evaluate: carry -> losses on the fixed and the test examples.
+      evaluate: carry -> what `Workload.measured` returns.
       compilation: seconds that steps and refit took to compile.
       memory: peak bytes of the largest step, by XLA's own account.
     """
@@ -42,13 +46,18 @@ class Program:
     engine: Engine
     steps: dict[str, Callable[[Any, Any, Any], Any]]
     refit: Callable[[Any, Any], Any] | None
-    evaluate: Callable[[Any], tuple[Any, Any]]
+    evaluate: Callable[[Any], dict[str, Any]]
     compilation: float
     memory: int
 
 
 def compiled(workload: Workload, method: Method, alternative: int | None = None) -> Program:
-    """Compile a method for a workload."""
+    """Compile a method for a workload.
+
+    Raises:
+      RefusedError: a method of ours that does not run on the test set.
+    """
+    release.check(workload, method, alternative)
     engine = method.engine(workload, alternative)
     batch = next(workload.batches(0))
     carry = engine.start(workload.initial(0), batch, jax.random.key(0))
@@ -71,7 +80,7 @@ def compiled(workload: Workload, method: Method, alternative: int | None = None)
     compilation = time.perf_counter() - clock
     measured = jax.jit(workload.measured)
 
-    def evaluate(carry: Any) -> tuple[Any, Any]:
+    def evaluate(carry: Any) -> dict[str, Any]:
         return measured(engine.parameters(carry), workload.fixed, workload.test)
 
     evaluate(carry)
@@ -99,8 +108,9 @@ def trial(program: Program, rate: float, seed: int, points: int) -> dict[str, An
       points: evaluations, besides that of the start.
 
     Returns:
-      Columns "step", "gradients", "seconds", "train" and "test", a row for each evaluation; a run
-      that has diverged ends with a row whose losses are None.
+      Columns "step", "gradients", "seconds", "train", "test" and, where there are classes,
+      "accuracy", a row for each evaluation; a run that has diverged ends with a row whose losses
+      are None.
     """
     workload, engine, total = (
         program.workload,
@@ -113,17 +123,16 @@ def trial(program: Program, rate: float, seed: int, points: int) -> dict[str, An
     carry = jax.tree.map(_own, carry)
     dtype = np.float64 if workload.float64 else np.float32
     marks = {round(total * (i + 1) / points) for i in range(points)}
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("step", "gradients", "seconds", "train", "test")
-    }
+    columns: dict[str, list[Any]] = {}
 
     def record(step: int) -> bool:
-        losses = [float(x) for x in program.evaluate(carry)]
-        finite = bool(np.isfinite(losses).all())
-        values = [float(f"{x:.6g}") if finite else None for x in losses]
-        row = (step, round(work, 2), round(seconds, 4), *values)
-        for column, value in zip(columns.values(), row, strict=True):
-            column.append(value)
+        measured = program.evaluate(carry)
+        found = {name: float(measured[name]) for name in MEASURED if name in measured}
+        finite = bool(np.isfinite(list(found.values())).all())
+        row = {"step": step, "gradients": round(work, 2), "seconds": round(seconds, 4)}
+        row |= {name: float(f"{x:.6g}") if finite else None for name, x in found.items()}
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
         return finite
 
     seconds, work = 0.0, 0.0

@@ -44,7 +44,9 @@ SMOKE, QUICK, FULL = (protocol.TIERS[name] for name in ("smoke", "quick", "full"
 CHOSEN = "SGD Nesterov,AdamW,LLQR streaming"
 
 
-@pytest.mark.parametrize("name", ["methods", "protocol", "statistics", "tables", "targets"])
+@pytest.mark.parametrize(
+    "name", ["methods", "protocol", "release", "statistics", "tables", "targets", "workloads"]
+)
 def test_examples(name):
     found = doctest.testmod(importlib.import_module(f"benchmarks.suite.{name}"))
     assert found.attempted > 0

@@ -139,7 +139,7 @@ def test_every_method_trains(method):
     assert columns["train"][-1] < 0.7 * columns["train"][0]
 
 
-@pytest.mark.parametrize("name", workloads.MAKERS)
+@pytest.mark.parametrize("name", [name for makers in workloads.SETS.values() for name in makers])
 def test_every_workload_trains(name):
     with jax.enable_x64(name in workloads.FLOAT64):
         workload = replace(workloads.load(name), steps=60)

@@ -22,8 +22,12 @@ def both(function: Callable[..., Any], first: Any, *rest: Any) -> tuple[Any, Any
 
 
 def is_matrix(path: Any, x: Any) -> bool:
-    """Whether a leaf is a matrix that maps inputs to outputs: not a vector, not an embedding."""
-    return x.ndim > 1 and "embedding" not in jax.tree_util.keystr(path)
+    """Whether a leaf is a matrix that maps inputs to outputs: not a vector, not an embedding.
+
+    Or a stack of them: layers in a scan are matrices each.
+    """
+    name = jax.tree_util.keystr(path)
+    return x.ndim == 3 if "layers" in name else x.ndim > 1 and "embedding" not in name
 
 
 def mask(params: Any) -> Any:
@@ -49,7 +53,8 @@ def dimensions(params: Any) -> Any:
     def one(path: Any, x: Any) -> Any:
         if not is_matrix(path, x):
             return None
-        return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
+        first = 1 if "layers" in jax.tree_util.keystr(path) else 0
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, x.ndim - 1)), x.ndim - 1)
 
     return jax.tree.map_with_path(one, params)
 

@@ -21,6 +21,8 @@ class Method:
       alternatives: other values of one of them, tried in the tier "full".
       second_order: whether it uses curvature.
       ours: whether it is LLQR; targets are fixed without it.
+      released: for ours, the options that a release has by default, as it is run on the test set;
+        None: it is not run there. See `benchmarks.suite.release`.
       decays: whether the rate falls to 0 after the warm-up.
       warms: whether there is a warm-up.
       share: of the workload's steps that it makes, where a step costs many gradients.
@@ -35,6 +37,7 @@ class Method:
     alternatives: tuple[dict[str, Any], ...] = ()
     second_order: bool = False
     ours: bool = False
+    released: dict[str, Any] | None = None
     decays: bool = True
     warms: bool = True
     share: float = 1.0

@@ -131,11 +131,11 @@ def _is_small(workload: Workload) -> bool:
 METHODS = (
     Method("LLQR streaming", _streaming, 1.6e-2, {"structure": "e-kfac", "refit": llqr.Streaming()},
            ({"damping": 1e-3}, {"damping": 1e-5}, {"weight_decay": 0.01}),
-           second_order=True, ours=True),
+           second_order=True, ours=True, released={"refit": llqr.Streaming()}),
     Method("LLQR gradients", _gradients, 1.6e-2,
            {"structure": "e-kfac", "refit": llqr.Streaming(probe="gradient")},
            ({"damping": 3e-2}, {"damping": 3e-4}, {"weight_decay": 0.01}),
-           second_order=True, ours=True),
+           second_order=True, ours=True, released={"refit": llqr.Streaming(probe="gradient")}),
     Method("LLQR published", _learned, 0.3,
            {**_PUBLISHED, "refit": {}, "size": 64, "products": _PUBLISHED_PRODUCTS,
             "momentum": None},
@@ -148,5 +148,6 @@ METHODS = (
            second_order=True, ours=True),
     Method("LLQR exact", _exact, 0.3, {"damping": 1e-2},
            ({"damping": 1e-1}, {"damping": 1e-3}, {"damping": 1e-4}),
-           second_order=True, ours=True, share=1 / (1 + EXACT_STEPS), applies=_is_small),
+           second_order=True, ours=True, released={"damping": 1e-2},  # the library has no default
+           share=1 / (1 + EXACT_STEPS), applies=_is_small),
 )  # fmt: skip

@@ -1,9 +1,12 @@
-"""What is trained, by name. `problem` says what a workload is, `networks` has the networks."""
+"""What is trained, by name. `problem` says what a workload is, `networks` has the networks.
+
+There are two sets: on one, methods are developed; what they are worth is said by the other.
+"""
 
 from collections.abc import Callable
 from functools import cache
 
-from . import images, physics, sequences
+from . import held_out, images, physics, sequences
 from .problem import Workload
 
 MAKERS: dict[str, Callable[[], Workload]] = {
@@ -21,19 +24,52 @@ MAKERS: dict[str, Callable[[], Workload]] = {
     "poisson": physics.poisson,
     "burgers": physics.burgers,
 }
-"""To add a workload, add its maker."""
+"""Of the development set. To add a workload, add its maker."""
 
-FLOAT64 = ("poisson", "burgers")
+SETS: dict[str, dict[str, Callable[[], Workload]]] = {
+    "development": MAKERS,
+    "test": held_out.MAKERS,
+}
+
+FLOAT64 = ("poisson", "burgers", *held_out.FLOAT64)
 """Known before a workload is made: JAX is told first."""
 
 
 @cache
 def load(name: str) -> Workload:
-    """Return a workload by its name, a key of `MAKERS`.
+    """Return a workload by its name, a key of one of `SETS`.
 
     Raises:
       ValueError: there is none of this name.
     """
-    if name not in MAKERS:
-        raise ValueError(f"unknown workload {name!r}: choose from {', '.join(MAKERS)}.")
-    return MAKERS[name]()
+    return SETS[set_of(name)][name]()
+
+
+def set_of(name: str) -> str:
+    """Return the set that a workload is of.
+
+    Raises:
+      ValueError: there is no workload of this name.
+    """
+    for found, makers in SETS.items():
+        if name in makers:
+            return found
+    names = ", ".join(name for makers in SETS.values() for name in makers)
+    raise ValueError(f"unknown workload {name!r}: choose from {names}.")
+
+
+def choose(of: str, asked: list[str]) -> list[str]:
+    """Return the workloads that are asked for by name, or else all of a set.
+
+    Raises:
+      ValueError: there is no such set or workload, or they are of two sets.
+
+    Example:
+      >>> choose("test", [])[:2], choose("development", ["wave", "graph"])
+      (['diffusion', 'vision-transformer'], ['wave', 'graph'])
+    """
+    if of not in SETS:
+        raise ValueError(f"unknown set {of!r}: choose from {', '.join(SETS)}.")
+    if len({set_of(name) for name in asked}) > 1:
+        raise ValueError("workloads of two sets: they are run and reported apart, so name one's.")
+    return asked or list(SETS[of])

@@ -19,23 +19,21 @@ NOISE = 0.4
 """Share of labels that are drawn anew in "noisy-digits"."""
 
 
-def _load(name: str) -> tuple[Batch, Batch]:
+def load(name: str) -> tuple[Batch, Batch]:
+    """Return the training and the test images of a data set of the runner."""
     loaded = data.load(name, None, download=False)
     sources = [data.Source.of(loaded, split) for split in ("train", "test")]
     train, test = (source.gather(np.arange(len(source))) for source in sources)
     return train, test
 
 
-def _measured(train: Batch, test: Batch) -> dict[str, Any]:
-    return {
-        "train": train,
-        "fixed": take(train, slice(FIXED)),
-        "test": take(test, slice(FIXED)),
-    }
+def measured(train: Batch, test: Batch, count: int = FIXED) -> dict[str, Any]:
+    """Return what is trained on and what losses are measured on, so many examples at most."""
+    return {"train": train, "fixed": take(train, slice(count)), "test": take(test, slice(count))}
 
 
-def _pooled(arrays: Batch) -> Batch:
-    """Means of 2x2 pixels."""
+def pooled(arrays: Batch) -> Batch:
+    """Return images of half the sides: means of 2x2 pixels."""
     x = arrays["image"]
     n, height, width, channels = x.shape
     small = x.reshape(n, height // 2, 2, width // 2, 2, channels).mean((2, 4))
@@ -65,7 +63,7 @@ def digits() -> Workload:
         partial(networks.perceptron_parameters, widths=(64, 100, 100, 10)),
         _perceptron,
         cross_entropy,
-        **_measured(*_load("digits")),
+        **measured(*load("digits")),
         batch=64,
         steps=150,  # in 600, training losses end at 0
         told="digits, MLP 64-100-100-10, ReLU",
@@ -97,7 +95,7 @@ def autoencoder() -> Workload:
 
     The labels are an eighth of the image, so that the loss is half a mean over its 64 pixels.
     """
-    train, test = _load("digits")
+    train, test = load("digits")
 
     def of(arrays: Batch) -> Batch:
         x = arrays["image"].reshape(len(arrays["image"]), -1)
@@ -108,7 +106,7 @@ def autoencoder() -> Workload:
         partial(networks.perceptron_parameters, widths=(64, 48, 24, 8, 24, 48, 64)),
         partial(_perceptron, activation=jax.nn.sigmoid),
         squared_error,
-        **_measured(of(train), of(test)),
+        **measured(of(train), of(test)),
         batch=128,
         steps=800,
         metric="gaussian",
@@ -130,13 +128,13 @@ def full_batch() -> Workload:
 
 def fashion_mlp() -> Workload:
     """An MLP on Fashion-MNIST at half its size."""
-    train, test = (_pooled(part) for part in _load("fashion_mnist"))
+    train, test = (pooled(part) for part in load("fashion_mnist"))
     return Workload(
         "fashion-mlp",
         partial(networks.perceptron_parameters, widths=(196, 128, 64, 10)),
         _perceptron,
         cross_entropy,
-        **_measured(train, test),
+        **measured(train, test),
         batch=128,
         steps=600,
         told="Fashion-MNIST at 14x14, MLP 196-128-64-10, ReLU",
@@ -167,7 +165,7 @@ def mnist1d_cnn() -> Workload:
                 classes=10),
         _convolutional,
         cross_entropy,
-        **_measured(*mnist1d.generate()),
+        **measured(*mnist1d.generate()),
         batch=64,
         steps=600,
         told="MNIST-1D, 3 convolutions of 16 channels",
@@ -181,13 +179,13 @@ def recurrent_digits() -> Workload:
         x = arrays["image"]
         return {**arrays, "image": x.reshape(len(x), 16, 4)}
 
-    train, test = (of(part) for part in _load("digits"))
+    train, test = (of(part) for part in load("digits"))
     return Workload(
         "recurrent-digits",
         partial(networks.recurrent_parameters, inputs=4, width=48, classes=10),
         _recurrent,
         cross_entropy,
-        **_measured(train, test),
+        **measured(train, test),
         batch=64,
         steps=600,
         layered=False,

@@ -1,5 +1,6 @@
 """Networks in plain JAX: parameters are nested dicts with leaves kernel, bias, scale, embedding."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -107,17 +108,11 @@ def transformer_parameters(
     params: Params = {
         "tokens": {"embedding": 0.1 * jax.random.normal(next(keys), (vocabulary, width))},
         "positions": {"embedding": 0.1 * jax.random.normal(next(keys), (length, width))},
-        "norm": _norm(width),
+        "norm": norm(width),
         "head": layer(next(keys), width, vocabulary),
     }
     for i in range(depth):
-        block: Params = {
-            name: {"kernel": kernel(next(keys), width, width)}
-            for name in ("query", "key", "value", "out")
-        }
-        block["up"] = layer(next(keys), width, 4 * width)
-        block["down"] = layer(next(keys), 4 * width, width)
-        params[f"block{i}"] = block | {"norm1": _norm(width), "norm2": _norm(width)}
+        params[f"block{i}"] = block_parameters(keys, width)
     return params
 
 
@@ -125,30 +120,47 @@ def transformer(params: Params, tokens: Any, *, heads: int = 4) -> Any:
     """Return the logits of the next token at every place."""
     x = params["tokens"]["embedding"][tokens] + params["positions"]["embedding"]
     for i in range(sum(name.startswith("block") for name in params)):
-        block = params[f"block{i}"]
-        x = x + _attention(_normalised(x, block["norm1"]), block, heads)
-        up = affine(block["up"], _normalised(x, block["norm2"]))
-        x = x + affine(block["down"], jax.nn.gelu(up))
-    return affine(params["head"], _normalised(x, params["norm"]))
+        x = block(params[f"block{i}"], x, heads=heads)
+    return affine(params["head"], normalised(x, params["norm"]))
 
 
-def _norm(width: int) -> Params:
+def block_parameters(keys: Iterator[Any], width: int) -> Params:
+    """Return attention, a perceptron of four widths and two norms; six keys are taken."""
+    params: Params = {
+        name: {"kernel": kernel(next(keys), width, width)}
+        for name in ("query", "key", "value", "out")
+    }
+    params["up"] = layer(next(keys), width, 4 * width)
+    params["down"] = layer(next(keys), 4 * width, width)
+    return params | {"norm1": norm(width), "norm2": norm(width)}
+
+
+def block(params: Params, x: Any, *, heads: int, causal: bool = True) -> Any:
+    """Return [B, T, width] after attention and perceptron, each behind a norm and with a skip."""
+    x = x + _attention(normalised(x, params["norm1"]), params, heads, causal)
+    up = affine(params["up"], normalised(x, params["norm2"]))
+    return x + affine(params["down"], jax.nn.gelu(up))
+
+
+def norm(width: int) -> Params:
+    """Return the scale and the bias of a layer norm."""
     return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
 
 
-def _normalised(x: Any, norm: Params) -> Any:
+def normalised(x: Any, norm: Params) -> Any:
+    """Return a layer norm over the last axis."""
     x = x - x.mean(-1, keepdims=True)
     unit = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
     return unit * norm["scale"] + norm["bias"]
 
 
-def _attention(x: Any, block: Params, heads: int) -> Any:
+def _attention(x: Any, block: Params, heads: int, causal: bool) -> Any:
     batch, length, width = x.shape
     q, k, v = (
         (x @ block[name]["kernel"]).reshape(batch, length, heads, width // heads)
         for name in ("query", "key", "value")
     )
-    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
     return mixed.reshape(batch, length, width) @ block["out"]["kernel"]
 
 

@@ -28,12 +28,14 @@ class Workload:
       test: examples of the test loss.
       batch: examples of a training batch; all of them, if there are no more.
       steps: of a run.
-      metric: of the curvature: "ngd" for cross-entropy, "gaussian" for half a squared error.
+      metric: of the curvature: "ngd" for cross-entropy, "gaussian" for half a squared error; or one
+        for each of several outputs.
       measure: the loss that tunes and that targets are set in.
       test_loss: (parameters, batch) -> what is measured on `test`; None: the loss.
       mask: batch -> the rows of the outputs that count; None: all.
-      layered: whether each kernel is used once, as K-FAC needs it.
+      layered: whether each kernel is used once, as K-FAC needs it, and the loss one that it knows.
       float64: whether everything is double precision.
+      held_out: whether it is of the test set: see `release`.
       told: one line for tables.
     """
 
@@ -46,12 +48,13 @@ class Workload:
     test: Batch
     batch: int
     steps: int
-    metric: Literal["ngd", "gaussian"] = "ngd"
+    metric: llqr.metrics.MetricLike = "ngd"
     measure: Literal["train", "test"] = "train"
     test_loss: Callable[[Any, Batch], Any] | None = None
     mask: Callable[[Batch], Any] | None = None
     layered: bool = True
     float64: bool = False
+    held_out: bool = False
     told: str = ""
 
     @property
@@ -63,6 +66,11 @@ class Workload:
     def full_batch(self) -> bool:
         """Whether every step sees all examples."""
         return self.batch >= rows(self.train)
+
+    @property
+    def classes(self) -> bool:
+        """Whether outputs are logits of classes, so that there is an accuracy."""
+        return self.metric == "ngd"
 
     def size(self) -> int:
         """Return the number of parameters."""
@@ -86,10 +94,20 @@ class Workload:
             for start in range(0, count - size + 1, size):
                 yield take(self.train, order[start : start + size])
 
-    def measured(self, params: Any, train: Batch, test: Batch) -> tuple[Any, Any]:
-        """Return the losses on the fixed and on the test examples."""
-        other = self.test_loss or self.objective
-        return self.objective(params, train), other(params, test)
+    def measured(self, params: Any, train: Batch, test: Batch) -> dict[str, Any]:
+        """Return the losses on the fixed and on the test examples, and the accuracy on these."""
+        outputs = self.forward(params, test)
+        own = self.test_loss
+        found = {
+            "train": self.objective(params, train),
+            "test": self.loss(outputs, test) if own is None else own(params, test),
+        }
+        return found | ({"accuracy": self.accuracy(outputs, test)} if self.classes else {})
+
+    def accuracy(self, outputs: Any, batch: Batch) -> Any:
+        """Return the share of rows, of those that count, whose likeliest class is their label."""
+        right = outputs.argmax(-1) == batch["label"]
+        return jnp.mean(right, where=None if self.mask is None else self.mask(batch))
 
     def shortened(self, factor: int) -> "Workload":
         """Return the same with fewer steps."""
