@@ -1,5 +1,6 @@
 """Linear algebra on pytrees."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -122,8 +123,8 @@ def solve(
     return jax.tree.map(lambda leaf: jnp.where(solved, leaf, jnp.nan), x), info
 
 
-PANEL = 8
-"""Columns that Gram-Schmidt takes one after the other; what lies before them, at once."""
+PANELS = {1024: 8, math.inf: 32}
+"""Sides up to a length: columns that Gram-Schmidt takes one after the other, others at once."""
 
 
 def orthonormal(x: Float[Array, "d d"]) -> Float[Array, "d d"]:
@@ -138,9 +139,10 @@ def orthonormal(x: Float[Array, "d d"]) -> Float[Array, "d d"]:
         zero column stays zero.
     """
     size = x.shape[0]
-    panels = -(-size // PANEL)
-    rows = jnp.pad(x.T, ((0, panels * PANEL - size), (0, 0)))  # whose entries lie side by side
-    place = jnp.arange(PANEL)[:, None]
+    width = next(width for most, width in PANELS.items() if size <= most)
+    panels = -(-size // width)
+    rows = jnp.pad(x.T, ((0, panels * width - size), (0, 0)))  # whose entries lie side by side
+    place = jnp.arange(width)[:, None]
 
     def one(j: Int[Array, ""], y: Array) -> Array:
         own = jax.lax.dynamic_index_in_dim(y, j, keepdims=True)
@@ -149,11 +151,12 @@ def orthonormal(x: Float[Array, "d d"]) -> Float[Array, "d d"]:
         return jnp.where(place == j, own, jnp.where(place > j, y - along * own, y))
 
     def panel(k: Int[Array, ""], q: Array) -> Array:
-        y = jax.lax.dynamic_slice_in_dim(rows, k * PANEL, PANEL)
-        y = jax.lax.fori_loop(0, PANEL, one, y - (y @ q.T) @ q)
+        y = jax.lax.dynamic_slice_in_dim(rows, k * width, width)
+        y = jax.lax.fori_loop(0, width, one, y - (y @ q.T) @ q)
         y = y - (y @ q.T) @ q
-        y = 1.5 * y - 0.5 * (y @ y.T) @ y
-        return jax.lax.dynamic_update_slice_in_dim(q, y, k * PANEL, axis=0)
+        for _ in range(2):  # what the second pass took is missing from their lengths
+            y = 1.5 * y - 0.5 * (y @ y.T) @ y
+        return jax.lax.dynamic_update_slice_in_dim(q, y, k * width, axis=0)
 
     return jax.lax.fori_loop(0, panels, panel, jnp.zeros_like(rows))[:size].T
 

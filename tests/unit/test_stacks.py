@@ -489,7 +489,7 @@ def test_a_basis_has_the_values_and_derivatives_of_a_qr_factorisation() -> None:
     np.testing.assert_allclose(jnp.sum(back * dx), jnp.sum(slope * dx), rtol=1e-10)
 
 
-@pytest.mark.parametrize("size", [1, 7, 8, 9, 40])
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 40, 1030])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_a_basis_is_orthonormal_where_columns_are_nearly_alike(size: int, dtype: Any) -> None:
     """One direction is in all of them, a thousand times as long as what is their own."""

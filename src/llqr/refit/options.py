@@ -179,8 +179,8 @@ def _never(count: int | Int[Array, ""]) -> bool | Bool[Array, ""]:
 
 
 WIDE_TURNS, WIDE_FOLLOWS = 5, 2
-"""Wide sides turn at four refits and then at every fifth, and follow every second gradient: a
-QR factorisation of a side of 784 takes as long as 30 gradients of a small network."""
+"""Wide sides turn at four refits and then at every fifth, and follow every second gradient: to
+orthogonalise a side of 784 takes as long as a hundred gradients of a small network."""
 
 
 @dataclass(frozen=True, kw_only=True)
