@@ -8,9 +8,10 @@ them. The mean over a training has ten refits at its start and one at every tent
 Ratios are of medians, and of the smallest values, which other jobs disturb least; those of floating
 point operations are what XLA counts in the compiled steps, and leave LAPACK out.
 
-QR factorisations are LAPACK's. On a CPU its threads and XLA's are in each other's way, so that one
-of a side of 192 can take 60 times as long as it does alone: OPENBLAS_NUM_THREADS=1, which is set
-here, keeps them apart (`--blas-threads` for another number).
+SOAP's QR factorisations are LAPACK's. On a CPU its threads and XLA's are in each other's way, so
+that one of a side of 192 can take 60 times as long as it does alone: OPENBLAS_NUM_THREADS=1, which
+is set here, keeps them apart (`--blas-threads` for another number). Streaming refits call nothing
+of LAPACK's.
 """
 
 import argparse

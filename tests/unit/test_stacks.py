@@ -476,6 +476,31 @@ def test_steps_call_nothing_of_lapack(probe: Any) -> None:
             assert "custom_call" not in text
 
 
+@pytest.mark.parametrize("probe", ["fisher", "gradient"])
+@pytest.mark.parametrize("due", [True, False])
+def test_a_step_writes_into_every_buffer_that_it_is_given(probe: Any, due: bool) -> None:
+    """Donated parameters and state: all of their bytes are those of the results.
+
+    But for the record, which a refit writes anew and does not read.
+    """
+    params, objective = deep(2)
+    tx = llqr.streaming(0.1, metric="gaussian", refit=llqr.Streaming(probe=probe))
+
+    def step(params: Any, state: Any, x: Any) -> Any:
+        bound = objective.bind(x)
+        grads = jax.grad(bound)(params)
+        updates, state = tx.update(grads, state, params, objective=bound, refresh=due)
+        return optax.apply_updates(params, updates), state
+
+    given = params, tx.init(params)
+    done = jax.jit(step, donate_argnums=(0, 1)).lower(*given, jnp.ones((3, 4))).compile()
+    size, record = (
+        sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (given, llqr.find(given[1]).refit)
+    )
+    reused = done.memory_analysis().alias_size_in_bytes  # pyright: ignore
+    assert size - due * record <= reused <= size
+
+
 def test_a_basis_has_the_values_and_derivatives_of_a_qr_factorisation() -> None:
     x, dx = jnp.asarray(np.random.default_rng(9).normal(size=(2, 3, 21, 21)))
 
