@@ -32,11 +32,16 @@ def told(*command: str) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def tolerance(case: list[Any]) -> float:
+    """How far apart numbers may be: half the digits turn bases that gradients have not filled."""
+    return 1e-8 if "streaming" in case or "gradients" in case else TOLERANCE
+
+
 def check(cases: list[Any]) -> None:
     """Raise AssertionError where a case is not as on one device."""
     found = told("tests/devices.py", json.dumps(cases))
     assert len(found) == len(cases)
-    bad = [f for f in found if "error" in f or not f["apart"] < TOLERANCE]
+    bad = [f for f in found if "error" in f or not f["apart"] < tolerance(f["case"])]
     assert not bad, bad
 
 
