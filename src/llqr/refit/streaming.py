@@ -90,17 +90,12 @@ class Streamed(Following):
         # Labels drawn say nothing of these matrices: to follow would only lengthen their steps.
         flat, usable = columns(each(plan, lambda _, hs: _flat_usable(hs), seen), 2)
 
-        def follow(
-            number: Array, block: Block, flat: Array, bases: Arrays, arrays: Arrays, memory: Arrays,
-            *more: Any,
-        ) -> tuple[Arrays, Arrays]:  # fmt: skip
-            kind = kind_of(block.structure)
-            arrays, new = kind.follow(options, number, block, bases, arrays, memory, *more)
-            return arrays, unless(flat, memory, new)
+        def follow(number: Array, block: Block, *own: Any) -> tuple[Arrays, Arrays]:
+            return kind_of(block.structure).follow(options, number, block, *own)
 
         number = info.refits + 1
         bases = turned(self, plan, held, number, flat)
-        found = each(plan, follow, flat, bases, held.arrays, was, seen, usable, shared=(number,))
+        found = each(plan, follow, bases, held.arrays, was, seen, usable, shared=(number,))
         arrays, blocks = columns(found, 2)
         tops = [top_of(setting, block, own) for block, own in zip(plan, blocks, strict=True)]
         power, top, values = held.memory.power, largest(tops), None
