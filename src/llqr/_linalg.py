@@ -146,7 +146,8 @@ def orthonormal(x: Float[Array, "d d"]) -> Float[Array, "d d"]:
 
     def one(j: Int[Array, ""], y: Array) -> Array:
         own = jax.lax.dynamic_index_in_dim(y, j, keepdims=True)
-        own = own / jnp.sqrt(_positive(jnp.sum(own * own)))
+        square = jnp.sum(own * own)
+        own = own / jnp.sqrt(jnp.where(square > 0, square, 1))
         along = jnp.sum(y * own, axis=1, keepdims=True)
         return jnp.where(place == j, own, jnp.where(place > j, y - along * own, y))
 
@@ -159,11 +160,6 @@ def orthonormal(x: Float[Array, "d d"]) -> Float[Array, "d d"]:
         return jax.lax.dynamic_update_slice_in_dim(q, y, k * width, axis=0)
 
     return jax.lax.fori_loop(0, panels, panel, jnp.zeros_like(rows))[:size].T
-
-
-def _positive(x: Array) -> Array:
-    """What can be divided by: 1 in place of 0."""
-    return jnp.where(x > 0, x, 1)
 
 
 def exactly(spec: str, *factors: Array, **options: Any) -> Array:

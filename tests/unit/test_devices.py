@@ -34,7 +34,7 @@ def told(*command: str) -> list[Any]:
 
 def tolerance(case: list[Any]) -> float:
     """How far apart numbers may be: half the digits turn bases that gradients have not filled."""
-    return 1e-8 if "streaming" in case or "gradients" in case else TOLERANCE
+    return 1e-8 if "streaming" in case else TOLERANCE
 
 
 def check(cases: list[Any]) -> None:

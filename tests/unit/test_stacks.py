@@ -569,6 +569,14 @@ def test_sides_of_one_length_turn_together_as_each_alone() -> None:
                     np.testing.assert_array_equal(new[slot], old[slot])
 
 
+def test_empty_sides_have_nothing_to_turn() -> None:
+    params = {"a": jnp.zeros((3, 0, 4)), "b": jnp.zeros((4, 0)), "c": jnp.ones((4, 2))}
+    tx = llqr.streaming(0.1, refit=llqr.Streaming(probe="gradient"))
+    updates, _ = tx.update(params, tx.init(params), params, refresh=True)
+    assert [x.shape for x in updates.values()] == [x.shape for x in params.values()]
+    assert np.isfinite(updates["c"]).all()
+
+
 def test_a_basis_stays_where_nothing_was_seen() -> None:
     """Not where rounding leads it: of a moment of two directions of twelve, or of none."""
     rng = np.random.default_rng(4)

@@ -7,12 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
 def as_matrix(x: Any) -> Any:
     """Return a leaf as a matrix, a vector as one row."""
     return x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x.reshape(1, -1)
+
+
+def identities(x: Any, max_dim: int) -> tuple[Any, Any]:
+    """Return the identity for each side of a leaf, None for a vector's and for longer ones."""
+    sizes = [d if x.ndim > 1 and d <= max_dim else None for d in as_matrix(x).shape]
+    return both(lambda d: jnp.eye(d, dtype=x.dtype), sizes)
 
 
 def both(function: Callable[..., Any], first: Any, *rest: Any) -> tuple[Any, Any]:

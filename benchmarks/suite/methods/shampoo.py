@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .matrices import as_matrix, both
+from .matrices import as_matrix, both, identities
 
 
 class Leaf(NamedTuple):
@@ -57,8 +57,7 @@ def scale_by_shampoo(
     def init(params: Any) -> ShampooState:
         def leaf(x: Any) -> Leaf:
             zeros = jnp.zeros_like(as_matrix(x))
-            sizes = [d if x.ndim > 1 and d <= max_dim else None for d in zeros.shape]
-            roots = both(lambda d: jnp.eye(d, dtype=x.dtype), sizes)
+            roots = identities(x, max_dim)
             return Leaf(zeros, zeros, both(jnp.zeros_like, roots), roots)
 
         return ShampooState(jnp.zeros((), jnp.int32), [leaf(x) for x in jax.tree.leaves(params)])

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .matrices import as_matrix, both
+from .matrices import as_matrix, both, identities
 
 Sides = tuple[Any, Any]
 """Something of the left side and of the right one, None where a side has no basis."""
@@ -79,10 +79,9 @@ def scale_by_soap(
     def init(params: Any) -> SoapState:
         def leaf(x: Any) -> Leaf:
             zeros = jnp.zeros_like(as_matrix(x))
-            sizes = [d if x.ndim > 1 and d <= max_dim else None for d in zeros.shape]
-            bases = both(lambda d: jnp.eye(d, dtype=x.dtype), sizes)
-            values = both(lambda d: jnp.ones(d, x.dtype), sizes) if whiten else (None, None)
-            square = None if kronecker and any(sizes) else zeros
+            bases = identities(x, max_dim)
+            values = both(jnp.diagonal, bases) if whiten else (None, None)
+            square = None if kronecker and any(b is not None for b in bases) else zeros
             return Leaf(zeros, square, both(jnp.zeros_like, bases), bases, values)
 
         return SoapState(jnp.zeros((), jnp.int32), [leaf(x) for x in jax.tree.leaves(params)])

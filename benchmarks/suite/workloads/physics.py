@@ -23,10 +23,14 @@ def solution_error(params: Any, batch: Batch) -> Any:
     return jnp.sqrt(jnp.mean((u - batch["label"]) ** 2) / jnp.mean(batch["label"] ** 2))
 
 
-def _workload(name: str, forward: Any, train: Batch, test: Batch, told: str) -> Workload:
+def equation(
+    name: str, forward: Any, train: Batch, test: Batch, told: str,
+    widths: tuple[int, ...] = _WIDTHS, *, held_out: bool = False,
+) -> Workload:  # fmt: skip
+    """An equation on all of its points, by the error of the solution."""
     return Workload(
         name,
-        partial(networks.perceptron_parameters, widths=_WIDTHS),
+        partial(networks.perceptron_parameters, widths=widths),
         forward,
         squared_error,
         train=train,
@@ -38,6 +42,7 @@ def _workload(name: str, forward: Any, train: Batch, test: Batch, told: str) -> 
         measure="test",
         test_loss=solution_error,
         float64=True,
+        held_out=held_out,
         told=told,
     )
 
@@ -57,7 +62,7 @@ def poisson() -> Workload:
     test = equations.solution_rows(problems.POISSON)
     told = train.gather(np.arange(len(train)))
     scaled = {name: told[name] / (2 * np.pi**2) for name in ("operator", "label")}
-    return _workload(
+    return equation(
         "poisson",
         _poisson,
         told | scaled,
@@ -89,7 +94,7 @@ def burgers() -> Workload:
     x, t = np.meshgrid(np.linspace(-1, 1, 33), np.linspace(0, 1, 17)[1:], indexing="ij")
     test = {"x": np.stack([x.ravel(), t.ravel()], -1)}
     test["label"] = problems.burgers_solution(test["x"])
-    return _workload(
+    return equation(
         "burgers",
         _burgers,
         train,

@@ -9,13 +9,12 @@ launched, does not grow with its depth:
 import math
 from collections.abc import Hashable, Sequence
 
-import jax
 import jax.numpy as jnp
 
 from llqr import _loops
 from llqr._linalg import orthonormal
 from llqr.refit.options import Streaming
-from llqr.structures.block import AT_ONCE, Block
+from llqr.structures.block import AT_ONCE, Block, end_to_end, in_batches, parted
 from llqr.structures.matrix import Arrays
 from llqr.structures.plan import Plan
 from llqr.tree import all_finite, divide, replicate
@@ -40,7 +39,7 @@ def turned(
     groups: dict[Hashable, list[tuple[int, str]]] = {}
     for i, block in enumerate(plan):
         for slot, size in block.bases.items():
-            if slot in moments[i]:
+            if slot in moments[i] and size:  # an empty side has nothing to turn
                 alone = i if block.owned else None  # each device turns what it holds
                 groups.setdefault((size, block.dtype, alone), []).append((i, slot))
     found: list[Arrays] = [{} for _ in plan]
@@ -62,39 +61,23 @@ def _together(
     ss: list[Array], kept: list[Array],
 ) -> list[Array]:  # fmt: skip
     """Turn sides of one length."""
+    size, counts = vs[0].shape[-1], [block.count for block in blocks]
 
     def run(v: Array, s: Array, kept: Array) -> tuple[Array, ...]:
         if blocks[0].owned:
             return blocks[0].each(_turned, v, s, kept), s, kept
-        return (_turned if v.ndim == 2 else _each)(v, s, kept), s, kept
+        if v.ndim == 2:
+            return _turned(v, s, kept), s, kept
+        return in_batches(_turned, (v, s, kept), max(1, AT_ONCE // size**2)), s, kept
 
-    size = vs[0].shape[-1]
-    joined = [xs[0] if len(xs) == 1 else _joined(xs) for xs in (vs, ss)]
     due = True if size <= options.wide else options.turns_wide(number)
-    stay = kept[0] if len(kept) == 1 else jnp.concatenate([replicate(x).ravel() for x in kept])
-    new, *_ = _loops.when(due, run, *joined, stay)
     if len(vs) == 1:
+        new, *_ = _loops.when(due, run, vs[0], ss[0], kept[0])
         return [new]
-    counts = [block.count for block in blocks]
-    parts = jax.lax.split(new.reshape(-1, size), [count * size for count in counts])
-    return [part.reshape(v.shape) for part, v in zip(parts, vs, strict=True)]
-
-
-def _joined(found: list[Array]) -> Float[Array, "k d d"]:
-    """End to end, which takes no operation for each."""
-    size = found[0].shape[-1]
-    flat = [replicate(x).reshape(-1, size) for x in found]
-    return jnp.concatenate(flat).reshape(-1, size, size)
-
-
-def _each(
-    v: Float[Array, "k d d"], s: Float[Array, "k d d"], stays: Bool[Array, " k"]
-) -> Float[Array, "k d d"]:
-    """Turn many, up to `AT_ONCE` entries at a time."""
-    most = max(1, AT_ONCE // v[0].size)
-    if len(v) <= most:
-        return jax.vmap(_turned)(v, s, stays)
-    return jax.lax.map(lambda x: _turned(*x), (v, s, stays), batch_size=most)
+    joined = [end_to_end(xs, counts, (size, size)) for xs in (vs, ss)]
+    stay = jnp.concatenate([replicate(x).ravel() for x in kept])
+    new, *_ = _loops.when(due, run, *joined, stay)
+    return [x.reshape(v.shape) for x, v in zip(parted(new, counts), vs, strict=True)]
 
 
 def _turned(

@@ -126,11 +126,7 @@ class Block:
             return found[0]
         shape = found[0].shape[self.sources[0].stacked :]
         if self._end_to_end(shape):
-            flat = [
-                replicate(x).reshape(s.count * shape[0], *shape[1:])
-                for x, s in zip(found, self.sources, strict=True)
-            ]
-            return jnp.concatenate(flat).reshape(self.count, *shape)
+            return end_to_end(found, [source.count for source in self.sources], shape)
         found = [x if s.stacked else x[None] for x, s in zip(found, self.sources, strict=True)]
         if len({str(jax.typeof(x).sharding.spec) for x in found}) > 1:
             found = [replicate(x) for x in found]
@@ -146,8 +142,7 @@ class Block:
             return [x]
         shape, counts = x.shape[1:], [source.count for source in self.sources]
         if self._end_to_end(shape):
-            sizes = [count * shape[0] for count in counts]
-            found = jax.lax.split(x.reshape(sum(sizes), *shape[1:]), sizes)
+            found = parted(x, counts)
             return [
                 x.reshape(s.count, *shape) if s.stacked else x
                 for x, s in zip(found, self.sources, strict=True)
@@ -189,10 +184,9 @@ class Block:
         one = partial(function, *shared)
         held = [math.prod(s) for s in mx.array_shapes(self.structure, self.shape).values()]
         most = max(1, AT_ONCE // max(1, math.prod(self.shape), *held))
-        count = jax.tree.leaves(arguments)[0].shape[0]
-        if count <= most or self.structure.elementwise:
+        if self.structure.elementwise:
             return jax.vmap(one)(*arguments)
-        return jax.lax.map(lambda xs: one(*xs), arguments, batch_size=most)
+        return in_batches(one, arguments, most)
 
     def repeated(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return an array for every matrix, all alike.
@@ -254,3 +248,37 @@ class Block:
     def as_matrix(self, arrays: Arrays) -> Float[Array, "..."]:
         """Return P as a dense matrix on the flattened x: [size, size], or [count, size, size]."""
         return self.each(lambda a: mx.as_matrix(self.structure, a, self.shape), arrays)
+
+
+def in_batches(function: Callable[..., Any], arguments: tuple[PyTree, ...], most: int) -> Any:
+    """Return function(*arguments) of each member of a stack, `most` of them at a time.
+
+    Args:
+      function: of the arrays of one member.
+      arguments: trees of arrays with an axis of members in front.
+      most: at least 1.
+    """
+    if jax.tree.leaves(arguments)[0].shape[0] <= most:
+        return jax.vmap(function)(*arguments)
+    return jax.lax.map(lambda xs: function(*xs), arguments, batch_size=most)
+
+
+def end_to_end(found: Sequence[Array], counts: Sequence[int], shape: tuple[int, ...]) -> Array:
+    """Return arrays joined at the first axis of their members: no operation for each of them.
+
+    Args:
+      found: arrays of one member, or of a stack of them.
+      counts: of members in each.
+      shape: of a member.
+    """
+    flat = [
+        replicate(x).reshape(count * shape[0], *shape[1:])
+        for x, count in zip(found, counts, strict=True)
+    ]
+    return jnp.concatenate(flat).reshape(sum(counts), *shape)
+
+
+def parted(x: Float[Array, "count ..."], counts: Sequence[int]) -> list[Array]:
+    """Return what `end_to_end` has joined, each with its members end to end."""
+    sizes = [count * x.shape[1] for count in counts]
+    return list(jax.lax.split(x.reshape(sum(sizes), *x.shape[2:]), sizes))

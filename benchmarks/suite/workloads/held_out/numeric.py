@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.suite.workloads import physics
 from benchmarks.suite.workloads.images import measured
 from benchmarks.suite.workloads.networks import jets, perceptron, perceptron_parameters
-from benchmarks.suite.workloads.physics import solution_error
 from benchmarks.suite.workloads.problem import Batch, Workload, rows, squared_error, take
 from llqr_experiments.data import equations, problems
 
@@ -284,20 +284,12 @@ def wave() -> Workload:
     points = equations.grid(problems.WAVE, (20, 20), (20,) * 4)
     test = equations.solution_rows(problems.WAVE)
     train = points.gather(np.arange(len(points)))
-    return Workload(
+    return physics.equation(
         "wave",
-        partial(perceptron_parameters, widths=(2, 32, 32, 32, 1)),
         _residuals,
-        squared_error,
-        train=train,
-        fixed=train,
-        test=test.gather(np.arange(0, len(test), 4)),
-        batch=rows(train),
-        steps=600,
-        metric="gaussian",
-        measure="test",
-        test_loss=solution_error,
-        float64=True,
+        train,
+        test.gather(np.arange(0, len(test), 4)),
+        "the wave equation, two standing waves, tanh 2-32-32-32-1, float64",
+        (2, 32, 32, 32, 1),
         held_out=True,
-        told="the wave equation, two standing waves, tanh 2-32-32-32-1, float64",
     )
