@@ -567,6 +567,9 @@ def test_sides_of_one_length_turn_together_as_each_alone() -> None:
                     np.testing.assert_allclose(new[slot], q * signs, rtol=0, atol=1e-10)
                 else:
                     np.testing.assert_array_equal(new[slot], old[slot])
+    stays = [jnp.ones(block.count if block.batched else (), bool) for block in plan]
+    found = turning.turned(options, jnp.asarray(4), plan, arrays, moments, stays)
+    jax.tree.map(np.testing.assert_array_equal, found, arrays)
 
 
 def test_empty_sides_have_nothing_to_turn() -> None:
